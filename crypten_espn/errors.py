@@ -1,0 +1,76 @@
+"""Every exception a user of crypten-espn can catch.
+
+Each message states what was given, what is allowed and how to fix it. All derive
+from `EspnError`; those that refine a built-in kind of failure derive from that too,
+so `except ValueError` keeps working.
+"""
+
+from __future__ import annotations
+
+
+class EspnError(Exception):
+    """Base of every error raised on purpose by this package."""
+
+
+class PolynomialError(EspnError, ValueError):
+    """A polynomial cannot be fitted, or its coefficients are not usable."""
+
+
+class HeadroomError(EspnError, ValueError):
+    """A polynomial or a layer does not fit the ring at the requested scale."""
+
+
+class RangeError(EspnError, ValueError):
+    """A value lies outside what the fixed-point format can represent."""
+
+
+class ShapeError(EspnError, ValueError):
+    """A tensor has a shape the network or protocol does not accept."""
+
+
+class ProtocolError(EspnError, ValueError):
+    """An unknown protocol or truncation was asked for."""
+
+
+class WorldSizeError(EspnError, RuntimeError):
+    """The protocol does not run with this number of parties."""
+
+
+class ConversionError(EspnError, ValueError):
+    """A network holds layers that cannot be converted; all are listed."""
+
+
+class DataError(EspnError, ValueError):
+    """A data set is missing, malformed or holds non-finite values."""
+
+
+class CheckpointError(EspnError, ValueError):
+    """A checkpoint is damaged or belongs to another network."""
+
+
+class TrainingError(EspnError, RuntimeError):
+    """Training diverged; the message names the layer and the remedy."""
+
+
+class RandomnessError(EspnError, RuntimeError):
+    """Correlated randomness is missing, malformed or would be used twice."""
+
+
+class MaterialError(RandomnessError):
+    """Stored offline material is exhausted, truncated or made for another model."""
+
+
+class PlanError(EspnError, ValueError):
+    """A network has no plan in the ring; the message names the layer."""
+
+
+class PeerError(EspnError, ConnectionError):
+    """The other party is gone, silent, or does not speak our protocol."""
+
+
+class PlanMismatchError(PeerError):
+    """The two parties hold different plans; nothing was sent."""
+
+
+class DegreeCollapsedWarning(UserWarning):
+    """The best fit at these fractional bits has a lower degree than was asked for."""
