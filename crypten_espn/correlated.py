@@ -1,0 +1,207 @@
+"""Correlated randomness for the protocols, from CrypTen's providers TFP and TTP.
+
+Three correlations, each of fresh uniform ring elements and used once:
+
+    one_sided_products   party 0: A, C_0; party 1: B, C_1; C_0 + C_1 = sum_j A_j B_j
+    powers               [r], [r^2], ..., [r^n]
+    rescaling            [r], [-(r >> s) logical], [-(r >> s) arithmetic]
+
+They are methods of CrypTen's providers, found through
+`crypten.mpc.get_default_provider()`, and traceable: `provider.trace()` and
+`provider.fill_cache()` move them into an offline phase. Under TTP the dealer sends one
+correction to rank 0 for each element that seeds cannot give; under TFP rank 0 plays the
+dealer and so knows every mask: for tests and benchmarks only.
+"""
+
+from __future__ import annotations
+
+import crypten
+import crypten.communicator as comm
+import torch
+from crypten.common import rng
+from crypten.mpc import provider as crypten_provider
+from crypten.mpc.primitives import ArithmeticSharedTensor
+from crypten.mpc.provider.provider import TupleProvider
+from crypten.mpc.provider.tfp_provider import TrustedFirstParty
+from crypten.mpc.provider.ttp_provider import TrustedThirdParty, TTPClient, TTPServer
+
+from .errors import RandomnessError
+
+
+def one_sided_products(
+    size: torch.Size, terms: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Masks for sum_j u_j v_j, u known to party 0 and v to party 1.
+
+    Args:
+        size: shape of each element-wise product.
+        terms: number of products that are summed.
+
+    Returns:
+        (mask, product): at party 0 A and C_0, at party 1 B and C_1; int64 of shapes
+        (terms, *size) and size.
+
+    Cost: 1 correction of 8 bytes for each element of size; no online communication.
+    """
+    return _provider().one_sided_products(torch.Size(size), terms)
+
+
+def powers(size: torch.Size, degree: int) -> torch.Tensor:
+    """This party's shares of r, r^2, ..., r^degree.
+
+    Returns:
+        int64 of shape (degree, *size).
+
+    Cost: degree - 1 corrections for each element of size.
+    """
+    return _provider().powers(torch.Size(size), degree)
+
+
+def rescaling(size: torch.Size, shift: int) -> torch.Tensor:
+    """This party's shares of r and of minus r shifted right, both ways.
+
+    Returns:
+        int64 of shape (3, *size): [r], [-(r >> shift) logical], [... arithmetic].
+
+    Cost: 2 corrections for each element of size.
+    """
+    return _provider().rescaling(torch.Size(size), shift)
+
+
+def logical_shift(value: torch.Tensor, bits: int) -> torch.Tensor:
+    """Shift right and fill with zeros, 0 <= bits < 64 (torch's >> keeps the sign)."""
+    return (value >> bits) & (2 ** (64 - bits) - 1) if bits else value.clone()
+
+
+def _provider() -> TupleProvider:
+    provider = crypten.mpc.get_default_provider()
+    if not hasattr(provider, "one_sided_products"):
+        raise RandomnessError(
+            f"provider {crypten.cfg.mpc.provider!r} prepares no randomness for these "
+            "protocols; set crypten.cfg.mpc.provider to 'TTP' (a dealer) or 'TFP' (tests)"
+        )
+    return provider
+
+
+def _power_stack(r: torch.Tensor, degree: int) -> torch.Tensor:
+    stack = [r]
+    for _ in range(degree - 1):
+        stack.append(stack[-1] * r)
+    return torch.stack(stack)
+
+
+def _rescaling_stack(r: torch.Tensor, shift: int) -> torch.Tensor:
+    return torch.stack([r, -logical_shift(r, shift), -(r >> shift)])
+
+
+# Rank 0 plays the dealer: it can undo the sharing of zero, so it knows party 1's part.
+
+
+def _tfp_products(
+    self: TrustedFirstParty, size: torch.Size, terms: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    zero = ArithmeticSharedTensor.PRZS((terms, *size)).share
+    if comm.get().get_rank() == 0:
+        mask = rng.generate_random_ring_element((terms, *size))
+        product = (mask * -zero).sum(0)
+    else:
+        mask, product = zero, torch.zeros(size, dtype=torch.long)
+    return mask, ArithmeticSharedTensor(product, precision=0, src=0).share
+
+
+def _tfp_powers(self: TrustedFirstParty, size: torch.Size, degree: int) -> torch.Tensor:
+    r = rng.generate_random_ring_element(size)
+    return ArithmeticSharedTensor(_power_stack(r, degree), precision=0, src=0).share
+
+
+def _tfp_rescaling(
+    self: TrustedFirstParty, size: torch.Size, shift: int
+) -> torch.Tensor:
+    r = rng.generate_random_ring_element(size)
+    return ArithmeticSharedTensor(_rescaling_stack(r, shift), precision=0, src=0).share
+
+
+# Parties expand their own seeds; rank 0 asks the dealer for the corrections.
+
+
+def _ttp_products(
+    self: TrustedThirdParty, size: torch.Size, terms: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    client = TTPClient.get()
+    generator = client.get_generator()
+    mask = rng.generate_random_ring_element((terms, *size), generator=generator)
+    if comm.get().get_rank() == 0:
+        product = client.ttp_request("one_sided_products", None, tuple(size), terms)
+    else:
+        product = rng.generate_random_ring_element(size, generator=generator)
+    return mask, product
+
+
+def _ttp_corrected(
+    function: str, size: torch.Size, parameter: int, corrections: int
+) -> torch.Tensor:
+    client = TTPClient.get()
+    generator = client.get_generator()
+    first = rng.generate_random_ring_element((1, *size), generator=generator)
+    if corrections == 0:
+        return first
+    if comm.get().get_rank() == 0:
+        rest = client.ttp_request(function, None, tuple(size), parameter)
+    else:
+        rest = rng.generate_random_ring_element(
+            (corrections, *size), generator=generator
+        )
+    return torch.cat([first, rest])
+
+
+def _ttp_powers(self: TrustedThirdParty, size: torch.Size, degree: int) -> torch.Tensor:
+    return _ttp_corrected("powers", size, degree, degree - 1)
+
+
+def _ttp_rescaling(
+    self: TrustedThirdParty, size: torch.Size, shift: int
+) -> torch.Tensor:
+    return _ttp_corrected("rescaling", size, shift, 2)
+
+
+class Dealer(TTPServer):
+    """CrypTen's trusted third party, extended by the three correlations."""
+
+    def one_sided_products(self, size: tuple[int, ...], terms: int) -> torch.Tensor:
+        a, b = (
+            rng.generate_random_ring_element((terms, *size), generator=g)
+            for g in self._get_generators(device="cpu")
+        )
+        return (a * b).sum(0) - self._others(size)
+
+    def powers(self, size: tuple[int, ...], degree: int) -> torch.Tensor:
+        stack = _power_stack(self._get_additive_PRSS((1, *size))[0], degree)[1:]
+        return stack - self._others(stack.size())
+
+    def rescaling(self, size: tuple[int, ...], shift: int) -> torch.Tensor:
+        stack = _rescaling_stack(self._get_additive_PRSS((1, *size))[0], shift)[1:]
+        return stack - self._others(stack.size())
+
+    def _others(self, size: torch.Size | tuple[int, ...]) -> torch.Tensor:
+        """The sum of the shares that every party but rank 0 expands from its seed."""
+        generators = self._get_generators(device="cpu")[1:]
+        total = torch.zeros(size, dtype=torch.long)
+        for generator in generators:
+            total += rng.generate_random_ring_element(size, generator=generator)
+        return total
+
+
+def _register() -> None:
+    for kind, functions in {
+        TrustedFirstParty: (_tfp_products, _tfp_powers, _tfp_rescaling),
+        TrustedThirdParty: (_ttp_products, _ttp_powers, _ttp_rescaling),
+    }.items():
+        names = ("one_sided_products", "powers", "rescaling")
+        for name, function in zip(names, functions, strict=True):
+            setattr(kind, name, function)
+            if name not in TupleProvider.TRACEABLE_FUNCTIONS:
+                TupleProvider.TRACEABLE_FUNCTIONS.append(name)
+    crypten_provider.TTPServer = Dealer
+
+
+_register()

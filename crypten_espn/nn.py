@@ -1,0 +1,95 @@
+"""The activation as a crypten.nn module, its ONNX name, and `polyval` on MPCTensor."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from crypten import gradients
+from crypten.mpc import MPCTensor
+from crypten.nn import Module, onnx_converter
+
+from .errors import ConversionError, ProtocolError
+from .polynomial import Polynomial
+from .protocols import PROTOCOLS, TRUNCATIONS, polyval, settings
+
+ONNX_OP = "PolynomialActivation"
+
+
+class PolynomialActivation(Module):
+    """Element-wise public polynomial of a shared tensor; twin of the torch module.
+
+    Args:
+        polynomial: public, the same for every party.
+        protocol: as in `protocols.settings`; what `crypten.cfg.espn` says when None.
+        truncation: likewise.
+    """
+
+    def __init__(
+        self,
+        polynomial: Polynomial,
+        *,
+        protocol: str | None = None,
+        truncation: str | None = None,
+    ) -> None:
+        super().__init__()
+        if protocol is not None and protocol not in PROTOCOLS:
+            raise ProtocolError(
+                f"protocol {protocol!r}: choose one of {', '.join(PROTOCOLS)}"
+            )
+        if truncation is not None and truncation not in TRUNCATIONS:
+            raise ProtocolError(
+                f"truncation {truncation!r}: choose one of {', '.join(TRUNCATIONS)}"
+            )
+        self.polynomial = polynomial
+        self.protocol = protocol
+        self.truncation = truncation
+
+    def forward(self, x: Any) -> Any:
+        """p(x): encrypted for an MPCTensor (see `polyval`), plain for a tensor."""
+        if torch.is_tensor(x):
+            return self.polynomial(x)
+        with settings(protocol=self.protocol, truncation=self.truncation):
+            return x.polyval(self.polynomial)
+
+    @staticmethod
+    def from_onnx(attributes: dict[str, Any] | None = None) -> PolynomialActivation:
+        """Build from the attributes of a PolynomialActivation node.
+
+        Raises:
+            ConversionError: an attribute is missing.
+            PolynomialError: the attributes are no polynomial.
+        """
+        given = attributes or {}
+        try:
+            polynomial = Polynomial(
+                tuple(int(c) for c in given["numerators"]),
+                int(given["frac_bits"]),
+                tuple(float(v) for v in given["interval"]),  # type: ignore[arg-type]
+                int(given.get("requested_degree", -1)),
+            )
+        except KeyError as missing:
+            raise ConversionError(
+                f"a {ONNX_OP} node lacks the attribute {missing}; it needs numerators, "
+                "frac_bits and interval. Export the network again"
+            ) from None
+        return PolynomialActivation(polynomial)
+
+
+@gradients.register_function("polyval")
+class AutogradPolyval(gradients.AutogradFunction):
+    """Gradient of `polyval`: the derivative is a polynomial, so it costs the same."""
+
+    @staticmethod
+    def forward(ctx: Any, input: MPCTensor, polynomial: Polynomial) -> MPCTensor:
+        ctx.save_multiple_for_backward((input, polynomial))
+        return input.polyval(polynomial)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: MPCTensor) -> MPCTensor:
+        input, polynomial = ctx.saved_tensors
+        return grad_output.mul(input.polyval(polynomial.derivative()))
+
+
+MPCTensor.polyval = polyval
+onnx_converter.ONNX_TO_CRYPTEN[ONNX_OP] = PolynomialActivation

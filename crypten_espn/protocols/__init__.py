@@ -1,0 +1,201 @@
+"""The protocol table, its settings, and `polyval`, which runs one of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import crypten
+import crypten.communicator as comm
+import torch
+from crypten.mpc import MPCTensor
+from crypten.mpc.primitives import ArithmeticSharedTensor
+from omegaconf import OmegaConf
+
+from ..cost import Cost
+from ..errors import ProtocolError, RangeError, WorldSizeError
+from ..polynomial import Polynomial, RingForm
+from . import beaver, espn, opened_mask, truncation
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """One way to evaluate a polynomial on shares, with its declared cost."""
+
+    name: str
+    evaluate: Callable[[torch.Tensor, torch.Tensor, RingForm], torch.Tensor]
+    cost: Callable[[RingForm, int], Cost]
+    accepts: Callable[[int], bool]
+    world_sizes: str
+
+
+PROTOCOLS: dict[str, Protocol] = {
+    module.__name__.rsplit(".", 1)[-1]: Protocol(
+        module.__name__.rsplit(".", 1)[-1],
+        module.evaluate,
+        module.cost,
+        module.accepts,
+        module.WORLD_SIZES,
+    )
+    for module in (espn, opened_mask, beaver)
+}
+TRUNCATIONS = ("local", "exact")
+# local truncation fails with this probability, 2**-29, per element of magnitude 1.
+FAILURE_BITS = 29
+
+crypten.cfg.config = OmegaConf.merge(
+    crypten.cfg.config,
+    {"espn": {"protocol": "espn", "truncation": "local", "failure_bits": FAILURE_BITS}},
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How activations are evaluated: see `settings`."""
+
+    protocol: Protocol
+    truncation: str
+    failure_bits: int
+
+    def form(self, polynomial: Polynomial, frac_bits: int, world_size: int) -> RingForm:
+        """The integers for one input scale; F follows from the truncation."""
+        if self.exact(world_size):
+            return polynomial.ring_form(
+                frac_bits=frac_bits, out_bits=polynomial.widest_out_bits(frac_bits)
+            )
+        return polynomial.ring_form(
+            frac_bits=frac_bits, out_bits=64 - self.failure_bits
+        )
+
+    def exact(self, world_size: int) -> bool:
+        """Local truncation is for two parties; more always truncate exactly."""
+        return self.truncation == "exact" or world_size > 2
+
+    def cost(
+        self,
+        polynomial: Polynomial,
+        elements: int,
+        *,
+        frac_bits: int = 16,
+        world_size: int = 2,
+    ) -> Cost:
+        """Declared cost per party of one activation layer of `elements` values."""
+        if world_size == 1:
+            return Cost()
+        form = self.form(polynomial, frac_bits, world_size)
+        total = self.protocol.cost(form, elements)
+        if self.exact(world_size):
+            total += truncation.exact_cost(form.out_bits - frac_bits, elements)
+        if world_size > 2:
+            total += truncation.exact_cost(form.shift, elements)
+        return total
+
+
+def current_settings() -> Settings:
+    """The protocol, truncation and failure target in `crypten.cfg.espn`, checked.
+
+    Raises:
+        ProtocolError: an unknown protocol or truncation, or a failure target outside
+            1 to 48 bits.
+    """
+    chosen = crypten.cfg.espn
+    if chosen.protocol not in PROTOCOLS:
+        raise ProtocolError(
+            f"protocol {chosen.protocol!r}: choose one of {', '.join(PROTOCOLS)}"
+        )
+    if chosen.truncation not in TRUNCATIONS:
+        raise ProtocolError(
+            f"truncation {chosen.truncation!r}: choose one of {', '.join(TRUNCATIONS)}"
+        )
+    if not 1 <= chosen.failure_bits <= 48:
+        raise ProtocolError(
+            f"failure_bits {chosen.failure_bits!r}: local truncation fails with "
+            "probability 2**-failure_bits; choose 1 to 48"
+        )
+    return Settings(
+        PROTOCOLS[chosen.protocol], chosen.truncation, int(chosen.failure_bits)
+    )
+
+
+@contextmanager
+def settings(
+    *,
+    protocol: str | None = None,
+    truncation: str | None = None,
+    failure_bits: int | None = None,
+) -> Iterator[Settings]:
+    """Choose how activations are evaluated inside a `with` block.
+
+    The same can be set for good in `crypten.cfg.espn`. All parties must agree.
+
+    Args:
+        protocol: "espn" (two parties, fewest offline elements), "opened_mask" (any
+            number, fewest bytes) or "beaver" (CrypTen's tree, a baseline).
+        truncation: "local" (no extra round, fails with probability 2**-failure_bits per
+            element of magnitude 1) or "exact" (one more round, the output never fails).
+        failure_bits: larger is safer and coarser; 29 unless set.
+
+    Raises:
+        ProtocolError: an unknown name or a failure target out of range.
+    """
+    chosen = {
+        "espn.protocol": protocol,
+        "espn.truncation": truncation,
+        "espn.failure_bits": failure_bits,
+    }
+    with crypten.cfg.temp_override(
+        {key: value for key, value in chosen.items() if value is not None}
+    ):
+        yield current_settings()
+
+
+def polyval(x: MPCTensor, polynomial: Polynomial) -> MPCTensor:
+    """[p(x)] of a shared tensor, by the protocol and truncation in `crypten.cfg.espn`.
+
+    1. Truncate the shares of x to the powers' scale.
+    2. Evaluate the polynomial in the ring, one round (log2 n for beaver).
+    3. Truncate the result back to the scale of x; one more round if exact.
+
+    Args:
+        x: arithmetic sharing, any shape, at its encoder's scale 2**f.
+        polynomial: public.
+
+    Returns:
+        MPCTensor of the same shape and scale.
+
+    Cost: `current_settings().cost(polynomial, elements)`.
+
+    Error: at most the ring form's `error_bound` plus one unit of 2**-f for x in the
+    interval. The input's local truncation fails with probability |x| 2**(f - 64); local
+    truncation of the output as `truncation.failure_probability` says, exact never.
+
+    Raises:
+        ProtocolError, WorldSizeError: before anything is sent.
+        HeadroomError: the polynomial does not fit the ring at this scale.
+    """
+    if not isinstance(x, MPCTensor) or x.ptype != crypten.mpc.arithmetic:
+        raise RangeError(
+            f"polyval needs an arithmetically shared MPCTensor, not {type(x).__name__}; "
+            "share the input with crypten.cryptensor(x, src=rank) first"
+        )
+    chosen = current_settings()
+    world_size = comm.get().get_world_size()
+    if not chosen.protocol.accepts(world_size):
+        raise WorldSizeError(
+            f"protocol {chosen.protocol.name!r} was started with {world_size} parties "
+            f"and runs with {chosen.protocol.world_sizes}; start two, or choose "
+            "protocol='opened_mask'"
+        )
+    frac_bits = x.encoder._precision_bits
+    form = chosen.form(polynomial, frac_bits, world_size)
+    share = x.share
+    # Shares of more than two parties pass the ring's end several times.
+    reduce = truncation.exact if world_size > 2 else truncation.local
+    result = chosen.protocol.evaluate(share, reduce(share, form.shift), form)
+    shrink = truncation.exact if chosen.exact(world_size) else truncation.local
+    result = shrink(result, form.out_bits - frac_bits)
+    output = MPCTensor([])
+    output._tensor = ArithmeticSharedTensor.from_shares(result, precision=frac_bits)
+    output.ptype = x.ptype
+    return output

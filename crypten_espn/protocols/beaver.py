@@ -1,0 +1,81 @@
+"""CrypTen's own way: a tree of Beaver products, about log2(degree) rounds. A baseline.
+
+Source: Beaver, CRYPTO 1991; the tree is that of CrypTen's `polynomial`, with the powers
+kept in the ring between products, so that nothing is truncated on the way.
+"""
+
+from __future__ import annotations
+
+import crypten.communicator as comm
+import torch
+from crypten.mpc.primitives import ArithmeticSharedTensor, beaver
+
+from ..cost import RING_BYTES, Cost
+from ..polynomial import RingForm, as_int64
+
+WORLD_SIZES = "any"
+
+
+def accepts(world_size: int) -> bool:
+    """Whether the protocol runs with this many parties."""
+    return world_size >= 1
+
+
+def evaluate(x: torch.Tensor, p: torch.Tensor, form: RingForm) -> torch.Tensor:
+    """Share of c_0 + c_1 X + sum_{k>=2} c_k P^k modulo 2^64.
+
+    1. [P^2] by one Beaver square.
+    2. While powers are missing, multiply those known so far by the highest known.
+    3. Combine the powers with the public coefficients; party 0 adds c_0.
+
+    Args:
+        x: int64 share of X at scale 2**form.frac_bits, any shape.
+        p: int64 share of P at scale 2**form.power_bits, same shape.
+        form: the polynomial's integers.
+
+    Returns:
+        int64 share of the result at scale 2**form.out_bits, same shape.
+
+    Cost: ceil(log2 n) rounds; 8 bytes per element and party for the square and for each
+    missing power, and 8 more for each further round; offline as many corrections as
+    powers.
+
+    Error: exact modulo 2^64.
+    """
+    n = form.degree
+    result = x * as_int64(form.coeffs[1]) if n >= 1 else torch.zeros_like(x)
+    if comm.get().get_rank() == 0:
+        result += as_int64(form.coeffs[0])
+    if n < 2:
+        return result
+
+    base = ArithmeticSharedTensor.from_shares(p, precision=0)
+    known = torch.stack([p, beaver.square(base).share])
+    for missing in _batches(n):
+        factors = ArithmeticSharedTensor.from_shares(known[:missing], precision=0)
+        highest = ArithmeticSharedTensor.from_shares(known[-1:], precision=0)
+        known = torch.cat([known, beaver.mul(factors, highest).share])
+    for k in range(2, n + 1):
+        result += known[k - 1] * as_int64(form.coeffs[k])
+    return result
+
+
+def _batches(degree: int) -> list[int]:
+    """How many powers each round after the square adds."""
+    batches, known = [], 2
+    while known < degree:
+        batches.append(min(known, degree - known))
+        known += batches[-1]
+    return batches
+
+
+def cost(form: RingForm, elements: int) -> Cost:
+    """Declared cost of `evaluate` for one party."""
+    if form.degree < 2:
+        return Cost()
+    batches = _batches(form.degree)
+    opened = 1 + sum(batch + 1 for batch in batches)
+    corrections = 1 + sum(batches)
+    return Cost(
+        1 + len(batches), RING_BYTES * opened * elements, corrections * elements
+    )

@@ -1,0 +1,78 @@
+"""Polynomial of a shared value from one opened element and shared powers of its mask.
+
+Source: Lu, Yurek, Kulshreshtha, Govind, Mahadev, Kate, Miller, HoneyBadgerMPC, CCS 2019.
+"""
+
+from __future__ import annotations
+
+import math
+
+import crypten.communicator as comm
+import torch
+
+from ..correlated import powers
+from ..cost import RING_BYTES, Cost
+from ..polynomial import RingForm, as_int64
+
+WORLD_SIZES = "any"
+
+
+def accepts(world_size: int) -> bool:
+    """Whether the protocol runs with this many parties."""
+    return world_size >= 1
+
+
+def evaluate(x: torch.Tensor, p: torch.Tensor, form: RingForm) -> torch.Tensor:
+    """Share of c_0 + c_1 X + sum_{k>=2} c_k P^k modulo 2^64.
+
+    1. Obtain [r], [r^2], ..., [r^n] for r uniform in the ring.
+    2. Open epsilon = [P] - [r].
+    3. P^k = (epsilon + r)^k, so the sum is sum_j T_j(epsilon) [r^j] with public
+       T_j(epsilon) = sum_{k >= max(j, 2)} c_k C(k,j) epsilon^(k-j); T_0 goes to party 0.
+    4. Add c_1 [X]; party 0 adds c_0.
+
+    Args:
+        x: int64 share of X at scale 2**form.frac_bits, any shape.
+        p: int64 share of P at scale 2**form.power_bits, same shape.
+        form: the polynomial's integers.
+
+    Returns:
+        int64 share of the result at scale 2**form.out_bits, same shape.
+
+    Cost: 1 round and 8 bytes per element and party for n >= 2, else nothing; offline
+    n - 1 corrections per element.
+
+    Error: exact modulo 2^64.
+    """
+    rank = comm.get().get_rank()
+    n = form.degree
+    result = x * as_int64(form.coeffs[1]) if n >= 1 else torch.zeros_like(x)
+    if rank == 0:
+        result += as_int64(form.coeffs[0])
+    if n < 2:
+        return result
+
+    mask_powers = powers(x.size(), n).to(x.device)
+    epsilon = comm.get().all_reduce(p - mask_powers[0])
+    if rank == 0:
+        result += _multiplier(epsilon, form.coeffs, 0)
+    for j in range(1, n + 1):
+        result += _multiplier(epsilon, form.coeffs, j) * mask_powers[j - 1]
+    return result
+
+
+def _multiplier(epsilon: torch.Tensor, coeffs: tuple[int, ...], j: int) -> torch.Tensor:
+    """T_j(epsilon), by Horner's rule."""
+    t = torch.zeros_like(epsilon)
+    for k in range(len(coeffs) - 1, max(j, 2) - 1, -1):
+        t = t * epsilon + as_int64(coeffs[k] * math.comb(k, j))
+    for _ in range(max(j, 2) - j):
+        t = t * epsilon
+    return t
+
+
+def cost(form: RingForm, elements: int) -> Cost:
+    """Declared cost of `evaluate` for one party."""
+    if form.degree < 2:
+        return Cost()
+    return Cost(1, RING_BYTES * elements, (form.degree - 1) * elements)
