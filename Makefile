@@ -1,0 +1,61 @@
+# `make demo` and `make test` each do everything on a fresh machine: Python 3.10+.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+# CrypTen depends on the retired package name "sklearn", which refuses to build
+# without this.
+export SKLEARN_ALLOW_DEPRECATED_SKLEARN_PACKAGE_INSTALL := True
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help install venv demo test lint bench bench-full clean
+
+help:
+	@echo "make demo        two parties classify 256 real images; writes out/"
+	@echo "make test        ruff, mypy and pytest"
+	@echo "make bench       the short benchmarks"
+	@echo "make bench-full  every benchmark (hours)"
+	@echo "make install     only the virtual environment, in $(VENV)"
+	@echo "make clean       remove what make created"
+
+install venv: $(STAMP)
+
+$(STAMP): requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "Python 3.10 or newer is needed: make PYTHON=/path/to/python3"; exit 1; }
+	@echo "[1/3] virtual environment in $(VENV)"
+	@$(PYTHON) -m venv $(VENV) || \
+	  { echo "python3 -m venv failed: install your system's python3-venv package"; \
+	    exit 1; }
+	@echo "[2/3] installing the pinned requirements (about a minute)"
+	@$(BIN)/python -m pip install --quiet -r requirements.txt
+	@echo "[3/3] installed"
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/python -m crypten_espn.cli demo
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest
+
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks.randomness --json out/randomness.json
+	$(BIN)/python -m benchmarks.activations --points 32768 \
+	  --protocols espn opened_mask crypten-relu --networks loopback wan \
+	  --json out/activations.json
+
+bench-full: bench
+	$(BIN)/python -m benchmarks.inference --json out/inference.json
+	$(BIN)/python -m benchmarks.accuracy --json out/accuracy.json
+
+clean:
+	rm -rf $(VENV) out build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache \
+	  .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""Private inference with polynomial activations, on CrypTen."""
