@@ -1,0 +1,537 @@
+"""What every benchmark shares: rows, their spread, the file they go to, the plots.
+
+A benchmark adds a Row as soon as it is measured; the file is rewritten at once and in
+one step, so an interrupted run keeps its finished rows. Cells that were not run are
+listed beside them, with the reason.
+
+    python -m benchmarks.harness --compare OLD.json NEW.json    # rounds and bytes
+    python -m benchmarks.harness --table FILE.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import datetime
+import io
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class ResultsError(RuntimeError):
+    """A results file cannot be read, or holds something else."""
+
+
+# ------------------------------------------------------------------------- spread
+
+
+@dataclasses.dataclass(frozen=True)
+class Spread:
+    """Seconds over repetitions: median, extremes, 95 % interval of the median.
+
+    The interval lies between two order statistics and assumes nothing about the
+    distribution. Fewer than six repetitions cannot give 95 %; it is then the whole
+    range.
+    """
+
+    median: float
+    min: float
+    max: float
+    ci95: tuple[float, float]
+    repeats: int
+
+    @classmethod
+    def of(cls, samples: Iterable[float]) -> Spread:
+        """The spread of at least one sample."""
+        ordered = sorted(samples)
+        count = len(ordered)
+        if count == 0:
+            raise ValueError("a spread needs at least one sample")
+        rank, tail = 0, 0.0  # P(fewer than `rank` + 1 of `count` lie below the median)
+        while rank < count:
+            tail += math.comb(count, rank) / 2**count
+            if tail > 0.025:
+                break
+            rank += 1
+        low = max(0, rank - 1)
+        return cls(
+            statistics.median(ordered),
+            ordered[0],
+            ordered[-1],
+            (ordered[low], ordered[count - 1 - low]),
+            count,
+        )
+
+    def __str__(self) -> str:
+        return f"{self.median:.4g} [{self.min:.4g}, {self.max:.4g}]"
+
+
+# --------------------------------------------------------------------------- rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One measured cell. `rounds` and `bytes_sent` are of the online phase.
+
+    Args:
+        model: the network, or what stands in for one ("activation[32768]").
+        activation: the protocol's name.
+        engine: "masked", or CrypTen and its channel: "crypten+gloo", "crypten+direct".
+        network: the path's label.
+        rtt_ms, mbit: its round trip and rate each way (None: unlimited).
+        batch, threads: images at once; threads per party.
+        rounds: sequential messages online.
+        bytes_sent: online, by rank 0 and by rank 1.
+        online_s, offline_s, total_s: seconds; the slower party counts.
+        offline_bytes: bytes the offline phase sends, all parties and the dealer.
+        max_abs_error: largest difference from the network in the clear.
+        argmax_agreement: share of images with the same answer; None without classes.
+    """
+
+    model: str
+    activation: str
+    engine: str
+    network: str
+    rtt_ms: float
+    mbit: float | None
+    batch: int
+    threads: int
+    rounds: int
+    bytes_sent: tuple[int, int]
+    online_s: Spread
+    offline_s: Spread
+    total_s: Spread
+    offline_bytes: int
+    max_abs_error: float
+    argmax_agreement: float | None
+
+    @property
+    def key(self) -> tuple[str, str, str, str, int]:
+        """What identifies the cell from one run to the next."""
+        return (self.model, self.activation, self.engine, self.network, self.batch)
+
+    @property
+    def system(self) -> str:
+        """Protocol and channel in one word, for tables and legends."""
+        channel = self.engine.partition("+")[2]
+        return f"{self.activation} ({channel})" if channel else self.activation
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Row:
+        """The inverse of `dataclasses.asdict`, as read from JSON."""
+        try:
+            fields = {field.name: values[field.name] for field in FIELDS}
+            for name in ("online_s", "offline_s", "total_s"):
+                spread = dict(fields[name])
+                low, high = spread.pop("ci95")
+                fields[name] = Spread(ci95=(low, high), **spread)
+            first, second = fields["bytes_sent"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise ResultsError(f"not a row of a benchmark: {error}") from error
+        fields["bytes_sent"] = (first, second)
+        return cls(**fields)
+
+
+FIELDS = dataclasses.fields(Row)
+
+
+@dataclasses.dataclass(frozen=True)
+class Skipped:
+    """A cell that was asked for and not run, and why."""
+
+    model: str
+    activation: str
+    engine: str
+    network: str
+    reason: str
+
+
+# ---------------------------------------------------------------- machine and file
+
+
+def _output(command: Sequence[str]) -> str:
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    except OSError:
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def _processor() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        text = ""
+    for line in text.splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() in ("model name", "Model"):
+            return value.strip()
+    return platform.processor() or platform.machine()
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores, versions and commit: what the seconds depend on."""
+    commit = _output(["git", "rev-parse", "--short", "HEAD"]) or "unknown"
+    if _output(["git", "status", "--porcelain", "--untracked-files=no"]):
+        commit += " (modified)"
+    versions = {}
+    for name in ("torch", "crypten", "numpy", "numba", "crypten-espn"):
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    return {
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "kernel": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        **versions,
+        "commit": commit,
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "load": round(os.getloadavg()[0], 2),
+    }
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace `path` by a file with that text; a reader sees the old or the new."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(
+        "w", dir=path.parent, prefix=f".{path.name}.", delete=False
+    ) as handle:
+        handle.write(text)
+    try:
+        os.chmod(handle.name, 0o644)
+        os.replace(handle.name, path)
+    except OSError:
+        os.unlink(handle.name)
+        raise
+
+
+class Results:
+    """The rows of a run and the JSON file that holds them.
+
+    Args:
+        path: the file, written after each row; None keeps the rows in memory.
+    """
+
+    def __init__(self, path: str | Path | None = None) -> None:
+        self.path = None if path is None else Path(path)
+        self.machine = machine()
+        self.rows: list[Row] = []
+        self.skipped: list[Skipped] = []
+
+    def add(self, row: Row) -> None:
+        """Keep a finished row, print it, and write the file."""
+        self.rows.append(row)
+        print(_progress(row), flush=True)
+        self.write()
+
+    def skip(self, cell: Skipped) -> None:
+        """Keep a cell that was not run, print why, and write the file."""
+        self.skipped.append(cell)
+        name = f"{cell.model} {cell.activation} {cell.engine} {cell.network}"
+        print(f"skipped {name}: {cell.reason}", flush=True)
+        self.write()
+
+    def write(self) -> None:
+        """Write the file now."""
+        if self.path is None:
+            return
+        content = {
+            "machine": self.machine,
+            "rows": [dataclasses.asdict(row) for row in self.rows],
+            "skipped": [dataclasses.asdict(cell) for cell in self.skipped],
+        }
+        write_atomically(self.path, json.dumps(content, indent=1) + "\n")
+
+    @classmethod
+    def read(cls, path: str | Path) -> Results:
+        """The results in a file.
+
+        Raises: ResultsError, naming the file and what is wrong with it.
+        """
+        try:
+            content = json.loads(Path(path).read_text())
+            results = cls.__new__(cls)
+            results.path = Path(path)
+            results.machine = content["machine"]
+            results.rows = [Row.from_dict(values) for values in content["rows"]]
+            skipped = content.get("skipped", [])
+            results.skipped = [Skipped(**values) for values in skipped]
+        except (OSError, KeyError, TypeError, ValueError, ResultsError) as error:
+            raise ResultsError(
+                f"{path}: not a results file ({error}); give a file that a benchmark "
+                "wrote with --json"
+            ) from error
+        return results
+
+
+def _progress(row: Row) -> str:
+    return (
+        f"{row.model} {row.system} {row.network}: online {row.online_s} s, "
+        f"{row.rounds} rounds, {sum(row.bytes_sent) / 1e6:.3g} MB"
+    )
+
+
+# ------------------------------------------------------------------ tables and CSV
+
+COLUMNS = (
+    "network",
+    "model",
+    "system",
+    "batch",
+    "rounds",
+    "sent MB",
+    "online s",
+    "95 %",
+    "offline s",
+    "total s",
+    "offline MB",
+    "error",
+    "agree",
+)
+
+
+def cells(row: Row) -> tuple[str, ...]:
+    """A row as text, one piece per entry of COLUMNS."""
+    low, high = row.online_s.ci95
+    agree = row.argmax_agreement
+    return (
+        row.network,
+        row.model,
+        row.system,
+        str(row.batch),
+        str(row.rounds),
+        f"{sum(row.bytes_sent) / 1e6:.3f}",
+        f"{row.online_s.median:.4f}",
+        f"{low:.4f} to {high:.4f}",
+        f"{row.offline_s.median:.4f}",
+        f"{row.total_s.median:.4f}",
+        f"{row.offline_bytes / 1e6:.3f}",
+        f"{row.max_abs_error:.2g}",
+        "" if agree is None else f"{agree:.3f}",
+    )
+
+
+def table(results: Results) -> str:
+    """Machine line, one line per row, one per skipped cell."""
+    lines = [machine_line(results.machine)]
+    body = [COLUMNS, *map(cells, results.rows)]
+    widths = [max(map(len, column)) for column in zip(*body, strict=True)]
+    for line in body:
+        pieces = [
+            text.ljust(width) if index < 3 else text.rjust(width)
+            for index, (text, width) in enumerate(zip(line, widths, strict=True))
+        ]
+        lines.append("  ".join(pieces).rstrip())
+    for cell in results.skipped:
+        name = f"{cell.network}  {cell.model}  {cell.activation}  {cell.engine}"
+        lines.append(f"skipped: {name}: {cell.reason}")
+    return "\n".join(lines)
+
+
+def machine_line(header: Mapping[str, Any]) -> str:
+    """The machine header in one line."""
+    return (
+        f"{header['processor']}, {header['cores']} cores, torch {header['torch']}, "
+        f"commit {header['commit']}, {header['date']}"
+    )
+
+
+def to_csv(rows: Iterable[Row]) -> str:
+    """Rows as CSV text: the fields of Row, spreads as four columns each."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    header: list[str] = []
+    for field in FIELDS:
+        if field.name.endswith("_s") and field.name != "model":
+            stem = field.name
+            header += [
+                stem,
+                f"{stem}_min",
+                f"{stem}_max",
+                f"{stem}_low",
+                f"{stem}_high",
+            ]
+        elif field.name == "bytes_sent":
+            header += ["bytes_sent_0", "bytes_sent_1"]
+        else:
+            header.append(field.name)
+    writer.writerow(header)
+    for row in rows:
+        line: list[object] = []
+        for field in FIELDS:
+            value = getattr(row, field.name)
+            if isinstance(value, Spread):
+                figures = (value.median, value.min, value.max, *value.ci95)
+                line += [f"{figure:.6g}" for figure in figures]
+            elif isinstance(value, tuple):
+                line += value
+            else:
+                line.append("" if value is None else value)
+        writer.writerow(line)
+    return out.getvalue()
+
+
+# ---------------------------------------------------------------------- comparison
+
+
+def compare(old: Results, new: Results) -> tuple[list[str], list[str]]:
+    """What changed on the wire between two runs, and which cells are in one only.
+
+    Args:
+        old, new: results; rows are matched by model, protocol, engine, network, batch.
+    Returns: (changes in rounds or bytes, cells without a counterpart), one line each.
+    Raises: ResultsError when no cell is in both.
+    """
+    before = {row.key: row for row in old.rows}
+    after = {row.key: row for row in new.rows}
+    common = [key for key in before if key in after]
+    if not common:
+        raise ResultsError("the two files have no cell in common; nothing to compare")
+    changes = []
+    for key in common:
+        for name in ("rounds", "bytes_sent", "offline_bytes"):
+            was, now = getattr(before[key], name), getattr(after[key], name)
+            if was != now:
+                cell = " ".join(map(str, key))
+                changes.append(f"{cell}: {name} was {was}, is {now}")
+    lonely = [f"only in the old run: {k}" for k in before if k not in after]
+    lonely += [f"only in the new run: {k}" for k in after if k not in before]
+    return changes, lonely
+
+
+def report_comparison(old: str | Path, new: Results) -> int:
+    """Print the comparison with the file `old`; 1 if anything on the wire changed."""
+    changes, lonely = compare(Results.read(old), new)
+    for line in lonely:
+        print(line)
+    for line in changes:
+        print(f"CHANGED {line}")
+    if not changes:
+        print(f"rounds and bytes are those of {old}")
+    return int(bool(changes))
+
+
+# --------------------------------------------------------------------------- plots
+
+# Told apart in black and white by marker and line as well as by colour.
+STYLES: Sequence[tuple[str, str, Any]] = (
+    ("#0b559f", "o", "-"),
+    ("#c8500b", "s", "--"),
+    ("#1b7837", "^", "-."),
+    ("#6a3d9a", "D", ":"),
+    ("#444444", "v", (0, (5, 1))),
+    ("#b2182b", "P", (0, (3, 1, 1, 1))),
+    ("#0d8a8a", "X", (0, (1, 1))),
+    ("#8c510a", "*", (0, (6, 2, 1, 2))),
+)
+
+
+def new_figure(*, width: float = 6.0, height: float = 3.8) -> tuple[Any, Any]:
+    """A matplotlib figure and its axes, styled for print; needs no display."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    pyplot.rcParams.update({"svg.hashsalt": "crypten-espn", "font.size": 9})
+    figure, axes = pyplot.subplots(figsize=(width, height), layout="constrained")
+    axes.grid(True, color="#dddddd", linewidth=0.6)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    return figure, axes
+
+
+def plot_lines(
+    stem: Path,
+    series: Mapping[str, Sequence[tuple[float, Spread]]],
+    *,
+    title: str,
+    x_label: str,
+    y_label: str,
+    log_y: bool = False,
+) -> list[Path]:
+    """Medians with their 95 % intervals against x, one line per entry of `series`.
+
+    Returns: the PNG and SVG files written beside `stem`.
+    """
+    figure, axes = new_figure()
+    for index, (name, points) in enumerate(series.items()):
+        colour, marker, line = STYLES[index % len(STYLES)]
+        xs = [x for x, _ in points]
+        axes.plot(
+            xs,
+            [spread.median for _, spread in points],
+            label=name,
+            color=colour,
+            marker=marker,
+            linestyle=line,
+            markersize=4,
+        )
+        low, high = zip(*(spread.ci95 for _, spread in points), strict=True)
+        axes.fill_between(xs, low, high, color=colour, alpha=0.15, linewidth=0)
+    axes.set(title=title, xlabel=x_label, ylabel=y_label)
+    if log_y:
+        axes.set_yscale("log")
+    else:
+        axes.set_ylim(bottom=0)
+    axes.legend(frameon=False)
+    return save_figure(figure, stem)
+
+
+def save_figure(figure: Any, stem: Path) -> list[Path]:
+    """Write `stem`.png and `stem`.svg and close the figure; the files written."""
+    from matplotlib import pyplot
+
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    files = [stem.with_name(f"{stem.name}.{kind}") for kind in ("png", "svg")]
+    figure.savefig(files[0], dpi=200)
+    figure.savefig(files[1], metadata={"Date": None})
+    pyplot.close(figure)
+    return files
+
+
+# -------------------------------------------------------------------- command line
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; see the module's text for examples."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.harness",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--compare", nargs=2, metavar=("OLD", "NEW"))
+    parser.add_argument("--table", metavar="FILE")
+    options = parser.parse_args(arguments)
+    if not (options.compare or options.table):
+        parser.error("give --compare OLD NEW or --table FILE")
+    try:
+        if options.table:
+            print(table(Results.read(options.table)))
+        if options.compare:
+            old, new = options.compare
+            return report_comparison(old, Results.read(new))
+    except ResultsError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
