@@ -1,0 +1,297 @@
+"""From a torch module or an ONNX file to a CrypTen graph: `check` and `convert`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import crypten
+import crypten.communicator as comm
+import numpy as np
+import torch
+from crypten.nn import module as crypten_nn
+
+from .errors import ConversionError, ShapeError, WorldSizeError
+from .nn import PolynomialActivation, Scale
+from .onnx_graph import POLYNOMIAL_OP, NetworkGraph, Node, layer_name, read
+from .protocols import PROTOCOLS, current_settings, settings
+
+Source = torch.nn.Module | str | Path | bytes
+
+FIXABLE = "fixable"
+NOT_YET = "not yet supported"
+NEVER = "never"
+
+# What stops a conversion, or makes it slow, and what to do about it.
+_CURES: dict[str, tuple[str, str]] = {
+    "Relu": (FIXABLE, "replace_activations(model, {torch.nn.ReLU: polynomial})"),
+    "Clip": (FIXABLE, "replace_activations(model, {torch.nn.ReLU6: polynomial})"),
+    "Sigmoid": (FIXABLE, "replace_activations(model, {torch.nn.Sigmoid: polynomial})"),
+    "Tanh": (FIXABLE, "replace_activations(model, {torch.nn.Tanh: polynomial})"),
+    "HardSwish": (
+        FIXABLE,
+        "replace_activations(model, {torch.nn.Hardswish: polynomial})",
+    ),
+    "HardSigmoid": (
+        FIXABLE,
+        "replace_activations(model, {torch.nn.Hardsigmoid: polynomial})",
+    ),
+    "LeakyRelu": (
+        FIXABLE,
+        "replace_activations(model, {torch.nn.LeakyReLU: polynomial})",
+    ),
+    "Erf": (FIXABLE, "replace_activations(model, {torch.nn.GELU: polynomial})"),
+    "Elu": (FIXABLE, "replace_activations(model, {torch.nn.ELU: polynomial})"),
+    "MaxPool": (FIXABLE, "replace_pooling(model)"),
+    "Softmax": (FIXABLE, "drop the last softmax: the client applies it to the logits"),
+    "LogSoftmax": (
+        FIXABLE,
+        "drop the last log-softmax: the client applies it to the logits",
+    ),
+    "ArgMax": (FIXABLE, "return the logits: the client takes the argmax"),
+    "NonZero": (NEVER, "its output shape would reveal the data"),
+    "NonMaxSuppression": (NEVER, "its output shape would reveal the data"),
+    "If": (NEVER, "a branch taken on private data would reveal it"),
+    "Loop": (NEVER, "a loop that ends on private data would reveal it"),
+}
+# Operations that CrypTen evaluates with comparisons: correct, several rounds each.
+_BY_COMPARISON = {
+    "Relu": lambda node, graph: crypten_nn.ReLU(),
+    "MaxPool": lambda node, graph: _max_pool(node),
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One layer that needs attention.
+
+    Args:
+        layer: its module path or ONNX name.
+        operation: the ONNX operation.
+        verdict: "fixable", "not yet supported" or "never".
+        blocking: whether `convert` refuses the network because of it.
+        cure: what to do.
+    """
+
+    layer: str
+    operation: str
+    verdict: str
+    blocking: bool
+    cure: str
+
+    def __str__(self) -> str:
+        weight = "stops conversion" if self.blocking else "works, but slowly"
+        return f"{self.layer} ({self.operation}): {self.verdict}, {weight}; {self.cure}"
+
+
+@dataclass(frozen=True)
+class Report:
+    """All findings about a network at once, and what conversion would do to it."""
+
+    findings: tuple[Finding, ...]
+    changes: tuple[str, ...]
+    layers: dict[str, int]
+
+    @property
+    def ok(self) -> bool:
+        """Whether `convert` accepts the network."""
+        return not any(finding.blocking for finding in self.findings)
+
+    def __str__(self) -> str:
+        counts = ", ".join(f"{n} {op}" for op, n in sorted(self.layers.items()))
+        lines = [f"layers: {counts}", *self.changes]
+        lines += [str(finding) for finding in self.findings]
+        lines.append("can be converted" if self.ok else "cannot be converted as it is")
+        return "\n".join(lines)
+
+
+class PrivateNetwork(crypten_nn.Graph):
+    """A converted network: a crypten.nn.Graph that checks before it computes.
+
+    Attributes:
+        changes: what the conversion did, in words.
+        input_shape: shape of one input, without the batch.
+        protocol, truncation: what its activations use; None follows crypten.cfg.espn.
+    """
+
+    def __init__(
+        self,
+        graph: NetworkGraph,
+        *,
+        protocol: str | None,
+        truncation: str | None,
+    ) -> None:
+        super().__init__([graph.input], [graph.output])
+        self.changes = tuple(graph.changes)
+        self.input_shape = graph.shapes[graph.input][1:]
+        self.protocol = protocol
+        self.truncation = truncation
+        for name, array in graph.constants.items():
+            tensor = torch.from_numpy(np.array(array, dtype=np.float32))
+            self.add_module(name, crypten_nn.Parameter(tensor), [])
+        for node in graph.nodes:
+            module = _BUILDERS[node.op](node, graph)
+            if isinstance(module, PolynomialActivation):
+                module.protocol, module.truncation = protocol, truncation
+            self.add_module(node.output, module, list(node.inputs))
+        self.eval()
+
+    def forward(self, x: Any) -> Any:
+        """Logits for a batch, encrypted once `.encrypt(src=0)` was called.
+
+        Raises:
+            ShapeError: the input is not (batch, *input_shape).
+            WorldSizeError: the protocol does not run with this many parties.
+            Both before anything is sent.
+        """
+        shape = tuple(x.size())
+        if shape[1:] != self.input_shape or len(shape) != len(self.input_shape) + 1:
+            raise ShapeError(
+                f"the input has shape {shape}, the network takes "
+                f"(batch, {', '.join(map(str, self.input_shape))}); reshape or resize "
+                "the input, or convert again with an example of the right size"
+            )
+        with settings(protocol=self.protocol, truncation=self.truncation) as chosen:
+            world_size = comm.get().get_world_size() if comm.is_initialized() else 0
+            if world_size and not chosen.protocol.accepts(world_size):
+                raise WorldSizeError(
+                    f"{world_size} parties run a network converted for protocol "
+                    f"{chosen.protocol.name!r}, which takes "
+                    f"{chosen.protocol.world_sizes}; start two parties or convert with "
+                    "protocol='opened_mask'"
+                )
+            return super().forward(x)
+
+
+def check(model: Source, example: torch.Tensor) -> Report:
+    """Name every problem of a network at once, with its cure. Nothing is changed.
+
+    Args:
+        model: torch module, path of an .onnx file, or its bytes.
+        example: one input batch.
+
+    Raises:
+        ConversionError: it cannot be traced or read at all.
+        ShapeError: the example does not fit the network.
+    """
+    graph = read(model, example)
+    graph.simplify()
+    return _report(graph)
+
+
+def convert(
+    model: Source,
+    example: torch.Tensor,
+    *,
+    protocol: str | None = None,
+    truncation: str | None = None,
+) -> PrivateNetwork:
+    """Make a network private: fold, rewrite, and build its CrypTen graph.
+
+    1. Trace the module in evaluation mode, or read the ONNX file.
+    2. Fold constants and batch-norm; make pads and pool borders explicit.
+    3. Refuse, naming every unsupported layer at once, or build the graph.
+
+    Args:
+        model: torch module (its own weights are not touched), .onnx path, or bytes.
+        example: one input batch; fixes the input shape, not the batch size.
+        protocol: "espn", "opened_mask" or "beaver"; crypten.cfg.espn decides when None.
+        truncation: "local" or "exact"; likewise.
+
+    Returns:
+        A PrivateNetwork in evaluation mode, ready for `.encrypt(src=0)`; `.changes`
+        says what was done.
+
+    Raises:
+        ConversionError: unsupported layers, all of them listed.
+        ShapeError: the example does not fit the network.
+        ProtocolError: an unknown protocol or truncation.
+    """
+    with settings(protocol=protocol, truncation=truncation):
+        current_settings()
+    graph = read(model, example)
+    graph.simplify()
+    report = _report(graph)
+    if not report.ok:
+        problems = [str(finding) for finding in report.findings if finding.blocking]
+        raise ConversionError(
+            f"{len(problems)} layers cannot be converted:\n  " + "\n  ".join(problems)
+        )
+    return PrivateNetwork(graph, protocol=protocol, truncation=truncation)
+
+
+def _report(graph: NetworkGraph) -> Report:
+    findings, layers = [], {}
+    for node in graph.nodes:
+        layers[node.op] = layers.get(node.op, 0) + 1
+        problem = _problem(node, graph)
+        if node.op in _BUILDERS and problem is None and node.op not in _BY_COMPARISON:
+            continue
+        verdict, cure = _CURES.get(
+            node.op, (NOT_YET, "replace the layer by convolutions, pools and additions")
+        )
+        if problem is not None:
+            verdict, cure = NOT_YET, problem
+        blocking = node.op not in _BUILDERS or problem is not None
+        findings.append(Finding(layer_name(node), node.op, verdict, blocking, cure))
+    return Report(tuple(findings), tuple(graph.changes), layers)
+
+
+def _problem(node: Node, graph: NetworkGraph) -> str | None:
+    """Why a node of a supported kind cannot be built all the same."""
+    if node.op in ("Conv", "Gemm"):
+        if any(name not in graph.constants for name in node.inputs[1:]):
+            return "its weights are computed at run time; make them constants"
+        if node.op == "Conv" and graph.constants[node.inputs[1]].ndim != 4:
+            return (
+                "only two-dimensional convolutions are supported; unsqueeze the input"
+            )
+    if node.op == "Pad" and len(node.inputs) != 1:
+        return "only constant padding with zeros is supported; use torch.nn.ZeroPad2d"
+    if node.op == "Flatten" and node.attributes.get("axis", 1) != 1:
+        return "flatten must keep the batch: torch.flatten(x, 1)"
+    if node.op == "Concat" and node.attributes.get("axis") == 0:
+        return "the batch cannot be concatenated; concatenate channels (dim=1)"
+    if node.op == "AveragePool" and len(node.attributes["kernel_shape"]) != 2:
+        return "only two-dimensional pools are supported; unsqueeze the input"
+    return None
+
+
+def _max_pool(node: Node) -> crypten_nn.MaxPool2d:
+    a = node.attributes
+    pads = a.get("pads", [0, 0, 0, 0])
+    return crypten_nn.MaxPool2d(
+        tuple(a["kernel_shape"]),
+        stride=tuple(a.get("strides", [1, 1])),
+        padding=tuple(pads[:2]),
+        ceil_mode=bool(a.get("ceil_mode", 0)),
+    )
+
+
+def _convolution(node: Node, graph: NetworkGraph) -> crypten_nn.Conv:
+    a = node.attributes
+    half = len(a["pads"]) // 2
+    return crypten_nn.Conv(
+        a["strides"], a["pads"][:half], a["dilations"], groups=a["group"]
+    )
+
+
+_BUILDERS: dict[str, Callable[[Node, NetworkGraph], crypten_nn.Module]] = {
+    "Conv": _convolution,
+    "Gemm": lambda node, graph: crypten_nn.Gemm(trans_b=True),
+    POLYNOMIAL_OP: lambda node, graph: PolynomialActivation.from_onnx(node.attributes),
+    "Add": lambda node, graph: crypten_nn.Add(),
+    "AveragePool": lambda node, graph: crypten_nn.AvgPool2d(
+        tuple(node.attributes["kernel_shape"]), stride=tuple(node.attributes["strides"])
+    ),
+    "GlobalAveragePool": lambda node, graph: crypten_nn.GlobalAveragePool(),
+    "Flatten": lambda node, graph: crypten_nn.Flatten(1),
+    "Concat": lambda node, graph: crypten_nn.Concat(node.attributes["axis"]),
+    "Pad": lambda node, graph: crypten_nn.ConstantPad2d(
+        tuple(node.attributes["pads"]), 0
+    ),
+    "Scale": lambda node, graph: Scale(torch.from_numpy(node.attributes["factor"])),
+    **_BY_COMPARISON,
+}
