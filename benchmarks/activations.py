@@ -1,0 +1,198 @@
+"""One activation layer: every protocol, under delay, over gloo and a direct channel.
+
+Two parties hold shares of as many values as asked for and evaluate one activation;
+the clock runs from a common start until the slower party holds its share of the
+result. Correlated randomness is made before, and timed as the offline phase.
+
+    python -m benchmarks.activations
+    python -m benchmarks.activations --points 32768 --networks loopback wan \\
+        --protocols espn opened_mask crypten-relu --json out/activations.json
+    python -m benchmarks.activations --networks 100ms --channels direct --repeat 21
+
+Protocols: espn, opened_mask and beaver are this package's, with local truncation;
+"-exact" appended, with exact truncation. crypten-relu is CrypTen's comparison circuit,
+crypten-polynomial its own polynomial of the same coefficients. By default the round
+trip goes from 0 to 100 ms with no limit on the rate. Root is needed for any network
+but loopback; see `python -m benchmarks.wan --help`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from . import harness, wan
+from .harness import Results, ResultsError, Row, Spread
+
+PACKAGE_PROTOCOLS = ("espn", "opened_mask", "beaver")
+PROTOCOLS = (
+    *PACKAGE_PROTOCOLS,
+    *(f"{name}-exact" for name in PACKAGE_PROTOCOLS),
+    "crypten-polynomial",
+    "crypten-relu",
+)
+DEFAULT_PROTOCOLS = (*PACKAGE_PROTOCOLS, "crypten-polynomial", "crypten-relu")
+NETWORKS = ("loopback", "25ms", "50ms", "75ms", "100ms")
+CHANNELS = ("direct", "gloo")
+FRAC_BITS = 10  # of the coefficients, as in the recipes
+
+
+# ---------------------------------------------------------------------- in the parties
+
+
+def run_party(task: dict[str, Any]) -> None:
+    """Measure the task's protocols in this party."""
+    from . import party
+
+    if task["rank"] == 2:
+        party.deal()
+        return
+    import torch
+
+    from crypten_espn.polynomial import Polynomial
+
+    control = party.Control(task["rank"], task["address"], task["port"])
+    polynomial = Polynomial.fit(torch.relu, degree=task["degree"], frac_bits=FRAC_BITS)
+    generator = torch.Generator().manual_seed(2)
+    x = 10 * torch.rand(task["points"], generator=generator) - 5
+    with party.crypten_channels(
+        task["address"], threads=task["threads"], provider=task["provider"]
+    ) as channels:
+        import crypten
+
+        shared = crypten.cryptensor(x, src=0)
+        systems = [
+            party.CryptenSystem(
+                name,
+                channel,
+                channels[channel],
+                *_computation(name, shared, x, polynomial),
+                reveal=True,
+            )
+            for name in task["protocols"]
+            for channel in task["channels"]
+        ]
+        party.measure(
+            systems,
+            control,
+            model=f"activation[{task['points']}]",
+            batch=1,
+            repeat=task["repeat"],
+            limit_s=task["limit_s"],
+        )
+    control.close()
+
+
+def _computation(name: str, shared: Any, x: Any, polynomial: Any) -> tuple[Any, Any]:
+    """The online phase of one protocol, and the check of its revealed result."""
+    import torch
+
+    from crypten_espn.protocols import polyval, settings
+
+    if name == "crypten-relu":
+        expected = torch.relu(x)
+
+        def compute() -> Any:
+            return shared.relu()
+
+    elif name == "crypten-polynomial":
+        expected = polynomial(x)
+        constant, *coeffs = polynomial.coeffs
+
+        def compute() -> Any:
+            return shared.polynomial(coeffs) + constant
+
+    else:
+        expected = polynomial(x)
+        protocol, _, exact = name.partition("-")
+        truncation = "exact" if exact else "local"
+
+        def compute() -> Any:
+            with settings(protocol=protocol, truncation=truncation):
+                return polyval(shared, polynomial)
+
+    def check(plain: Any) -> tuple[float, None]:
+        return float((plain - expected).abs().max()), None
+
+    return compute, check
+
+
+# ----------------------------------------------------------------------- in the parent
+
+
+def plot(rows: Sequence[Row], stem: Path) -> list[Path]:
+    """Seconds against round trip, one figure per channel; the files written."""
+    files = []
+    for engine in dict.fromkeys(row.engine for row in rows):
+        series: dict[str, list[tuple[float, Spread]]] = {}
+        for row in rows:
+            if row.engine == engine and row.mbit is None:
+                series.setdefault(row.activation, []).append((row.rtt_ms, row.online_s))
+        if not series:
+            continue
+        channel = engine.partition("+")[2]
+        files += harness.plot_lines(
+            stem.with_name(f"{stem.name}-{channel}"),
+            {
+                name: sorted(points, key=lambda p: p[0])
+                for name, points in series.items()
+            },
+            title=f"{rows[0].model}, online, over {channel}",
+            x_label="round trip, ms",
+            y_label="seconds (median, 95 % interval)",
+        )
+    return files
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; see the module's text for examples."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.activations",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--points", type=int, default=32768, help="values in the layer")
+    parser.add_argument("--degree", type=int, default=4, help="of the polynomial")
+    parser.add_argument(
+        "--protocols", nargs="+", choices=PROTOCOLS, default=DEFAULT_PROTOCOLS
+    )
+    parser.add_argument("--channels", nargs="+", choices=CHANNELS, default=CHANNELS)
+    harness.add_run_options(parser, networks=NETWORKS, repeat=11)
+    parser.add_argument("--party", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.party:
+        run_party(json.loads(options.party))
+        return 0
+    from .party import run_on_networks
+
+    results = Results(options.json)
+    names = ("points", "degree", "protocols", "channels", "provider", "threads")
+    task = {name: getattr(options, name) for name in (*names, "repeat", "limit_s")}
+    try:
+        ended_well = run_on_networks(
+            results,
+            options.networks,
+            module="benchmarks.activations",
+            task=task,
+            provider=options.provider,
+            threads=options.threads,
+            fallback=options.fallback,
+            timeout_s=options.timeout_s,
+        )
+        if options.plot and results.rows:
+            plot(results.rows, Path(options.plot))
+        return harness.finish(results, options, ended_well=ended_well)
+    except (wan.PathError, ResultsError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; finished rows are kept", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

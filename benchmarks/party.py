@@ -1,0 +1,559 @@
+"""What runs inside each party: a common start, CrypTen over two channels, samples.
+
+The parent process starts this code once per rank and network. The parties agree over
+a control connection of their own, so what is measured is not warmed up by it; rank 0
+prints one line of JSON per sample.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import socket
+import struct
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from . import wan
+from .harness import Results, Row, Skipped, Spread
+
+MARK = "SAMPLE "
+_LENGTH = struct.Struct("<I")
+
+
+# ------------------------------------------------------------- the control connection
+
+
+class Control:
+    """A connection between the two parties for agreement, apart from the measured one.
+
+    Attributes:
+        rank: 0 or 1.
+        rtt_s: the smallest round trip seen while connecting.
+        ahead_s: how far this party's clock is ahead of rank 0's; 0 on one machine.
+    """
+
+    def __init__(self, rank: int, address: str, port: int) -> None:
+        self.rank = rank
+        if rank == 0:
+            with socket.create_server((address, port)) as listener:
+                listener.settimeout(120)
+                self._socket, _ = listener.accept()
+        else:
+            self._socket = _connect(address, port)
+        self._socket.settimeout(600)
+        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        trips = [self._ping() for _ in range(5)]
+        self.rtt_s, ahead = min(trips)
+        if self.swap(_boot_identity()) == _boot_identity():
+            ahead = 0.0  # one clock; the estimate would only add noise
+        self.ahead_s = ahead if rank == 1 else 0.0
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._socket.close()
+
+    def send(self, value: Any) -> None:
+        """Send anything JSON can hold."""
+        text = json.dumps(value).encode()
+        self._socket.sendall(_LENGTH.pack(len(text)) + text)
+
+    def receive(self) -> Any:
+        """Receive what the other party sent."""
+        (length,) = _LENGTH.unpack(self._read(_LENGTH.size))
+        return json.loads(self._read(length))
+
+    def swap(self, value: Any) -> Any:
+        """Send a value and receive the other party's; also a barrier."""
+        self.send(value)
+        return self.receive()
+
+    def start_together(self) -> float:
+        """Wait until both parties are here; both return at the same moment.
+
+        Returns: that moment on this party's `time.monotonic`.
+        """
+        self.swap(None)
+        if self.rank == 0:
+            start = time.monotonic() + self.rtt_s + 0.01
+            self.send(start)
+        else:
+            start = self.receive() + self.ahead_s
+        while (left := start - time.monotonic()) > 0:
+            if left > 0.002:
+                time.sleep(left - 0.001)
+        return start
+
+    def _ping(self) -> tuple[float, float]:
+        """One round trip: its seconds and how far this clock is ahead of the other."""
+        if self.rank == 1:
+            sent = time.monotonic()
+            self.send(sent)
+            theirs = self.receive()
+            back = time.monotonic()
+            self.send(back - sent)
+            return back - sent, (sent + back) / 2 - theirs
+        self.receive()
+        self.send(time.monotonic())
+        return self.receive(), 0.0
+
+    def _read(self, length: int) -> bytes:
+        data = bytearray()
+        while len(data) < length:
+            part = self._socket.recv(length - len(data))
+            if not part:
+                raise ConnectionError(f"party {1 - self.rank} is gone")
+            data += part
+        return bytes(data)
+
+
+def _connect(address: str, port: int) -> socket.socket:
+    deadline = time.monotonic() + 120
+    while True:
+        try:
+            return socket.create_connection((address, port), timeout=30)
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
+
+
+def _boot_identity() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text()
+    except OSError:
+        return socket.gethostname()
+
+
+# -------------------------------------------------------------------------- systems
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What one online run gives, apart from its time.
+
+    Args:
+        rounds: sequential messages.
+        bytes_sent: by this party.
+        max_abs_error, argmax_agreement: against the clear; rank 0's are reported,
+            rank 1's where rank 0 does not see the result.
+    """
+
+    rounds: int
+    bytes_sent: int
+    max_abs_error: float | None
+    argmax_agreement: float | None
+
+
+class System(Protocol):
+    """One way to compute the same thing, measured beside others."""
+
+    activation: str
+    engine: str
+
+    def prepare(self) -> None:
+        """Whatever happens once per model; not timed."""
+
+    def offline(self) -> int:
+        """The offline phase of one run; bytes it sends, all parties together."""
+
+    def online(self) -> Callable[[], Result]:
+        """The online phase; the result is looked at after the clock has stopped."""
+
+
+def measure(
+    systems: Sequence[System],
+    control: Control,
+    *,
+    model: str,
+    batch: int,
+    repeat: int,
+    limit_s: float,
+) -> None:
+    """Run every system `repeat` times in turn; rank 0 prints a line per sample.
+
+    A first run of each is not counted: it warms caches and connections. A system
+    whose repetitions would take longer than `limit_s` together is left out, and that
+    is printed too.
+    """
+    remaining = []
+    for system in systems:
+        system.prepare()
+        _, estimate = _sample(system, control)
+        if estimate * repeat > limit_s:
+            cell = {"model": model, "batch": batch, **_name(system)}
+            reason = f"{repeat} x {estimate:.0f} s is over the limit of {limit_s:g} s"
+            if control.rank == 0:
+                _print({**cell, "skipped": reason})
+            continue
+        remaining.append(system)
+    for _ in range(repeat):
+        for system in remaining:
+            sample, _ = _sample(system, control)
+            if control.rank == 0:
+                _print({"model": model, "batch": batch, **sample})
+
+
+def _name(system: System) -> dict[str, str]:
+    return {"activation": system.activation, "engine": system.engine}
+
+
+def _print(sample: Mapping[str, Any]) -> None:
+    sys.stdout.write(MARK + json.dumps(sample) + "\n")
+    sys.stdout.flush()
+
+
+def _sample(system: System, control: Control) -> tuple[dict[str, Any], float]:
+    """One run of both phases; the sample, and the seconds both agree it took."""
+    start = control.start_together()
+    offline_bytes = system.offline()
+    offline_s = time.monotonic() - start
+    start = control.start_together()
+    finish = system.online()
+    online_s = time.monotonic() - start
+    result = finish()
+    mine = {
+        "offline_s": offline_s,
+        "online_s": online_s,
+        "offline_bytes": offline_bytes,
+        **dataclasses.asdict(result),
+    }
+    theirs = control.swap(mine)
+    first, second = (mine, theirs) if control.rank == 0 else (theirs, mine)
+    sample = {
+        **_name(system),
+        "online_s": max(first["online_s"], second["online_s"]),
+        "offline_s": max(first["offline_s"], second["offline_s"]),
+        "offline_bytes": first["offline_bytes"],
+        "rounds": max(first["rounds"], second["rounds"]),
+        "bytes_sent": [first["bytes_sent"], second["bytes_sent"]],
+    }
+    for name in ("max_abs_error", "argmax_agreement"):
+        sample[name] = second[name] if first[name] is None else first[name]
+    return sample, sample["online_s"] + sample["offline_s"]
+
+
+# -------------------------------------------------------------------------- CrypTen
+
+
+@contextlib.contextmanager
+def crypten_channels(
+    address: str, *, threads: int, provider: str, listen: str | None = None
+) -> Iterator[dict[str, Any]]:
+    """CrypTen started in this party, over gloo and over the direct channel.
+
+    Args:
+        address: where rank 1 reaches rank 0.
+        threads: of torch, in this party.
+        provider: "TFP" (the first party deals) or "TTP" (a third process does).
+        listen: the address rank 0 binds, if not that one.
+    Returns: CrypTen's communicators by channel name, to be given to `use_channel`.
+    """
+    os.environ.update(RENDEZVOUS="env://", DISTRIBUTED_BACKEND="gloo", WORLD_SIZE="2")
+    import crypten
+    import crypten.communicator as comm
+
+    from crypten_espn.channel import use_direct_channel
+
+    torch.set_num_threads(threads)
+    crypten.cfg.mpc.provider = provider
+    crypten.init()
+    try:
+        base = comm.get()
+        with use_direct_channel(
+            host=address, listen=listen or address, timeout=600.0
+        ) as channel:
+            direct = comm.get()
+            _install_sleep_model(base, channel)
+            try:
+                yield {"gloo": base, "direct": direct}
+            finally:
+                use_channel(direct)
+    finally:
+        crypten.uninit()
+
+
+def use_channel(communicator: Any) -> None:
+    """Have CrypTen talk over this one of the channels from now on."""
+    from crypten.communicator.distributed_communicator import DistributedCommunicator
+
+    DistributedCommunicator.instance = communicator
+
+
+def deal() -> None:
+    """Body of the third process under provider TTP: CrypTen's dealer."""
+    os.environ.update(RENDEZVOUS="env://", DISTRIBUTED_BACKEND="gloo", WORLD_SIZE="2")
+    import crypten
+
+    import crypten_espn.correlated  # noqa: F401  (teaches the dealer our correlations)
+
+    crypten.cfg.mpc.provider = "TTP"
+    torch.set_num_threads(1)
+    crypten.mpc.provider.ttp_provider.TTPServer()
+
+
+def _install_sleep_model(base: Any, channel: Any) -> None:
+    """Under the fallback of `wan.Path`: one sleep per message received."""
+    model = wan.sleep_per_message()
+    if model is None:
+        return
+    per_message_s, per_byte_s = model
+
+    def tensor_bytes(value: Any) -> int:
+        if torch.is_tensor(value):
+            return value.numel() * value.element_size()
+        return sum(map(tensor_bytes, value)) if isinstance(value, list) else 0
+
+    def slowed(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            time.sleep(per_message_s + per_byte_s * tensor_bytes(args[0]))
+            return function(*args, **kwargs)
+
+        return call
+
+    for name in ("all_reduce", "broadcast", "reduce", "all_gather", "recv", "scatter"):
+        setattr(base, name, slowed(getattr(base, name)))
+    receive = channel._receive_frame
+
+    def receive_late(kind: int, tag: int, size: int | None, **options: Any) -> Any:
+        time.sleep(per_message_s + per_byte_s * (size or 0))
+        return receive(kind, tag, size, **options)
+
+    channel._receive_frame = receive_late
+
+
+class CryptenSystem:
+    """A computation on CrypTen tensors, its correlated randomness traced once.
+
+    Args:
+        activation: name of the row.
+        channel: "gloo" or "direct", with its communicator.
+        compute: the online phase; returns an encrypted or a plain tensor.
+        check: largest error and agreement of the revealed result; None where there
+            is nothing to compare.
+        reveal: whether to open the result, for `check`, after the clock has stopped.
+    """
+
+    def __init__(
+        self,
+        activation: str,
+        channel: str,
+        communicator: Any,
+        compute: Callable[[], Any],
+        check: Callable[[torch.Tensor], tuple[float, float | None]],
+        *,
+        reveal: bool,
+    ) -> None:
+        import crypten
+
+        self.activation = activation
+        self.engine = f"crypten+{channel}"
+        self._communicator = communicator
+        self._compute = compute
+        self._check = check
+        self._reveal = reveal
+        self._provider = crypten.mpc.get_default_provider()
+        self._requests: list[Any] = []
+        self._offline_bytes = 0
+
+    def prepare(self) -> None:
+        """Run once to see which correlated randomness the computation asks for."""
+        use_channel(self._communicator)
+        provider = self._provider
+        provider.request_cache, provider.tuple_cache = [], {}
+        provider.trace()
+        try:
+            self._compute()
+        finally:
+            provider.trace(False)
+            self._requests, provider.request_cache = provider.request_cache, []
+        self._offline_bytes = 8 * sum(
+            corrections(function, args, kwargs)
+            for function, args, kwargs in self._requests
+        )
+
+    def offline(self) -> int:
+        """Make the tuples of one run; bytes a dealer has to send for them."""
+        use_channel(self._communicator)
+        provider = self._provider
+        provider.request_cache, provider.tuple_cache = self._requests, {}
+        provider.fill_cache()
+        provider.request_cache = []
+        return self._offline_bytes
+
+    def online(self) -> Callable[[], Result]:
+        """Compute from the tuples made offline."""
+        from crypten_espn.cost import measure as count
+
+        with count() as measurement:
+            output = self._compute()
+        left = sum(map(len, self._provider.tuple_cache.values()))
+        self._provider.tuple_cache = {}
+        cost = measurement.cost
+
+        def finish() -> Result:
+            if left:
+                raise RuntimeError(f"{left} tuples made offline were not used online")
+            plain = output.get_plain_text() if self._reveal else output
+            error, agreement = self._check(plain)
+            return Result(cost.rounds, cost.bytes_sent, error, agreement)
+
+        return finish
+
+
+def corrections(function: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
+    """Ring elements a dealer sends for one of CrypTen's requests.
+
+    Under provider TTP everything else expands from seeds. Under TFP nothing is sent at
+    all, since the first party knows every mask: no deployment may do that, so the
+    dealer's figure is given for both.
+    """
+    if function == "generate_additive_triple":
+        first, second, op = args[:3]
+        left = torch.empty(first, device="meta")
+        right = torch.empty(second, device="meta")
+        options = {k: _untuple(v) for k, v in kwargs.items() if k != "device"}
+        return getattr(torch, op)(left, right, *args[4:], **options).numel()
+    if function == "generate_binary_triple":
+        return torch.broadcast_shapes(*map(tuple, args[:2])).numel()
+    size = torch.Size(args[0]).numel()
+    factor = {"powers": lambda: args[1] - 1, "rescaling": lambda: 2}
+    return size * factor.get(function, lambda: 1)()
+
+
+def _untuple(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+# ----------------------------------------------------------------- the parent's side
+
+
+class Collector:
+    """Turns the lines that parties print into rows.
+
+    Args:
+        label, rtt_ms, mbit: the network of the rows.
+        threads: of each party.
+    """
+
+    def __init__(
+        self, label: str, rtt_ms: float, mbit: float | None, threads: int
+    ) -> None:
+        self._network = (label, rtt_ms, mbit)
+        self._threads = threads
+        self._samples: dict[tuple[str, str, str, int], list[dict[str, Any]]] = {}
+        self.skipped: list[Skipped] = []
+
+    def line(self, rank: int, text: str) -> None:
+        """Take one line of a party's output; others are passed on to standard error."""
+        if not text.startswith(MARK):
+            print(f"[{rank}] {text.rstrip()}", file=sys.stderr, flush=True)
+            return
+        sample = json.loads(text[len(MARK) :])
+        model, activation, engine = (
+            sample[name] for name in ("model", "activation", "engine")
+        )
+        if "skipped" in sample:
+            cell = (model, activation, engine, self._network[0], sample["skipped"])
+            self.skipped.append(Skipped(*cell))
+            return
+        key = (model, activation, engine, sample["batch"])
+        self._samples.setdefault(key, []).append(sample)
+
+    def rows(self) -> Iterator[Row]:
+        """One row per system with at least one sample, in the order of measurement."""
+        label, rtt_ms, mbit = self._network
+        for (model, activation, engine, batch), samples in self._samples.items():
+            last = samples[-1]
+            agreements = [
+                sample["argmax_agreement"]
+                for sample in samples
+                if sample["argmax_agreement"] is not None
+            ]
+            yield Row(
+                model=model,
+                activation=activation,
+                engine=engine,
+                network=label,
+                rtt_ms=rtt_ms,
+                mbit=mbit,
+                batch=batch,
+                threads=self._threads,
+                rounds=last["rounds"],
+                bytes_sent=(last["bytes_sent"][0], last["bytes_sent"][1]),
+                online_s=Spread.of(sample["online_s"] for sample in samples),
+                offline_s=Spread.of(sample["offline_s"] for sample in samples),
+                total_s=Spread.of(
+                    sample["online_s"] + sample["offline_s"] for sample in samples
+                ),
+                offline_bytes=last["offline_bytes"],
+                max_abs_error=max(sample["max_abs_error"] for sample in samples),
+                argmax_agreement=min(agreements, default=None),
+            )
+
+
+def run_on_networks(
+    results: Results,
+    networks: Sequence[str],
+    *,
+    module: str,
+    task: Mapping[str, Any],
+    provider: str,
+    threads: int,
+    fallback: bool,
+    timeout_s: float,
+) -> bool:
+    """Run `module` as two parties (and a dealer under TTP) on each network in turn.
+
+    1. Make the path; start `python -m module --party TASK` for each rank.
+    2. Collect samples; add a row per system as soon as the network is done.
+    3. If a party fails, keep what was measured, say what happened, go on.
+
+    Args:
+        task: what the parties are to do, as JSON can hold it; "address", "port" and
+            "rank" are added.
+    Returns: whether every network ended well.
+    Raises: PathError, before anything is measured, for an unknown network.
+    """
+    profiles = [wan.Profile.parse(name) for name in networks]
+    parties = 3 if provider == "TTP" else 2
+    ended_well = True
+    for profile in profiles:
+        with wan.Path(profile, parties=parties, fallback=fallback) as path:
+            print(f"{profile} ({path.label})", flush=True)
+            collector = Collector(path.label, profile.rtt_ms, profile.mbit, threads)
+            port = wan.free_port()
+            commands = []
+            for rank in range(parties):
+                text = json.dumps(
+                    {**task, "rank": rank, "address": path.addresses[0], "port": port}
+                )
+                commands.append([sys.executable, "-m", module, "--party", text])
+            try:
+                path.run(
+                    commands,
+                    timeout=timeout_s,
+                    environment={"OMP_NUM_THREADS": str(threads)},
+                    on_line=collector.line,
+                )
+            except wan.PartyError as error:
+                ended_well = False
+                print(f"error on {path.label}: {error}", file=sys.stderr, flush=True)
+                results.skip(Skipped("", "", "", path.label, _first_line(error)))
+        for row in collector.rows():
+            results.add(row)
+        for cell in collector.skipped:
+            results.skip(cell)
+    return ended_well
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).splitlines()
+    return lines[0] if len(lines) < 2 else f"{lines[0]} {lines[-1]}"
