@@ -13,11 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, ShapeError
+from .data import Normalization
 
 
 @dataclass(frozen=True)
@@ -53,9 +55,13 @@ class Network(nn.Module):
 
     Attributes:
         architecture: name and arguments, enough to build it again.
+        normalization: of the images it was trained on, where a file says so.
+        notes: what a file holds besides: recipe, accuracy, selection rule.
     """
 
     architecture: Architecture
+    normalization: Normalization | None = None
+    notes: dict[str, Any] | None = None
 
     @property
     def input_shape(self) -> tuple[int, int, int]:

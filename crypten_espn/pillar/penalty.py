@@ -159,17 +159,17 @@ class _PowerSum(torch.autograd.Function):
         ctx.gamma, ctx.power = gamma, power
         total = x.new_zeros((), dtype=torch.float64)
         for part in _chunks(x):
-            total += _even_power(part.float() / gamma, power).sum()
-        return total.float()
+            total += _even_power(part.float(), power).sum()
+        return (total / gamma**power).float()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         (x,) = ctx.saved_tensors
-        scale = gradients[0] * (ctx.power / ctx.gamma)
+        scale = gradients[0].double() * (ctx.power / ctx.gamma**ctx.power)
         out = torch.empty_like(x)
         for part, result in zip(_chunks(x), _chunks(out), strict=True):
-            value = part.float() / ctx.gamma
+            value = part.float()
             result.copy_(_even_power(value, ctx.power - 2).mul_(value).mul_(scale))
         return out, None, None
 
@@ -293,9 +293,9 @@ class RangeReport:
             return "has inputs that are not finite; train again with a larger beta"
         if layer.headroom_bits < self.spare_bits:
             return (
-                f"leaves {layer.headroom_bits:.1f} bits at |input| {layer.largest:.3g}, "
-                f"{self.spare_bits:g} are wanted; train with a larger beta or lower "
-                "out_bits"
+                f"leaves {layer.headroom_bits:.1f} bits at |input| "
+                f"{layer.largest:.3g}, {self.spare_bits:g} are wanted; train with a "
+                "larger beta or lower out_bits"
             )
         if layer.outside > self.most_outside:
             return (
@@ -383,8 +383,8 @@ def range_report(
     finally:
         for handle in handles:
             handle.remove()
-        for module, mode in training.items():
-            module.training = mode
+        for part, mode in training.items():
+            part.training = mode
     if not images:
         raise RangeError("range_report was given no data; the loader is empty")
     layers = tuple(
@@ -394,7 +394,7 @@ def range_report(
     return RangeReport(layers, images, form, most_outside, spare_bits)
 
 
-# |input| is counted in bins of 1/BINS_PER_UNIT of the interval's half-width, to 8 times.
+# |input| is counted in bins of 1/_BINS_PER_UNIT of the interval's farther end.
 _BINS_PER_UNIT = 1024
 _BINS = 8 * _BINS_PER_UNIT
 

@@ -158,10 +158,10 @@ class _Evaluate(torch.autograd.Function):
             _chunks(x), _chunks(gradient), _chunks(out), strict=True
         ):
             value = _widened(part)
-            local = _horner(slope, value)
+            passed = _widened(incoming)
             if ctx.clip:
-                local *= (value >= low) & (value <= high)
-            result.copy_(local.mul_(incoming))
+                passed = torch.ops.aten.hardtanh_backward(passed, value, low, high)
+            result.copy_(_horner(slope, value).mul_(passed))
         return out, None, None
 
     @staticmethod
@@ -327,9 +327,9 @@ class _Operation:
             if not named:
                 return module
             raise ConversionError(
-                f"the forward of {where} calls {', '.join(sorted(named))} and cannot be "
-                f"traced by torch.fx ({type(error).__name__}: {error}); call a module "
-                "instead, such as torch.nn.ReLU, one for each place"
+                f"the forward of {where} calls {', '.join(sorted(named))} and cannot "
+                f"be traced by torch.fx ({type(error).__name__}: {error}); call a "
+                "module instead, such as torch.nn.ReLU, one for each place"
             ) from error
         found = {
             node: new
@@ -420,8 +420,10 @@ class _Surgeon(_Operation):
             polynomial = self._by_name(name) or polynomial
         new = self._activation(name, polynomial)
         if new is not None:
-            earlier = isinstance(module, PolynomialActivation)
-            new._replaced = module._replaced if earlier else (module,)
+            if isinstance(module, PolynomialActivation):
+                new._replaced = module._replaced
+            else:
+                new._replaced = (module,)
         return new
 
     def swap_call(self, name: str, node: fx.Node) -> nn.Module | None:
