@@ -1,1 +1,43 @@
-"""Private inference with polynomial activations, on CrypTen."""
+"""Private inference with polynomial activations, as an extension of CrypTen.
+
+Importing it repairs CrypTen 0.4.1 where that is broken (see `crypten_espn.patches`).
+The security claim throughout: semi-honest, two parties, a dealer that does not collude.
+"""
+
+import crypten_espn.patches as patches
+
+patches.apply()
+
+from .convert import PrivateNetwork, check, convert  # noqa: E402
+from .cost import Cost, measure  # noqa: E402
+from .launch import run_multiprocess, run_parties  # noqa: E402
+from .pillar.penalty import range_penalty, range_report  # noqa: E402
+from .pillar.surgery import (  # noqa: E402
+    PolynomialActivation,
+    replace_activations,
+    replace_pooling,
+)
+from .polynomial import Polynomial  # noqa: E402
+from .protocols import failure_probability, polyval, settings  # noqa: E402
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Cost",
+    "Polynomial",
+    "PolynomialActivation",
+    "PrivateNetwork",
+    "check",
+    "convert",
+    "failure_probability",
+    "measure",
+    "patches",
+    "polyval",
+    "range_penalty",
+    "range_report",
+    "replace_activations",
+    "replace_pooling",
+    "run_multiprocess",
+    "run_parties",
+    "settings",
+]

@@ -33,12 +33,12 @@ class Keystream:
     """A stream of pseudo-random bits that only the holders of its seed can predict.
 
     1. The seed keys AES-CMAC, a pseudo-random function, and nothing else.
-    2. CMAC of the word "stream" keys AES-128 in counter mode, whose output is the stream.
+    2. CMAC of the word "stream" keys AES-128 in counter mode; its output is the stream.
     3. CMAC of the word "fork" and a label is the seed of an independent stream.
 
-    Two holders of one seed who make the same calls draw the same values. Every call moves
-    on: no bit is given out twice. Draws happen on the CPU; for another device copy the
-    result, so that parties on different devices agree.
+    Two holders of one seed who make the same calls draw the same values. Every call
+    moves on: no bit is given out twice. Draws happen on the CPU; for another device
+    copy the result, so that parties on different devices agree.
 
     Args:
         seed: 16 bytes; from the operating system if None.
@@ -103,18 +103,10 @@ class Keystream:
             or not out.is_contiguous()
         ):
             raise RandomnessError(
-                f"a {out.dtype} tensor with strides {tuple(out.stride())} on {out.device} "
-                "was given; fill needs a contiguous int64 tensor on the CPU"
+                f"a {out.dtype} tensor with strides {out.stride()} on {out.device} was "
+                "given; fill needs a contiguous int64 tensor on the CPU"
             )
         self._fill(out)
-
-    def bytes(self, count: int) -> bytes:
-        """The next bytes of the stream.
-
-        Args:
-            count: how many, zero or more.
-        """
-        return self._stream.update(bytes(count))
 
     def fork(self, label: bytes | int) -> Keystream:
         """An independent stream, the same for every holder of this seed.
@@ -143,10 +135,18 @@ class Keystream:
             return
         # One word order for all machines would cost a pass; all of torch's are
         # little-endian.
-        target = memoryview(out.view(-1).numpy()).cast("B")
+        target = memoryview(out.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
         for start in range(0, len(target), len(_ZEROS)):
             part = target[start : start + len(_ZEROS)]
             self._stream.update_into(_ZEROS[: len(part)], part)
+
+    def bytes(self, count: int) -> bytes:
+        """The next bytes of the stream.
+
+        Args:
+            count: how many, zero or more.
+        """
+        return self._stream.update(bytes(count))
 
 
 def _derive(seed: bytes, label: bytes) -> bytes:

@@ -1,1 +1,66 @@
-"""What CrypTen 0.4.1 needs before it works, one file per incompatibility."""
+"""What CrypTen 0.4.1 needs before it works, and works right: one file per matter.
+
+`import crypten_espn` applies every patch whose probe finds its matter broken. Order
+matters for the first two: they come before `import crypten` and `import torchvision`.
+"""
+
+from __future__ import annotations
+
+from . import (
+    average_pool,
+    batch_norm,
+    conv_padding,
+    exporter,
+    generator,
+    graph_inputs,
+    identity,
+    launcher,
+    onnx_arrays,
+    onnx_registration,
+    torch_load,
+    torchvision_ops,
+    tuple_cache,
+)
+from .patch import Patch
+
+PATCHES: list[Patch] = [
+    torchvision_ops.PATCH,
+    onnx_registration.PATCH,
+    exporter.PATCH,
+    identity.PATCH,
+    onnx_arrays.PATCH,
+    torch_load.PATCH,
+    launcher.PATCH,
+    tuple_cache.PATCH,
+    generator.PATCH,
+    conv_padding.PATCH,
+    average_pool.PATCH,
+    batch_norm.PATCH,
+    graph_inputs.PATCH,
+]
+
+
+def apply() -> None:
+    """Apply every patch that is needed here; a second call does nothing."""
+    for patch in PATCHES:
+        patch.apply()
+
+
+def applied() -> list[Patch]:
+    """The patches in force, in the order in which they were applied."""
+    return [patch for patch in PATCHES if patch.applied]
+
+
+def get(name: str) -> Patch:
+    """The patch with this name.
+
+    Raises:
+        KeyError: there is none.
+    """
+    for patch in PATCHES:
+        if patch.name == name:
+            return patch
+    raise KeyError(f"no patch {name!r}; there are {[p.name for p in PATCHES]}")
+
+
+__all__ = ["PATCHES", "Patch", "applied", "apply", "get"]
