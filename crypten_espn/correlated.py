@@ -47,13 +47,22 @@ def one_sided_products(
 
 
 def powers(size: torch.Size, degree: int) -> torch.Tensor:
-    """This party's shares of r, r^2, ..., r^degree.
+    """This party's shares of r, r^2, ..., r^degree, for degree >= 2.
 
     Returns:
         int64 of shape (degree, *size).
 
     Cost: degree - 1 corrections for each element of size.
+
+    Raises:
+        RandomnessError: a degree below 2, for which nothing is correlated; a dealer that
+            is not asked would fall out of step with the parties.
     """
+    if degree < 2:
+        raise RandomnessError(
+            f"powers up to degree {degree}: at least 2 is needed; a linear polynomial "
+            "takes no randomness"
+        )
     return _provider().powers(torch.Size(size), degree)
 
 
@@ -143,8 +152,6 @@ def _ttp_corrected(
     client = TTPClient.get()
     generator = client.get_generator()
     first = rng.generate_random_ring_element((1, *size), generator=generator)
-    if corrections == 0:
-        return first
     if comm.get().get_rank() == 0:
         rest = client.ttp_request(function, None, tuple(size), parameter)
     else:

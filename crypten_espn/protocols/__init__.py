@@ -17,6 +17,7 @@ from ..cost import Cost
 from ..errors import ProtocolError, RangeError, WorldSizeError
 from ..polynomial import Polynomial, RingForm
 from . import beaver, espn, opened_mask, truncation
+from .truncation import failure_probability
 
 
 @dataclass(frozen=True)
