@@ -22,6 +22,7 @@ import struct
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numba import njit
@@ -40,7 +41,7 @@ MAX_BYTES_MESSAGE = 1 << 31
 # ---------------------------------------------------------------- packing
 
 
-def _compile(function):
+def compiled(function):
     """Compile with an on-disk cache where one can be written, without it elsewhere."""
     try:
         return njit(cache=True, nogil=True, error_model="numpy")(function)
@@ -48,7 +49,7 @@ def _compile(function):
         return njit(nogil=True, error_model="numpy")(function)
 
 
-@_compile
+@compiled
 def _pack(values, bits, out):
     mask = (np.uint64(1) << np.uint64(bits)) - np.uint64(1)
     word = np.uint64(0)
@@ -68,7 +69,7 @@ def _pack(values, bits, out):
         out[position] = word
 
 
-@_compile
+@compiled
 def _unpack(words, bits, out):
     mask = (np.uint64(1) << np.uint64(bits)) - np.uint64(1)
     position = 0
@@ -103,12 +104,12 @@ def pack(values: np.ndarray, *, bits: int) -> memoryview:
     if flat.size == 0:
         return memoryview(b"")
     if bits == flat.dtype.itemsize * 8:
-        return memoryview(flat).cast("B")
+        return flat.data.cast("B")
     if bits == 32:
-        return memoryview(flat.astype(np.int32)).cast("B")
+        return flat.astype(np.int32).data.cast("B")
     words = np.empty((flat.size * bits + 63) // 64, dtype=np.uint64)
     _pack(flat, bits, words)
-    return memoryview(words).cast("B")[: packed_bytes(flat.size, bits)]
+    return words.data.cast("B")[: packed_bytes(flat.size, bits)]
 
 
 def unpack(data: memoryview | bytes, count: int, *, bits: int) -> np.ndarray:
@@ -356,10 +357,10 @@ class Channel:
                 f"{length} bytes; expected {expected}. The two sides are out of step."
             )
         payload = np.empty(length, dtype=np.uint8)
-        self._transfer([], memoryview(payload))
+        self._transfer([], payload.data)
         self.messages_received += 1
         self.bytes_received += _HEADER.size + length
-        return memoryview(payload)
+        return payload.data
 
     def _transfer(
         self, frames: list[list[memoryview]], incoming: memoryview | None
@@ -538,7 +539,7 @@ def socket_pair(*, timeout: float = 30.0) -> tuple[Channel, Channel]:
 # ---------------------------------------------------------------- CrypTen over it
 
 
-def direct_communicator(channel: Channel, base: object) -> object:
+def direct_communicator(channel: Channel, base: Any) -> Any:
     """CrypTen's two-party communicator with its collectives over `channel`.
 
     Everything between the two parties goes through the channel; the group that holds
@@ -585,13 +586,13 @@ def direct_communicator(channel: Channel, base: object) -> object:
         def _swap(self, tensors: list) -> list:
             mine = [to_array(tensor) for tensor in tensors]
             data = np.concatenate(mine) if len(mine) != 1 else mine[0]
-            frame = channel._frame(_KIND_RING, 0, memoryview(data))
+            frame = channel._frame(_KIND_RING, 0, data.data)
             raw = channel._receive_frame(_KIND_RING, 0, data.size, outgoing=[frame])
             return self._split(raw, tensors)
 
         def _push(self, tensors: list) -> None:
             data = np.concatenate([to_array(tensor) for tensor in tensors])
-            channel._transfer([channel._frame(_KIND_RING, 0, memoryview(data))], None)
+            channel._transfer([channel._frame(_KIND_RING, 0, data.data)], None)
 
         def _pull(self, like: list) -> list:
             size = sum(tensor.numel() * tensor.element_size() for tensor in like)

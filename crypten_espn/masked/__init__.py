@@ -1,0 +1,1 @@
+"""The masked engine: exact private inference with an offline phase."""

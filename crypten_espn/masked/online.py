@@ -1,0 +1,244 @@
+"""The online phase: two openings per activation and one integer pass per layer.
+
+Owner mode (rank 0 holds the weights, rank 1 the input). Sources are x = D + t with D
+known to rank 0 and t to rank 1.
+
+1. Rank 1 sends D = x - t for its input.
+2. Rank 0 adds W*D to what it prepared: the result is c = z + 2**(m-2) + r. It sends c.
+3. Both compute their share of the polynomial from c. With r's dealer-known truncation
+   -(r >> s), logical if the top bit of c is 1 and arithmetic if it is 0, (c >> s) -
+   2**(m-2-s) plus it equals z >> s or one more, over the integers. The dealer supplied
+   the polynomial's coefficients in D for both cases; the public bit selects.
+4. Rank 1 sends its share plus its own mask r'. Rank 0 adds its share and drops s bits:
+   the next D. Back to 2; the last layer's z goes to rank 1 instead.
+
+So one inference takes 2 messages per segment: the input and c's down, shares up, the
+logits. In shared mode both parties send their half of each opening at once.
+
+Who learns what. Rank 1 sees every c, uniform because r is uniform, used once and known
+to the dealer alone; its seed-drawn shares; W - B, uniform because B is rank 0's; and
+the logits. Rank 0 sees D of each source, uniform because t follows from rank 1's
+uniform mask, which is used once, and c. It learns nothing of input or logits. Both know the
+plan: architecture, shapes, polynomials and scales. The dealer sees neither data nor
+weights nor any message between the parties. The claim is: semi-honest, two parties, a
+dealer that does not collude.
+
+Source: truncation by a known top bit after Escudero et al., CRYPTO 2020, and Dalskov et
+al., USENIX Security 2021; opened-mask polynomials after HoneyBadgerMPC, CCS 2019.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from ..channel import Channel, packed_bytes
+from ..errors import MaterialError, ShapeError
+from . import kernels
+from .offline import Material, narrowed
+from .plan import INPUT, Plan, Weights, evaluate
+
+
+def _check_input(plan: Plan, x: np.ndarray, batch: int) -> None:
+    if x.shape != (batch, *plan.sources[INPUT].shape):
+        raise ShapeError(
+            f"The material was made for batches of {batch}; the input has {len(x)}. "
+            "Prepare material for this batch size."
+        )
+
+
+def _last_use(plan: Plan) -> list[list[int]]:
+    """Sources that no segment after this one reads, by segment."""
+    last = {s: k for k, seg in enumerate(plan.segments) for s in seg.sources}
+    done: list[list[int]] = [[] for _ in plan.segments]
+    for source, number in last.items():
+        done[number].append(source)
+    return done
+
+
+def _share(
+    plan: Plan, number: int, opened: np.ndarray, values: np.ndarray | None, *, rank: int
+) -> np.ndarray:
+    """This party's share of a segment's polynomial, int64 (n,)."""
+    act = plan.segments[number].activation
+    if act is None or values is None:
+        raise MaterialError("The material has no values for this layer.")
+    out = np.empty(opened.size, dtype=np.int64)
+    kernels.polynomial_share(
+        opened.reshape(-1),
+        values,
+        bits=plan.segments[number].ring,
+        shifts=act.shifts,
+        degrees=act.degrees,
+        public=act.public if rank == 0 else np.zeros_like(act.public),
+        constant=act.constant if rank == 0 else 0,
+        out=out,
+    )
+    return out
+
+
+def serve_one(
+    plan: Plan, weights: Weights, channel: Channel, material: Material, *, batch: int
+) -> None:
+    """Rank 0, owner mode: one inference from the client's first message to the logits.
+
+    Args:
+        plan, weights: the model.
+        channel: to rank 1.
+        material: rank 0's, used up by this call (its arrays are overwritten).
+        batch: inputs in this inference.
+
+    Cost: len(segments) messages sent, m bits per opened z; as many received.
+
+    Error: exact in each ring. Each truncation gives floor or floor + 1, never more.
+    """
+    tag = material.index
+    first = plan.sources[INPUT]
+    data = channel.receive(batch * first.elements, bits=first.ring, tag=tag)
+    sources = {INPUT: data.reshape(batch, *first.shape)}
+    done = _last_use(plan)
+    for number, segment in enumerate(plan.segments):
+        opened = material.linear[number]
+        evaluate(
+            segment.root,
+            narrowed(sources, segment),
+            weights.integers,
+            ring=segment.ring,
+            batch=batch,
+            out=opened,
+        )
+        channel.send(opened, bits=segment.ring, tag=tag)
+        act = segment.activation
+        if act is None:
+            return
+        for source in done[number]:
+            del sources[source]
+        mine = _share(plan, number, opened, material.values[number], rank=0)
+        theirs = channel.receive(mine.size, bits=act.value_ring, tag=tag)
+        source_ring = plan.sources[number + 1].ring
+        revealed = np.empty(opened.shape, dtype=kernels.ring_dtype(source_ring))
+        kernels.rescale(
+            mine,
+            theirs,
+            bits=act.value_ring,
+            drop=act.drop,
+            out=revealed.reshape(-1),
+        )
+        sources[number + 1] = revealed
+
+
+def query_one(
+    plan: Plan, channel: Channel, material: Material, x: np.ndarray, *, batch: int
+) -> np.ndarray:
+    """Rank 1, owner mode: one inference; computes no linear layer.
+
+    Args:
+        plan: the plan.
+        channel: to rank 0.
+        material: rank 1's, used up by this call.
+        x: int64 (batch, *sources[0].shape), as `Plan.encode` gives it.
+        batch: inputs in this inference.
+
+    Returns: the output segment's integers, (batch, *shape), modulo 2**ring.
+
+    Cost: len(segments) messages sent: the input at m bits, each activation at v bits.
+
+    Error: as `serve_one`.
+    """
+    _check_input(plan, x, batch)
+    tag = material.index
+    first = plan.sources[INPUT]
+    masked = x.astype(kernels.ring_dtype(first.ring)) - material.masks[INPUT]
+    channel.send(masked, bits=first.ring, tag=tag)
+    for number, segment in enumerate(plan.segments):
+        count = batch * segment.elements
+        received = channel.receive(count, bits=segment.ring, tag=tag)
+        act = segment.activation
+        if act is None:
+            return (
+                received.reshape(batch, *segment.root.shape) + material.linear[number]
+            )
+        half = _share(plan, number, received, material.values[number], rank=1)
+        channel.send(half, bits=act.value_ring, tag=tag)
+    raise MaterialError("The plan has no output segment.")
+
+
+def run_shared(
+    plan: Plan,
+    weights: Weights,
+    channel: Channel,
+    material: Material,
+    x: np.ndarray | None,
+    *,
+    rank: int,
+    batch: int,
+) -> np.ndarray | None:
+    """Shared mode, either rank: both hold a share of W and open every value together.
+
+    Args:
+        weights: this party's share.
+        x: rank 1's input integers; None for rank 0.
+
+    Returns: rank 1: the output segment's integers; rank 0: None.
+
+    Cost: 2 rounds per activation, m + v bits each per party; 1 message for the input
+        and 1 for the logits.
+
+    Error: as `serve_one`.
+    """
+    tag = material.index
+    first = plan.sources[INPUT]
+    if rank == 1:
+        assert x is not None
+        _check_input(plan, x, batch)
+        data = x.astype(kernels.ring_dtype(first.ring)) - material.masks[INPUT]
+        channel.send(data, bits=first.ring, tag=tag)
+    else:
+        data = channel.receive(batch * first.elements, bits=first.ring, tag=tag)
+        data = data.reshape(batch, *first.shape)
+    sources = {INPUT: data}
+    done = _last_use(plan)
+    for number, segment in enumerate(plan.segments):
+        half = material.linear[number]
+        narrow = narrowed(sources, segment)
+        evaluate(
+            segment.root,
+            narrow,
+            weights.integers,
+            ring=segment.ring,
+            batch=batch,
+            out=half,
+            public=rank == 0,
+        )
+        act = segment.activation
+        if act is None:
+            if rank == 0:
+                channel.send(half, bits=segment.ring, tag=tag)
+                return None
+            received = channel.receive(half.size, bits=segment.ring, tag=tag)
+            return received.reshape(half.shape) + half
+        opened = half + channel.exchange(half, bits=segment.ring, tag=tag)
+        for source in done[number]:
+            del sources[source]
+        mine = _share(plan, number, opened, material.values[number], rank=rank)
+        theirs = channel.exchange(mine, bits=act.value_ring, tag=tag)
+        source_ring = plan.sources[number + 1].ring
+        revealed = np.empty(opened.shape, dtype=kernels.ring_dtype(source_ring))
+        kernels.rescale(
+            mine, theirs, bits=act.value_ring, drop=act.drop, out=revealed.reshape(-1)
+        )
+        sources[number + 1] = revealed
+    raise MaterialError("The plan has no output segment.")
+
+
+def message_sizes(plan: Plan, *, batch: int) -> Sequence[tuple[int, int]]:
+    """Sender and payload bytes of every online message in owner mode, in order."""
+    first = plan.sources[INPUT]
+    sizes = [(1, packed_bytes(batch * first.elements, first.ring))]
+    for segment in plan.segments:
+        count = batch * segment.elements
+        sizes.append((0, packed_bytes(count, segment.ring)))
+        if segment.activation is not None:
+            sizes.append((1, packed_bytes(count, segment.activation.value_ring)))
+    return sizes
