@@ -532,7 +532,10 @@ def run_on_networks(
     ended_well = True
     for profile in profiles:
         with wan.Path(profile, parties=parties, fallback=fallback) as path:
-            print(f"{profile} ({path.label})", flush=True)
+            how = f", congestion control {path.congestion}" if path.congestion else ""
+            print(f"{profile} ({path.label}{how})", flush=True)
+            if path.congestion:
+                results.machine["congestion_control"] = path.congestion
             collector = Collector(path.label, profile.rtt_ms, profile.mbit, threads)
             port = wan.free_port()
             commands = []

@@ -21,7 +21,10 @@ What the path does and does not model:
     the windows as on the line, and arrive together when the last one would.
   * What the forwarder itself needs is measured on entry and taken off the delay, so
     that a one-byte TCP exchange takes the set round trip.
-  * Congestion control is cubic, Linux's default; other settings are the kernel's.
+  * Congestion control is cubic, Linux's default, or reno where the kernel lets only
+    its first namespace have cubic: on a path without loss they differ little. The
+    machine's own choice is not taken: bbr would spread each burst over a round trip.
+    All other settings are the kernel's, slow start after idle among them.
 
 Needs root, or a kernel that lets users make namespaces, and /dev/net/tun. No
 program is called and no name is given out: namespaces are anonymous and devices
@@ -68,6 +71,7 @@ SIOCSIFTXQLEN = 0x8943
 
 DEVICE = "path0"
 MTU = 1500
+CONGESTION_CONTROL = ("cubic", "reno")
 QUEUE_BYTES = 64 << 20
 SHORT_DELAY_S, SPIN_S = 1e-3, 2e-4
 VNET_HEADER = struct.Struct("=BBHHHH")  # flags, kind, header, segment, two offsets
@@ -193,7 +197,8 @@ def _new_namespace(address: str) -> tuple[int, int]:
     fcntl.ioctl(device, TUNSETIFF, struct.pack("16sH22x", DEVICE.encode(), flags))
     fcntl.ioctl(device, TUNSETOFFLOAD, TUN_F_CSUM | TUN_F_TSO4)
     _sysctl("ipv6/conf/all/disable_ipv6", "1")
-    _sysctl("ipv4/tcp_congestion_control", "cubic")
+    for name in reversed(CONGESTION_CONTROL):  # the last one that is allowed stays
+        _sysctl("ipv4/tcp_congestion_control", name)
     _sysctl("ipv4/tcp_no_metrics_save", "1")
     for request, host in ((SIOCSIFADDR, address), (SIOCSIFNETMASK, "255.255.255.0")):
         packed = struct.pack("=HH4s8x", socket.AF_INET, 0, socket.inet_aton(host))
@@ -329,13 +334,16 @@ def _forwarder_main(parties: int, mbit: float) -> int:
     except OSError as error:
         print(json.dumps({"error": str(error)}), flush=True)
         return 1
+    with open("/proc/sys/net/ipv4/tcp_congestion_control") as handle:
+        congestion = handle.read().strip()
     if not user:
         _call("setns", home, CLONE_NEWNET)
     namespaces = [namespace for namespace, _ in made]
     with contextlib.suppress(OSError):  # wake at the microsecond, ahead of the parties
         _call("prctl", PR_SET_TIMERSLACK, 1, 0, 0, 0)
         os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
-    print(json.dumps({"user": user, "namespaces": namespaces}), flush=True)
+    answer = {"user": user, "namespaces": namespaces, "congestion": congestion}
+    print(json.dumps(answer), flush=True)
     try:
         _forward([device for _, device in made], mbit * 1e6 or None)
     finally:
@@ -383,6 +391,7 @@ class Path:
     Attributes, after entry:
         kind: "loopback", "tcp" (namespaces) or "sleep" (the fallback).
         addresses: the parties' IPv4 addresses.
+        congestion: TCP's congestion control on the path; "" on loopback.
         label: the profile's name, with "(sleep model)" where that is what it is.
     """
 
@@ -397,6 +406,7 @@ class Path:
         self.kind = "loopback"
         self.addresses = ("127.0.0.1",) * parties
         self.overhead_s = self.delay_s = 0.0
+        self.congestion = ""
         self._forwarder: subprocess.Popen[str] | None = None
         self._namespaces: list[str] = []
         self._user = "-"
@@ -453,6 +463,7 @@ class Path:
         self._namespaces = [f"{folder}/fd/{fd}" for fd in answer["namespaces"]]
         self._user = f"{folder}/ns/user" if answer["user"] else "-"
         self.addresses = tuple(f"10.77.0.{rank + 1}" for rank in range(self.parties))
+        self.congestion = answer["congestion"]
         self.kind = "tcp"
 
     def _order(self, delay_s: float) -> dict[str, list[int]]:
