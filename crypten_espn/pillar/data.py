@@ -24,6 +24,9 @@ from ..errors import DataError
 # Seed of the permutation that holds validation images out; part of the selection rule.
 SPLIT_SEED = 20240814
 
+# Where Debian's package dataset-fashion-mnist puts it.
+FASHION_SYSTEM_FOLDER = Path("/usr/share/datasets/fashion-mnist")
+
 _BUNDLED = Path(__file__).parent.parent / "data"
 
 
@@ -238,7 +241,7 @@ def _fashion_mnist(directory: Path, held_out: int | None) -> Dataset:
         directory,
         directory / "FashionMNIST" / "raw",
         directory / "fashion-mnist",
-        Path("/usr/share/datasets/fashion-mnist"),
+        FASHION_SYSTEM_FOLDER,
     ]
     folder = _first_with(
         places,
