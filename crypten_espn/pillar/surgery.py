@@ -194,7 +194,11 @@ def _horner(coeffs: tuple[float, ...], x: Tensor) -> Tensor:
 
 def _chunks(x: Tensor) -> Iterator[Tensor]:
     """Yield x in pieces, in memory order where x fills its memory."""
-    if x.device.type != "cpu" or x.numel() <= CHUNK or not _dense(x):
+    # A trace records sizes as tensors, and splitting would depend on one.
+    if torch.jit.is_tracing() or x.device.type != "cpu" or not _dense(x):
+        yield x
+        return
+    if x.numel() <= CHUNK:
         yield x
         return
     flat = x.as_strided((x.numel(),), (1,))
