@@ -45,7 +45,7 @@ class Architecture:
             classes=self.classes, in_channels=self.in_channels, size=self.size
         )
 
-    def arguments(self) -> dict[str, int | str]:
+    def arguments(self) -> dict[str, Any]:
         """Return the fields as a dictionary of plain values."""
         return asdict(self)
 

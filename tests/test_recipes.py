@@ -1,0 +1,467 @@
+"""Recipes, the training loop, resuming, and networks as files."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+import warnings
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from crypten_espn.errors import CheckpointError, DataError, EspnError, TrainingError
+from crypten_espn.pillar import command, data
+from crypten_espn.pillar.data import Dataset, Images, Normalization
+from crypten_espn.pillar.networks import NETWORKS, Architecture, fashion_resnet
+from crypten_espn.pillar.recipes import (
+    RECIPES,
+    Recipe,
+    _mixed,
+    accuracy,
+    find_recipe,
+    load_network,
+    save_network,
+    train,
+)
+from crypten_espn.pillar.surgery import Key, activations, replace_activations
+from crypten_espn.polynomial import Polynomial
+
+RELU = Polynomial((322, 512, 160, 0, -3), 10, (-5.0, 5.0))
+TINY = Recipe(
+    "tiny",
+    "convnet",
+    "toy",
+    degree=2,
+    epochs=4,
+    batch_size=32,
+    learning_rate=0.05,
+    warmup_epochs=1,
+    stage_epochs=0.25,
+)
+
+
+def toy_dataset(directory: Path, held_out: int | None) -> Dataset:
+    """Four classes, told apart by which quadrant is bright."""
+    generator = torch.Generator().manual_seed(7)
+
+    def part(count: int) -> Images:
+        labels = torch.arange(count) % 4
+        images = torch.randint(0, 60, (count, 1, 8, 8), generator=generator)
+        for index, label in enumerate(labels.tolist()):
+            row, column = 4 * (label // 2), 4 * (label % 2)
+            images[index, :, row : row + 4, column : column + 4] += 120
+        return Images(images.to(torch.uint8), labels, Normalization((0.3,), (0.3,)))
+
+    whole, test = part(320), part(80)
+    return data._in_memory("toy", ("a", "b", "c", "d"), whole, 64, lambda: test)
+
+
+@pytest.fixture(autouse=True)
+def _toy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(data.DATASETS, "toy", toy_dataset)
+
+
+def tensors_of(path: Path) -> dict[str, torch.Tensor]:
+    return load_file(path / "network.safetensors")
+
+
+# --- recipes ---------------------------------------------------------------------
+
+
+def test_every_row_of_the_papers_table_is_a_recipe() -> None:
+    rows = {
+        "cifar10-resnet18": (4, 4.8, 5e-5, 185, 0.013, 5e-4),
+        "cifar10-resnet110": (4, 4.8, 5e-5, 185, 0.013, 5e-4),
+        "cifar100-resnet18": (6, 4.8, 5e-5, 185, 0.013, 5e-4),
+        "cifar10-minionn": (6, 4.4, 5e-5, 180, 0.06, 5e-4),
+        "cifar10-vgg16": (4, 4.8, 1e-6, 300, 0.0025, 5e-4),
+        "cifar100-vgg16": (4, 4.8, 1e-6, 300, 0.0025, 5e-4),
+        "cifar100-resnet32": (5, 4.0, 1e-2, 150, 0.1, 1e-4),
+        "imagenet-resnet50": (4, 4.8, 1e-4, 600, 0.03, 2e-5),
+    }
+    for name, row in rows.items():
+        recipe = find_recipe(name)
+        got = (
+            recipe.degree,
+            recipe.gamma,
+            recipe.beta,
+            recipe.epochs,
+            recipe.learning_rate,
+            recipe.weight_decay,
+        )
+        assert got == row
+        assert (recipe.penalty, recipe.stage_epochs) == ("sum", 1)
+        assert (recipe.warmup_epochs, recipe.momentum, recipe.radius) == (5, 0.9, 5)
+    large = find_recipe("imagenet-resnet50")
+    assert (large.batch_size, large.label_smoothing, large.mixup, large.cutmix) == (
+        1024,
+        0.1,
+        0.2,
+        1.0,
+    )
+    assert not large.decay_norm and large.average > 0
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_can_be_followed(name: str) -> None:
+    recipe = find_recipe(name).checked()
+    assert recipe.name == name
+    assert recipe.network in NETWORKS and recipe.dataset in data.DATASETS
+    with warnings.catch_warnings():
+        # A degree that collapses is reported; the recipe is still usable.
+        warnings.simplefilter("ignore")
+        assert 2 <= recipe.polynomial().degree <= recipe.degree
+
+
+def test_bad_fields_are_all_named() -> None:
+    with pytest.raises(TrainingError, match=r"epochs=0, .*beta=nan"):
+        replace(TINY, epochs=0, beta=float("nan")).checked()
+    with pytest.raises(TrainingError, match=r"'cifar11'.*cifar10-resnet18"):
+        find_recipe("cifar11")
+
+
+# --- the loop --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("activation", ["polynomial", "relu"])
+@pytest.mark.parametrize("penalty", ["sum", "boundary"])
+def test_a_run_learns_and_writes_its_files(
+    tmp_path: Path, activation: str, penalty: str
+) -> None:
+    recipe = replace(TINY, activation=activation, penalty=penalty)
+    result = train(recipe, out=tmp_path, progress=False)
+    assert result.test_accuracy > 0.9
+    assert result.recipe == recipe
+    assert "validation" in result.selection_rule
+    assert result.steps == 4 * (256 // 32)
+    stored = json.loads((tmp_path / "result.json").read_text())
+    assert stored["recipe"] == asdict(recipe)
+    with open(tmp_path / "log.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["epoch"]) for row in rows] == [1, 2, 3, 4]
+    best = max(float(row["validation_accuracy"]) for row in rows)
+    assert best == pytest.approx(result.validation_accuracy)
+    network = load_network(result.path)
+    assert len(activations(network)) == (2 if activation == "polynomial" else 0)
+    assert network.notes is not None
+    assert network.notes["test_accuracy"] == result.test_accuracy
+    test = toy_dataset(Path(), None).test()
+    assert accuracy(network, test) == result.test_accuracy
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        TINY,
+        replace(TINY, activation="relu", precision="bfloat16"),
+        replace(TINY, penalty="boundary", average=0.5, mixup=0.2, cutmix=1.0),
+        replace(TINY, replace_epochs=3.0, clip_norm=1.0),
+    ],
+)
+def test_a_stopped_run_ends_as_one_that_was_not(
+    tmp_path: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    one = train(recipe, out=whole, progress=False)
+    original = torch.optim.SGD.step
+    for last_step in (11, 20):
+        count = 0
+
+        def step(self, closure=None, *, last=last_step):
+            nonlocal count
+            count += 1
+            if count > last:
+                raise Stopped
+            return original(self, closure)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(torch.optim.SGD, "step", step)
+            with pytest.raises(Stopped):
+                train(recipe, out=parts, progress=False)
+    two = train(recipe, out=parts, progress=False)
+    assert (one.epoch, one.test_accuracy) == (two.epoch, two.test_accuracy)
+    first, second = tensors_of(whole), tensors_of(parts)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    logs = [(folder / "log.csv").read_text() for folder in (whole, parts)]
+    # All but the seconds.
+    plain = [[row.rsplit(",", 1)[0] for row in log.splitlines()] for log in logs]
+    assert plain[0] == plain[1]
+
+
+SCRIPT = """
+    import sys
+    from pathlib import Path
+    sys.path.insert(0, {tests!r})
+    import torch
+    torch.set_num_threads(1)
+    import test_recipes as here
+    from crypten_espn.pillar import data, recipes
+    data.DATASETS["toy"] = here.toy_dataset
+    recipes.train(here.TINY, out=sys.argv[1])
+"""
+
+
+def test_resumes_after_kill_9(tmp_path: Path) -> None:
+    script = textwrap.dedent(SCRIPT.format(tests=str(Path(__file__).parent)))
+    command_line = [sys.executable, "-c", script, str(tmp_path / "killed")]
+    process = subprocess.Popen(
+        command_line, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    assert process.stdout is not None
+    try:
+        for line in process.stdout:
+            if line.startswith("epoch 2/4"):
+                break
+        os.kill(process.pid, signal.SIGKILL)
+    finally:
+        process.kill()
+        process.stdout.close()
+        assert process.wait(timeout=60) == -signal.SIGKILL
+    assert not (tmp_path / "killed" / "result.json").exists()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        train(TINY, out=tmp_path / "killed", progress=False)
+        train(TINY, out=tmp_path / "whole", progress=False)
+    finally:
+        torch.set_num_threads(threads)
+    first, second = tensors_of(tmp_path / "killed"), tensors_of(tmp_path / "whole")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_finished_run_is_not_trained_again(tmp_path: Path) -> None:
+    one = train(TINY, out=tmp_path, progress=False)
+    began = time.perf_counter()
+    two = train(TINY, out=tmp_path, progress=False)
+    assert time.perf_counter() - began < 5
+    assert one == two
+
+
+def test_another_recipe_in_the_same_folder_is_an_error(tmp_path: Path) -> None:
+    train(replace(TINY, epochs=1), out=tmp_path, progress=False)
+    with pytest.raises(CheckpointError, match="another folder as --out"):
+        train(TINY, out=tmp_path, progress=False)
+    (tmp_path / "state.pt").write_bytes(b"nothing")
+    with pytest.raises(CheckpointError, match="remove it to start again"):
+        train(TINY, out=tmp_path, progress=False)
+
+
+def test_a_state_with_code_in_it_is_refused(tmp_path: Path) -> None:
+    torch.save({"identity": Path("x")}, tmp_path / "state.pt")
+    with pytest.raises(CheckpointError, match=r"state\.pt cannot be read"):
+        train(TINY, out=tmp_path, progress=False)
+
+
+def test_escaping_activations_stop_the_run_with_a_diagnosis(tmp_path: Path) -> None:
+    wild = replace(TINY, beta=0.0, learning_rate=0.5, escape=1.5, epochs=20)
+    with pytest.raises(TrainingError) as caught:
+        train(wild, out=tmp_path, progress=False)
+    text = str(caught.value)
+    assert "features." in text and "first seen at step" in text
+    assert "Raise beta (now 0)" in text
+
+
+def test_a_loss_that_is_not_finite_names_the_layer(tmp_path: Path) -> None:
+    wild = replace(TINY, learning_rate=1e12, epochs=3)
+    with pytest.raises(TrainingError, match=r"features\.\d.*learning rate \(now 1e"):
+        train(wild, out=tmp_path, progress=False)
+    plain = replace(wild, activation="relu", learning_rate=1e30)
+    with pytest.raises(TrainingError, match="the loss is not finite"):
+        train(plain, out=tmp_path / "relu", progress=False)
+
+
+def test_data_that_are_not_finite_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(directory: Path, held_out: int | None) -> Dataset:
+        dataset = toy_dataset(directory, held_out)
+        assert isinstance(dataset.train, Images)
+        bad = replace(dataset.train, normalization=Normalization((float("nan"),), (1,)))
+        return replace(dataset, train=bad)
+
+    monkeypatch.setitem(data.DATASETS, "toy", broken)
+    with pytest.raises(DataError, match="training images of toy"):
+        train(TINY, out=tmp_path, progress=False)
+
+
+def test_mixup_and_cutmix_blend_images_and_targets_alike() -> None:
+    images = torch.arange(4.0).view(4, 1, 1, 1).expand(4, 1, 6, 6)
+    targets = torch.eye(4)
+    for recipe in (replace(TINY, mixup=1.0), replace(TINY, cutmix=1.0)):
+        generator = torch.Generator().manual_seed(5)
+        mixed, blended = _mixed(images, targets, recipe, generator)
+        # Image i holds the value i, so its mean is the blend of class numbers.
+        torch.testing.assert_close(mixed.mean((1, 2, 3)), blended @ torch.arange(4.0))
+        assert not torch.equal(mixed, images)
+
+
+# --- fine-tuning -----------------------------------------------------------------
+
+
+def test_finetuning_replaces_one_relu_after_the_other(tmp_path: Path) -> None:
+    start = train(
+        replace(TINY, activation="relu"), out=tmp_path / "relu", progress=False
+    )
+    recipe = replace(TINY, epochs=2, replace_epochs=1.0, learning_rate=0.01)
+    result = train(recipe, out=tmp_path / "fine", start=start.path, progress=False)
+    assert result.test_accuracy > 0.9
+    assert len(activations(load_network(result.path))) == 2
+    other = replace(recipe, network="fashion_resnet")
+    with pytest.raises(CheckpointError, match=r"needs Architecture.*fashion_resnet"):
+        train(other, out=tmp_path / "other", start=start.path, progress=False)
+
+
+# --- files -----------------------------------------------------------------------
+
+
+def network_with_polynomials() -> nn.Module:
+    torch.manual_seed(1)
+    network = fashion_resnet(classes=3, in_channels=2, size=9)
+    first = Polynomial((1, 2), 6, (-1.0, 2.0))
+    mapping: dict[Key, Polynomial] = {"relu": first, nn.ReLU: RELU}
+    return replace_activations(network, mapping).eval()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 0.0), (torch.float16, 2e-2)]
+)
+def test_a_network_survives_its_file(
+    tmp_path: Path, dtype: torch.dtype, tolerance: float
+) -> None:
+    network = network_with_polynomials()
+    path = tmp_path / "deep" / "network.safetensors"
+    normalization = Normalization((0.1, 0.2), (0.3, 0.4))
+    save_network(
+        network, path, normalization=normalization, notes={"seed": 3}, dtype=dtype
+    )
+    loaded = load_network(path)
+    assert loaded.architecture == Architecture("fashion_resnet", 3, 2, 9)
+    assert loaded.normalization == normalization
+    assert loaded.notes == {"seed": 3}
+    assert not loaded.training
+    assert all(p.dtype == torch.float32 for p in loaded.parameters())
+    assert {n: a.polynomial for n, a in activations(loaded).items()} == {
+        n: a.polynomial for n, a in activations(network).items()
+    }
+    x = torch.randn(4, 2, 9, 9)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            loaded(x), network(x), rtol=tolerance, atol=tolerance
+        )
+
+
+def test_files_that_are_not_ours_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="cannot be read as a network"):
+        load_network(tmp_path / "missing.safetensors")
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(b"not safetensors at all")
+    with pytest.raises(CheckpointError, match="cannot be read as a network"):
+        load_network(path)
+    save_file({"w": torch.zeros(1)}, path)
+    with pytest.raises(CheckpointError, match="without a network's description"):
+        load_network(path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("architecture", '{"name": "lenet", "classes": 1}', "damaged description"),
+        (
+            "architecture",
+            '{"name": "lenet", "classes": 1, "in_channels": 1, "size": 9}',
+            "unknown network 'lenet'",
+        ),
+        (
+            "architecture",
+            '{"name": "convnet", "classes": 3, "in_channels": 2, "size": 9}',
+            "no activation is called|does not hold the tensors",
+        ),
+        ("polynomials", "[", "damaged description"),
+        ("polynomials", '{"relu": {"numerators": []}}', "damaged description"),
+    ],
+)
+def test_damaged_descriptions_are_named(
+    tmp_path: Path, key: str, value: str, message: str
+) -> None:
+    path = tmp_path / "x.safetensors"
+    save_network(network_with_polynomials(), path)
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        metadata = {**file.metadata(), key: value}
+    save_file(load_file(path), path, metadata=metadata)
+    with pytest.raises(EspnError, match=message):
+        load_network(path)
+
+
+def test_values_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    network = network_with_polynomials()
+    path = tmp_path / "x.safetensors"
+    save_network(network, path)
+    with torch.no_grad():
+        next(network.parameters()).view(-1)[3] = float("nan")
+    with pytest.raises(CheckpointError, match=r"conv1\.weight holds values"):
+        save_network(network, path)
+    load_network(path)
+    with pytest.raises(CheckpointError, match="a Linear cannot be saved"):
+        save_network(nn.Linear(1, 1), path)
+
+
+# --- command line ----------------------------------------------------------------
+
+
+def parsed(*options: str, finetune: bool = False) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser, finetune=finetune)
+    return parser.parse_args(options)
+
+
+def test_options_override_the_recipe() -> None:
+    recipe = command._overridden(
+        find_recipe("fashion-resnet"),
+        parsed("--epochs", "1", "--beta", "1e-3", "--activation", "relu"),
+    )
+    assert (recipe.epochs, recipe.beta, recipe.activation) == (1, 1e-3, "relu")
+    tuned = command._overridden(
+        find_recipe("cifar10-resnet18"), parsed("--start", "x", finetune=True)
+    )
+    assert (tuned.epochs, tuned.replace_epochs) == (37, 18.5)
+    assert tuned.learning_rate == pytest.approx(0.013 / 5)
+
+
+def test_the_command_trains_and_reports(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(RECIPES, "tiny", TINY)
+    out = str(tmp_path / "out")
+    assert command.run(parsed("--recipe", "tiny", "--out", out, "--epochs", "2")) == 0
+    text = capsys.readouterr().out
+    assert "test accuracy" in text and "selection:" in text
+    assert "features.1" in text and "to spare" in text
+
+
+def test_ctrl_c_says_how_to_continue(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "train", interrupted)
+    assert command.run(parsed("--out", str(tmp_path))) == 130
+    assert "the same command continues" in capsys.readouterr().out
