@@ -15,9 +15,6 @@ Rank 1 receives a seed from the dealer and nothing else. Shared mode (both parti
 a share of W) gives rank 0 also the corrected half of t, and each party a mask of its
 share of W; both compute step 2 and keep the result.
 
-Material for N inferences is written to a directory per party and used once: an index is
-marked as used, and that mark forced to disk, before its record is read.
-
 Source: Delphi (Mishra et al., USENIX Security 2020) for the server-held weights; the
 two-valued truncation mask as in `online`.
 """

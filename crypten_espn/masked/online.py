@@ -17,8 +17,8 @@ logits. In shared mode both parties send their half of each opening at once.
 
 Who learns what. Rank 1 sees every c, uniform because r is uniform, used once and known
 to the dealer alone; its seed-drawn shares; W - B, uniform because B is rank 0's; and
-the logits. Rank 0 sees D of each source, uniform because t follows from rank 1's
-uniform mask, which is used once, and c. It learns nothing of input or logits. Both know the
+the logits. Rank 0 sees c, and D of each source, uniform because t follows from rank 1's
+uniform mask, which is used once. It learns nothing of input or logits. Both know the
 plan: architecture, shapes, polynomials and scales. The dealer sees neither data nor
 weights nor any message between the parties. The claim is: semi-honest, two parties, a
 dealer that does not collude.
