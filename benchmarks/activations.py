@@ -85,6 +85,7 @@ def run_party(task: dict[str, Any]) -> None:
             batch=1,
             repeat=task["repeat"],
             limit_s=task["limit_s"],
+            emit=party.emit_line,
         )
     control.close()
 

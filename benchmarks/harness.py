@@ -494,6 +494,44 @@ def plot_lines(
     return save_figure(figure, stem)
 
 
+def plot_bars(rows: Sequence[Row], stem: str | Path) -> list[Path]:
+    """Online seconds as bars, one figure per network; the PNG and SVG files written."""
+    files = []
+    stem = Path(stem)
+    for network in dict.fromkeys(row.network for row in rows):
+        chosen = [row for row in rows if row.network == network]
+        models = list(dict.fromkeys(row.model for row in chosen))
+        systems = list(dict.fromkeys(row.system for row in chosen))
+        figure, axes = new_figure(width=max(6.0, 1.8 * len(models) + 2.5))
+        width = 0.85 / len(systems)
+        for index, system in enumerate(systems):
+            colour = STYLES[index % len(STYLES)][0]
+            bars = {row.model: row.online_s for row in chosen if row.system == system}
+            at = [models.index(model) + (index + 0.5) * width for model in bars]
+            heights = [spread.median for spread in bars.values()]
+            low = [spread.median - spread.ci95[0] for spread in bars.values()]
+            high = [spread.ci95[1] - spread.median for spread in bars.values()]
+            axes.bar(
+                at,
+                heights,
+                width * 0.95,
+                yerr=(low, high),
+                label=system,
+                color=colour,
+                hatch=("", "//", "..", "xx", "\\\\", "--", "oo", "++")[index % 8],
+                edgecolor="white",
+                error_kw={"linewidth": 0.8},
+            )
+        axes.set_xticks([index + 0.425 for index in range(len(models))], models)
+        axes.set(ylabel="seconds online (log)", title=f"{network}, online")
+        axes.set_yscale("log")
+        axes.grid(False, axis="x")
+        axes.legend(frameon=False, fontsize=7, ncols=2)
+        slug = "".join(c if c.isalnum() else "-" for c in network)
+        files += save_figure(figure, stem.with_name(f"{stem.name}-{slug}"))
+    return files
+
+
 def save_figure(figure: Any, stem: Path) -> list[Path]:
     """Write `stem`.png and `stem`.svg and close the figure; the files written."""
     from matplotlib import pyplot

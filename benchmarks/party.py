@@ -21,10 +21,14 @@ from typing import Any, Protocol
 
 import torch
 
+import crypten_espn.channel
+import crypten_espn.correlated  # repairs CrypTen before it is imported, below
+
 from . import wan
 from .harness import Results, Row, Skipped, Spread
 
 MARK = "SAMPLE "
+LONG_RUN_S = 10.0  # longer first runs are not repeated before counting starts
 _LENGTH = struct.Struct("<I")
 
 
@@ -176,36 +180,41 @@ def measure(
     batch: int,
     repeat: int,
     limit_s: float,
+    emit: Callable[[Mapping[str, Any]], None],
 ) -> None:
-    """Run every system `repeat` times in turn; rank 0 prints a line per sample.
+    """Run every system `repeat` times in turn; rank 0 emits each sample.
 
-    A first run of each is not counted: it warms caches and connections. A system
-    whose repetitions would take longer than `limit_s` together is left out, and that
-    is printed too.
+    A first run of each is not counted: it traces, and warms caches and connections.
+    A system whose repetitions would take longer than `limit_s` together, judged by
+    that run, is left out; that is emitted too.
     """
+    cell = {"model": model, "batch": batch}
     remaining = []
     for system in systems:
+        start = time.monotonic()
         system.prepare()
-        _, estimate = _sample(system, control)
-        if estimate * repeat > limit_s:
-            cell = {"model": model, "batch": batch, **_name(system)}
-            reason = f"{repeat} x {estimate:.0f} s is over the limit of {limit_s:g} s"
-            if control.rank == 0:
-                _print({**cell, "skipped": reason})
-            continue
-        remaining.append(system)
+        estimate = time.monotonic() - start
+        estimate = max(estimate, control.swap(estimate))
+        if estimate < LONG_RUN_S:
+            estimate = _sample(system, control)[1]
+        if estimate * repeat <= limit_s:
+            remaining.append(system)
+        elif control.rank == 0:
+            reason = f"{repeat} x {estimate:.3g} s is over the limit of {limit_s:g} s"
+            emit({**cell, **_name(system), "skipped": reason})
     for _ in range(repeat):
         for system in remaining:
             sample, _ = _sample(system, control)
             if control.rank == 0:
-                _print({"model": model, "batch": batch, **sample})
+                emit({**cell, **sample})
 
 
 def _name(system: System) -> dict[str, str]:
     return {"activation": system.activation, "engine": system.engine}
 
 
-def _print(sample: Mapping[str, Any]) -> None:
+def emit_line(sample: Mapping[str, Any]) -> None:
+    """Print a sample as a line that the parent's Collector reads."""
     sys.stdout.write(MARK + json.dumps(sample) + "\n")
     sys.stdout.flush()
 
@@ -260,15 +269,13 @@ def crypten_channels(
     import crypten
     import crypten.communicator as comm
 
-    from crypten_espn.channel import use_direct_channel
-
     torch.set_num_threads(threads)
     crypten.cfg.mpc.provider = provider
     crypten.cfg.communicator.verbose = True  # count; it sends as much as it receives
     crypten.init()
     try:
         base = comm.get()
-        with use_direct_channel(
+        with crypten_espn.channel.use_direct_channel(
             host=address, listen=listen or address, timeout=600.0
         ) as channel:
             direct = comm.get()
@@ -293,11 +300,9 @@ def deal() -> None:
     os.environ.update(RENDEZVOUS="env://", DISTRIBUTED_BACKEND="gloo", WORLD_SIZE="2")
     import crypten
 
-    import crypten_espn.correlated  # noqa: F401  (teaches the dealer our correlations)
-
     crypten.cfg.mpc.provider = "TTP"
     torch.set_num_threads(1)
-    crypten.mpc.provider.ttp_provider.TTPServer()
+    crypten_espn.correlated.Dealer()
 
 
 def _install_sleep_model(base: Any, channel: Any) -> None:
@@ -337,10 +342,12 @@ class CryptenSystem:
         activation: name of the row.
         channel: "gloo" or "direct", with its communicator.
         compute: the online phase; returns an encrypted or a plain tensor.
-        check: largest error and agreement of the revealed result; None where there
-            is nothing to compare.
+        check: largest error and agreement of the result; None at a party that does
+            not see it.
         reveal: whether to open the result, for `check`, after the clock has stopped.
         select: sets what the computation reads from crypten.cfg, before the clock.
+        settle: the first run does more than the others (CrypTen's batch-norm then
+            keeps its inverse variance), so the second is traced.
     """
 
     def __init__(
@@ -349,10 +356,11 @@ class CryptenSystem:
         channel: str,
         communicator: Any,
         compute: Callable[[], Any],
-        check: Callable[[torch.Tensor], tuple[float, float | None]],
+        check: Callable[[torch.Tensor], tuple[float, float | None] | None],
         *,
         reveal: bool,
         select: Callable[[], None] = lambda: None,
+        settle: bool = False,
     ) -> None:
         import crypten
 
@@ -363,6 +371,7 @@ class CryptenSystem:
         self._check = check
         self._reveal = reveal
         self._select = select
+        self._settle = settle
         self._provider = crypten.mpc.get_default_provider()
         self._requests: list[Any] = []
         self._offline_bytes = 0
@@ -373,6 +382,8 @@ class CryptenSystem:
         self._select()
         provider = self._provider
         provider.request_cache, provider.tuple_cache = [], {}
+        if self._settle:
+            self._compute()
         provider.trace()
         try:
             self._compute()
@@ -405,9 +416,12 @@ class CryptenSystem:
 
         def finish() -> Result:
             if left:
-                raise RuntimeError(f"{left} tuples made offline were not used online")
+                raise RuntimeError(
+                    f"{self.activation} over {self.engine}: {left} tuples made offline "
+                    "were not used online"
+                )
             plain = output.get_plain_text() if self._reveal else output
-            error, agreement = self._check(plain)
+            error, agreement = self._check(plain) or (None, None)
             return Result(rounds, round(both_ways / 2), error, agreement)
 
         return finish
@@ -451,9 +465,9 @@ class Collector:
     def __init__(
         self, label: str, rtt_ms: float, mbit: float | None, threads: int
     ) -> None:
-        self._network = (label, rtt_ms, mbit)
+        self.network = (label, rtt_ms, mbit)
         self._threads = threads
-        self._samples: dict[tuple[str, str, str, int], list[dict[str, Any]]] = {}
+        self._samples: dict[tuple[str, str, str, int], list[Mapping[str, Any]]] = {}
         self.skipped: list[Skipped] = []
 
     def line(self, rank: int, text: str) -> None:
@@ -461,12 +475,15 @@ class Collector:
         if not text.startswith(MARK):
             print(f"[{rank}] {text.rstrip()}", file=sys.stderr, flush=True)
             return
-        sample = json.loads(text[len(MARK) :])
+        self.take(json.loads(text[len(MARK) :]))
+
+    def take(self, sample: Mapping[str, Any]) -> None:
+        """Take one sample, or one cell that was left out."""
         model, activation, engine = (
             sample[name] for name in ("model", "activation", "engine")
         )
         if "skipped" in sample:
-            cell = (model, activation, engine, self._network[0], sample["skipped"])
+            cell = (model, activation, engine, self.network[0], sample["skipped"])
             self.skipped.append(Skipped(*cell))
             return
         key = (model, activation, engine, sample["batch"])
@@ -474,7 +491,7 @@ class Collector:
 
     def rows(self) -> Iterator[Row]:
         """One row per system with at least one sample, in the order of measurement."""
-        label, rtt_ms, mbit = self._network
+        label, rtt_ms, mbit = self.network
         for (model, activation, engine, batch), samples in self._samples.items():
             last = samples[-1]
             agreements = [

@@ -844,7 +844,8 @@ def _self_test_main(names: Sequence[str], parties: int, fallback: bool) -> int:
             if path.kind == "tcp":
                 taken_us = path.overhead_s * 1e6
                 print(
-                    f"    taken off the round trip for the forwarder: {taken_us:.0f} us"
+                    f"    congestion control {path.congestion}; taken off the round "
+                    f"trip for the forwarder: {taken_us:.0f} us"
                 )
     return int(failed)
 
