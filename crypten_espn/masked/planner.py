@@ -36,6 +36,7 @@ VALUE_RING = 64
 PRECISIONS = {"fast": 32, "high": 40}
 HEADROOM = 4.0
 _FRAC_BITS = range(2, 21)
+_RESCALED = ":rescaled"
 
 
 @dataclass
@@ -120,6 +121,8 @@ def layer_title(name: str) -> str:
 
     /stages/stages.0/stages.0.0/relu1/Op_output_0 is stages.0.0.relu1.
     """
+    if name.endswith(_RESCALED):
+        return f"{layer_title(name.removesuffix(_RESCALED))} (rescaled)"
     parts = [part for part in name.replace("_output_0", "").split("/") if part]
     parts = parts[:-1] if len(parts) > 1 else parts
     kept = [
@@ -328,7 +331,7 @@ class _Reader:
     def _rescale(self, value: str, rescaled: dict[str, str], order: list[str]) -> str:
         if value not in rescaled:
             before = self.layers[value]
-            name = f"{value}:rescale"
+            name = value + _RESCALED
             self.layers[name] = replace(
                 before,
                 name=name,
@@ -397,7 +400,11 @@ class _Builder:
         seen = self.reader.layers[self.ends[index]].largest
         act = self._activation(index)
         bound = self.headroom * seen
-        if act is not None and act.polynomial is not None and "rescale" not in act.name:
+        if (
+            act is not None
+            and act.polynomial is not None
+            and not act.name.endswith(_RESCALED)
+        ):
             bound = max(bound, 1.25 * max(map(abs, act.polynomial.interval)))
         return max(bound, 2.0**-4)
 
@@ -671,8 +678,8 @@ def choose_groups(
     """Which truncation serves which powers of a polynomial.
 
     1. The linear term keeps every bit; it costs no dealer value.
-    2. The square has a truncation of its own, the third and fourth power share one, and
-       so do all higher ones.
+    2. The square has a truncation of its own; from the third power on, an odd one and
+       the even one above it share theirs.
     3. A truncation keeps as many bits as its powers' coefficients allow: the rounding
        of x against the rounding of the coefficient at scale F - k f_k.
 
@@ -687,7 +694,7 @@ def choose_groups(
     buckets: list[list[int]] = []
     for k in powers:
         first = buckets[-1][0] if buckets else 0
-        if (first == 3 and k == 4) or first >= 5:
+        if first >= 3 and first % 2 == 1 and k == first + 1:
             buckets[-1].append(k)
         else:
             buckets.append([k])

@@ -1,0 +1,246 @@
+"""Plans: identity, tables, bounds, choices, and what is refused by name."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import crypten_espn as espn
+from crypten_espn.errors import PlanError, RangeError, ShapeError
+from crypten_espn.masked import plan, planner
+
+from .masked_cases import QUARTIC, Residual, planned, residual
+
+
+@pytest.fixture(scope="module")
+def small():
+    return planned(*residual())
+
+
+def network(*layers):
+    return torch.nn.Sequential(*layers).eval()
+
+
+def act(polynomial=QUARTIC):
+    return espn.PolynomialActivation(polynomial)
+
+
+def test_a_plan_survives_its_text_and_has_one_digest(small):
+    chosen, weights = small
+    again = plan.Plan.from_json(chosen.to_json())
+    assert again == chosen and again.digest == chosen.digest
+    other, _ = planned(*residual(), precision="high")
+    assert other.digest != chosen.digest
+    # No weight is in it: another model of the same shape and ranges differs in weights
+    # alone.
+    text = chosen.to_json()
+    for array in weights.integers:
+        assert str(array.reshape(-1)[0]) not in json.loads(text)["weights"]
+    assert len(text) < 20_000
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda d: d.pop("segments"),
+        lambda d: d["segments"][0].update(ring=64),
+        lambda d: d["segments"][0]["activation"].update(drop=63),
+        lambda d: d["segments"][0]["activation"]["groups"][0].update(shift=31),
+        lambda d: d["segments"][0]["root"].update(shape=[0, 8, 8]),
+        lambda d: d["segments"][-1].update(activation=d["segments"][0]["activation"]),
+        lambda d: d["segments"][1]["root"].update(weight=99, op="conv"),
+        lambda d: d["segments"][0]["root"].update(color="red"),
+        lambda d: d["weights"][0].update(size=3),
+    ],
+)
+def test_a_contradictory_plan_is_refused(small, change):
+    data = json.loads(small[0].to_json())
+    change(data)
+    with pytest.raises(PlanError):
+        plan.Plan.from_json(json.dumps(data))
+    with pytest.raises(PlanError, match="not a plan"):
+        plan.Plan.from_json("[]")
+
+
+def test_the_table_names_layers_and_totals(small):
+    chosen, _ = small
+    table = str(chosen)
+    lines = table.splitlines()
+    assert len(lines) == 1 + len(chosen.segments) + 1
+    assert "act1" in table and "output" in table and "32+64" in table
+    down, up = chosen.online_bytes()
+    assert f"{chosen.messages} messages, {down + up:,} bytes online" in lines[-1]
+    assert chosen.digest.hex()[:16] in lines[-1]
+
+
+def test_declared_bytes_follow_from_the_rings(small):
+    chosen, _ = small
+    elements = [8 * 8 * 8, 4 * 4 * 16, 4 * 4 * 16]
+    assert [s.elements for s in chosen.segments] == [*elements, 5]
+    assert chosen.activation_elements == sum(elements)
+    assert chosen.online_bytes() == (
+        4 * sum(elements) + 4 * 5,
+        8 * sum(elements) + 4 * 3 * 64,
+    )
+    assert chosen.messages == 8
+    assert chosen.dealer_bytes() == 84 * sum(elements) + 20
+
+
+@pytest.mark.parametrize(
+    "precision, ring, error", [("fast", 32, 0.02), ("high", 40, 0.001), (26, 26, 0.3)]
+)
+def test_precision_is_a_choice(precision, ring, error):
+    model, example = residual()
+    chosen, weights = planned(model, example, precision=precision)
+    assert {s.ring for s in chosen.segments} == {ring}
+    logits, _ = plan.simulate(chosen, weights, example)
+    assert float((logits - model(example)).abs().max()) < error
+
+
+def test_bounds_hold_with_the_stated_headroom(small):
+    chosen, _ = small
+    for segment in chosen.segments:
+        assert segment.bound >= planner.HEADROOM * segment.seen
+        assert segment.bound * 2.0**segment.scale <= 2.0 ** (segment.ring - 2)
+        if segment.activation is not None:
+            assert segment.bound >= 5.0
+            assert segment.activation.value_ring - segment.activation.drop == 32
+    tight, _ = planned(*residual(), headroom=1.0)
+    assert tight.segments[-1].scale >= chosen.segments[-1].scale + 1
+
+
+def test_the_linear_term_keeps_every_bit_and_coefficients_are_exact(small):
+    act = small[0].segments[0].activation
+    assert act.groups[0].shift == 0
+    for group in act.groups:
+        bits = act.scale - group.shift
+        for k, integer in enumerate(group.coeffs):
+            if k:
+                exact = integer / 2.0 ** (act.value_scale - k * bits)
+                assert exact in (0.0, QUARTIC.coeffs[k])
+    assert act.constant / 2.0**act.value_scale == QUARTIC.coeffs[0]
+
+
+def test_all_degrees_are_grouped():
+    for degree in range(1, 11):
+        numerators = tuple(range(1, degree + 2))
+        polynomial = espn.Polynomial(numerators, 12, (-2.0, 2.0))
+        groups = planner.choose_groups(polynomial, scale=25, value_scale=43)
+        powers = [k for g in groups for k, a in enumerate(g.coeffs) if a]
+        assert powers == list(range(1, degree + 1))
+        x = np.linspace(-2, 2, 41)
+        total = np.full_like(x, 1 / 4096)
+        for group in groups:
+            unit = 2.0 ** (group.shift - 25)
+            rounded = np.rint(x / unit) * unit
+            scale = 2.0 ** (25 - group.shift)
+            for k, a in enumerate(group.coeffs):
+                total += a * (rounded * scale) ** k / 2.0**43
+        expected = np.polynomial.polynomial.polyval(x, polynomial.coeffs)
+        error = np.abs(total - expected).max()
+        allowed = 0.01 if degree <= 4 else 0.1
+        assert error < allowed * max(1, np.abs(expected).max()), (degree, error)
+
+
+def test_simulated_layers_match_plaintext(small):
+    """The trace finds the layer where a private result leaves plaintext."""
+    chosen, weights = small
+    model, example = residual()
+    _, trace = plan.simulate(chosen, weights, example)
+    first = model.stem(example).permute(0, 2, 3, 1).numpy()
+    found = trace[0] / 2.0 ** chosen.segments[0].scale
+    assert np.abs(found - first).max() < 6 * chosen.segments[0].noise + 1e-4
+
+
+def test_quadratic_pools_need_no_extra_bits_and_odd_ones_fold():
+    for size, ratio in ((2, 1), (3, 9)):
+        torch.manual_seed(0)
+        model = network(
+            torch.nn.Conv2d(3, 4, 3, padding=1),
+            act(),
+            torch.nn.AvgPool2d(size),
+            torch.nn.Conv2d(4, 4, 1),
+            act(),
+            torch.nn.Flatten(),
+            torch.nn.Linear(4 * (12 // size) ** 2, 2),
+        ).requires_grad_(False)
+        example = torch.randn(2, 3, 12, 12)
+        chosen, weights = planned(model, example)
+        below = chosen.sources[1].frac_bits
+        factor = chosen.weights[1].factor
+        spare = chosen.segments[1].scale - below - (2 if size == 2 else 0)
+        assert factor == pytest.approx(2.0**spare / ratio)
+        logits, _ = plan.simulate(chosen, weights, example)
+        assert float((logits - model(example)).abs().max()) < 0.01
+
+
+def test_weights_without_an_activation_between_get_a_rescaling():
+    torch.manual_seed(0)
+    model = network(torch.nn.Conv2d(3, 4, 1), torch.nn.Conv2d(4, 4, 3, groups=4))
+    model.requires_grad_(False)
+    example = torch.randn(2, 3, 6, 6)
+    chosen, weights = planned(model, example)
+    assert len(chosen.segments) == 2
+    assert "(rescaled)" in chosen.segments[0].activation.name
+    logits, _ = plan.simulate(chosen, weights, example)
+    assert logits.shape == (2, 4, 4, 4)
+    assert float((logits - model(example)).abs().max()) < 0.01
+
+
+def test_unsupported_layers_and_values_are_named():
+    example = torch.randn(2, 3, 8, 8)
+    relu = espn.convert(network(torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU()), example)
+    with pytest.raises(PlanError, match="ReLU is not supported"):
+        planner.make_plan(relu, example)
+    model, data = residual()
+    graph = espn.convert(model, data)
+    with pytest.raises(PlanError, match=r"act\d: values up to .* in a ring of 32"):
+        planner.make_plan(graph, data * 30)
+    big = torch.full((1, 3, 8, 8), float("inf"))
+    with pytest.raises(PlanError, match="overflow"):
+        planner.make_plan(graph, big)
+    for wrong in ("best", 12, 64, None):
+        with pytest.raises(PlanError):
+            planner.make_plan(graph, data, precision=wrong)
+    with pytest.raises(PlanError, match="owner"):
+        planner.make_plan(graph, data, mode="both")
+    with pytest.raises(PlanError, match="headroom"):
+        planner.make_plan(graph, data, headroom=0.5)
+
+
+def test_inputs_are_checked_before_anything_else(small):
+    chosen, _ = small
+    with pytest.raises(ShapeError, match=r"\(batch, 3, 8, 8\)"):
+        chosen.encode(torch.zeros(1, 3, 9, 9))
+    with pytest.raises(ShapeError):
+        chosen.encode(torch.zeros(3, 8, 8))
+    with pytest.raises(ShapeError):
+        chosen.encode(torch.zeros(0, 3, 8, 8))
+    with pytest.raises(RangeError, match="NaN"):
+        chosen.encode(torch.full((1, 3, 8, 8), float("nan")))
+    with pytest.raises(RangeError, match="reaches 1e"):
+        chosen.encode(torch.full((1, 3, 8, 8), 1e5))
+    x = torch.randn(2, 3, 8, 8)
+    integers = chosen.encode(x)
+    assert integers.shape == (2, 8, 8, 3)
+    back = torch.from_numpy(integers / 2.0 ** chosen.sources[0].frac_bits)
+    assert float((back.permute(0, 3, 1, 2) - x).abs().max()) <= 2.0 ** -(
+        chosen.sources[0].frac_bits + 1
+    )
+
+
+def test_weights_must_be_this_network_s(small):
+    chosen, weights = small
+    with pytest.raises(PlanError, match="expects weights"):
+        plan.quantise(chosen, {})
+    model = Residual().eval().requires_grad_(False)
+    parameters = planner.parameters_of(espn.convert(model, torch.zeros(1, 3, 8, 8)))
+    other = plan.quantise(chosen, parameters)
+    assert other.digest != weights.digest
+    name = chosen.weights[0].parameter
+    parameters[name] = np.full_like(parameters[name], np.nan)
+    with pytest.raises(PlanError, match="NaN"):
+        plan.quantise(chosen, parameters)
