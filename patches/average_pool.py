@@ -68,6 +68,12 @@ def _install() -> Callable[[], None]:
     def maximum_from_onnx(attributes: dict[str, Any] | None = None) -> Any:
         attributes = attributes or {}
         kernel, stride, padding = _window(attributes)
+        if len(set(padding)) > 1:
+            # crypten's max_pool2d gives wrong values or fails; so does its gradient.
+            raise ValueError(
+                f"MaxPool2d(padding={padding}): CrypTen pads both dimensions alike; "
+                "use one padding for both, or pad with a layer of its own"
+            )
         return MaxPool2d(
             kernel,
             stride=stride,

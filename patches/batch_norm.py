@@ -73,7 +73,10 @@ def _install() -> Callable[[], None]:
     def forward(self: Any, x: list[Any]) -> Any:
         input, *parameters = x
         if self.training or any(p.requires_grad for p in parameters):
-            return stock(self, x)
+            output = stock(self, x)
+            # A node exported for inference has one output; CrypTen gives five here.
+            one = len(getattr(self, "_output_names", ())) == 1
+            return output[0] if self.training and one else output
         shape = [1, -1] + [1] * (input.dim() - 2)
         scale, shift = (value.reshape(shape) for value in _affine(self, parameters))
         return input * scale + shift

@@ -16,11 +16,15 @@ def _export(f: Any, pytorch_model: torch.nn.Module, dummy_input: Any) -> Any:
     from crypten.nn import onnx_converter
 
     with warnings.catch_warnings():
-        # Ours to know: this exporter is what CrypTen's symbolics are written for.
+        # Ours to know: CrypTen's symbolics are written for the deprecated exporter,
+        # which says so itself and once more when it starts its own log.
         warnings.filterwarnings(
             "ignore",
-            message=".*legacy TorchScript-based ONNX export",
+            message="You are using the legacy TorchScript-based ONNX export",
             category=DeprecationWarning,
+        )
+        warnings.filterwarnings(
+            "ignore", module=r"torch\.onnx\.", category=DeprecationWarning
         )
         torch.onnx.export(
             pytorch_model,
@@ -38,8 +42,11 @@ def _export(f: Any, pytorch_model: torch.nn.Module, dummy_input: Any) -> Any:
 
 
 def _probe() -> bool:
-    dynamo = inspect.signature(torch.onnx.export).parameters.get("dynamo")
-    return dynamo is not None and dynamo.default is True
+    from crypten.nn import onnx_converter
+
+    default = inspect.signature(torch.onnx.export).parameters.get("dynamo")
+    chooses = "dynamo" in inspect.getsource(onnx_converter._export_pytorch_model)
+    return default is not None and default.default is True and not chooses
 
 
 def _install() -> Callable[[], None]:

@@ -16,8 +16,10 @@ def _to_array(tensor: TensorProto) -> np.ndarray:
 
 
 def _probe() -> bool:
+    from crypten.nn import onnx_converter
+
     sample = numpy_helper.from_array(np.zeros(1, dtype=np.float32))
-    return not numpy_helper.to_array(sample).flags.writeable
+    return not onnx_converter.numpy_helper.to_array(sample).flags.writeable
 
 
 def _install() -> Callable[[], None]:
