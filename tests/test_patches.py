@@ -571,7 +571,7 @@ def test_every_generator_draws_from_a_keystream(provider: str, world_size: int) 
 def test_manual_seed_in_debug_mode_repeats_the_masks() -> None:
     def run() -> list[tuple[torch.Tensor, ...]]:
         rank = comm.get().get_rank()
-        draws = []
+        draws: list[tuple[torch.Tensor, ...]] = []
         for _ in range(2):
             crypten.manual_seed(2**62 + rank, -3 - rank, 7)
             share = crypten.cryptensor(torch.zeros(4), src=0).share
