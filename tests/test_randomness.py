@@ -55,7 +55,7 @@ def test_two_holders_draw_the_same(calls: list[tuple[list[int], int]]) -> None:
         assert torch.equal(drawn, two.ring(size, bits=bits))
         assert drawn.shape == torch.Size(size) and drawn.dtype == torch.int64
         if bits < 64 and drawn.numel():
-            assert drawn.min() >= 0 and drawn.max() < 2**bits
+            assert drawn.min().item() >= 0 and drawn.max().item() < 2**bits
 
 
 def test_chunks_do_not_show() -> None:
