@@ -11,7 +11,7 @@ from __future__ import annotations
 import gzip
 import struct
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -194,6 +194,7 @@ def load_dataset(
     *,
     directory: str | Path = "data",
     held_out: int | None = None,
+    crop: int | None = None,
     train_size: int | None = None,
     test_size: int | None = None,
 ) -> Dataset:
@@ -204,6 +205,8 @@ def load_dataset(
         directory: where its files are, or the folder that holds theirs.
         held_out: validation images taken out of the training set; by default a
             twelfth (Fashion-MNIST), a tenth (CIFAR) or 10,000 (ImageNet).
+        crop: pixels of zero padding from which training crops are taken; by default 2
+            (Fashion-MNIST) or 4 (CIFAR).
         train_size: height and width of ImageNet's training crops, 176 by default.
         test_size: the same for evaluation, 224 by default.
 
@@ -217,10 +220,15 @@ def load_dataset(
         )
     folder = Path(directory)
     if name == "imagenet":
+        if crop is not None:
+            raise DataError("imagenet has random resized crops; crop is for the others")
         return _imagenet(folder, held_out, train_size or 176, test_size or 224)
     if train_size is not None or test_size is not None:
         raise DataError(f"{name} has one image size; train_size is for imagenet")
-    return DATASETS[name](folder, held_out)
+    dataset = DATASETS[name](folder, held_out)
+    if crop is None or not isinstance(dataset.train, Images):
+        return dataset
+    return replace(dataset, train=replace(dataset.train, crop=crop))
 
 
 def fashion_sample() -> Images:

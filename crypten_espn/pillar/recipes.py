@@ -82,6 +82,7 @@ class Recipe:
             training stops; checked after the penalty's warm-up.
         replace_epochs: fine-tuning: ReLUs give way one by one over so many epochs.
         held_out: validation images; None is the data set's own number.
+        crop: padding from which training crops are taken; None is the data set's own.
         train_size: height and width of ImageNet's training crops.
         seed: of weights and data order.
     """
@@ -113,6 +114,7 @@ class Recipe:
     escape: float = 1e4
     replace_epochs: float = 0.0
     held_out: int | None = None
+    crop: int | None = None
     train_size: int | None = None
     seed: int = 1
 
@@ -222,10 +224,12 @@ RECIPES: dict[str, Recipe] = _named(
         "fashion-resnet",
         "fashion_resnet",
         "fashion-mnist",
-        stage_epochs=0.25,
+        beta=5e-4,
+        stage_epochs=0.1,
+        crop=0,
         epochs=20,
         learning_rate=0.05,
-        warmup_epochs=1.0,
+        warmup_epochs=0.5,
         precision="bfloat16",
     ),
     Recipe(
@@ -235,7 +239,7 @@ RECIPES: dict[str, Recipe] = _named(
         stage_epochs=0.25,
         epochs=15,
         learning_rate=0.05,
-        warmup_epochs=1.0,
+        warmup_epochs=0.5,
         precision="bfloat16",
     ),
     Recipe(
@@ -245,7 +249,7 @@ RECIPES: dict[str, Recipe] = _named(
         stage_epochs=0.25,
         epochs=20,
         learning_rate=0.05,
-        warmup_epochs=1.0,
+        warmup_epochs=0.5,
         precision="bfloat16",
     ),
     Recipe(
@@ -470,6 +474,7 @@ def train(
         recipe.checked().dataset,
         directory=data,
         held_out=recipe.held_out,
+        crop=recipe.crop,
         train_size=recipe.train_size,
     )
     run = _Run(recipe, dataset, folder, start, device, progress)

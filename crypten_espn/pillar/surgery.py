@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import fnmatch
+import functools
 import inspect
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
@@ -585,22 +586,24 @@ def _check_same_in_both_modes(module: nn.Module, where: str) -> None:
         )
 
 
+@functools.cache
+def _names_in_source(owner: type) -> frozenset[str]:
+    """Return the names of what a class calls; none if its source is not to be had."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(owner)))
+    except (OSError, TypeError, SyntaxError):
+        return frozenset()
+    calls = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    names = {f.id for f in calls if isinstance(f, ast.Name)}
+    return frozenset(names | {f.attr for f in calls if isinstance(f, ast.Attribute)})
+
+
 def _called_names(module: nn.Module) -> set[str]:
     """Return the names of what the module's own methods call, from their source."""
     names: set[str] = set()
     for owner in type(module).__mro__:
-        if owner.__module__.startswith("torch.nn.") or owner is object:
-            continue
-        try:
-            tree = ast.parse(textwrap.dedent(inspect.getsource(owner)))
-        except (OSError, TypeError, SyntaxError):
-            continue
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Call):
-                if isinstance(node.func, ast.Name):
-                    names.add(node.func.id)
-                elif isinstance(node.func, ast.Attribute):
-                    names.add(node.func.attr)
+        if not owner.__module__.startswith("torch.nn.") and owner is not object:
+            names |= _names_in_source(owner)
     for value in vars(module).values():
         if callable(value) and hasattr(value, "__name__"):
             names.add(value.__name__)
