@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 
@@ -15,6 +16,9 @@ SEED_BYTES = 16
 
 # Encrypting zeros yields the keystream; a chunk this small stays in the cache.
 _ZEROS = memoryview(bytes(1 << 18))
+
+# Bytes up to which the cost of a call outweighs that of a copy.
+_SMALL = 1 << 13
 
 # Narrowest word for 1 to 8, 9 to 16, ... bits.
 _WORDS = (torch.uint8, torch.int16, *2 * (torch.int32,), *4 * (torch.int64,))
@@ -76,16 +80,13 @@ class Keystream:
         Raises:
             RandomnessError: bits is not in 1..64.
         """
-        shape = (size,) if isinstance(size, int) else tuple(size)
-        if bits == 64:
-            out = torch.empty(shape, dtype=torch.int64)
-            self._fill(out)
-            return out
-        if not 1 <= bits < 64:
+        if not 1 <= bits <= 64:
             raise RandomnessError(f"bits={bits} was given; allowed are 1 to 64")
+        shape = (size,) if isinstance(size, int) else tuple(size)
         # The narrowest word that holds the bits: a byte an element for single bits.
-        words = torch.empty(shape, dtype=_WORDS[(bits - 1) // 8])
-        self._fill(words)
+        words = self._words(shape, _WORDS[(bits - 1) // 8])
+        if bits == 64:
+            return words
         return words.to(torch.int64).bitwise_and_((1 << bits) - 1)
 
     def fill(self, out: torch.Tensor) -> None:
@@ -129,6 +130,15 @@ class Keystream:
                 _derive(self._seed, b"fork int " + label.to_bytes(length, "little"))
             )
         return Keystream(_derive(self._seed, b"fork bytes " + label))
+
+    def _words(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        count = math.prod(shape) * dtype.itemsize
+        if 0 < count <= _SMALL:
+            data = bytearray(self._stream.update(_ZEROS[:count]))
+            return torch.frombuffer(data, dtype=dtype).view(shape)
+        out = torch.empty(shape, dtype=dtype)
+        self._fill(out)
+        return out
 
     def _fill(self, out: torch.Tensor) -> None:
         if out.numel() == 0:
