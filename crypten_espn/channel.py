@@ -201,6 +201,7 @@ class Channel:
         self.bytes_sent = self.bytes_received = 0
         self._sock = sock
         self._inbox = bytearray()
+        self._header: tuple[bytes, int, int, int, int] | None = None
         self._closed = False
         sock.setblocking(False)
         if sock.family in (socket.AF_INET, socket.AF_INET6):
@@ -251,6 +252,23 @@ class Channel:
         return bytes(self._receive_frame(_KIND_BYTES, tag, None, limit=limit))
 
     # -- control
+
+    def wait(self, *, timeout: float | None) -> tuple[bool, int]:
+        """Wait for the next message without taking it.
+
+        Args:
+            timeout: seconds to wait while the peer is idle; None waits for ever.
+
+        Returns: whether it holds ring elements (else bytes), and its tag.
+        """
+        if self._header is None:
+            saved = self.timeout
+            self.timeout = float("inf") if timeout is None else timeout
+            try:
+                self._header = self._next_header([])
+            finally:
+                self.timeout = saved
+        return self._header[2] == _KIND_RING, self._header[3]
 
     def handshake(self, *, role: str, digest: bytes) -> str:
         """Exchange protocol version, role and plan digest; nothing else is sent.
@@ -333,9 +351,7 @@ class Channel:
         limit: int = MAX_BYTES_MESSAGE,
         outgoing: list[list[memoryview]] | None = None,
     ) -> memoryview:
-        header = bytearray(_HEADER.size)
-        self._transfer(outgoing or [], memoryview(header))
-        magic, version, got_kind, got_tag, length = _HEADER.unpack(bytes(header))
+        magic, version, got_kind, got_tag, length = self._next_header(outgoing or [])
         if magic != MAGIC:
             raise PeerError(f"{self.peer} does not speak this protocol.")
         if version != PROTOCOL_VERSION:
@@ -361,6 +377,18 @@ class Channel:
         self.messages_received += 1
         self.bytes_received += _HEADER.size + length
         return payload.data
+
+    def _next_header(
+        self, outgoing: list[list[memoryview]]
+    ) -> tuple[bytes, int, int, int, int]:
+        if self._header is not None:
+            header, self._header = self._header, None
+            if outgoing:
+                self._transfer(outgoing, None)
+            return header
+        data = bytearray(_HEADER.size)
+        self._transfer(outgoing, memoryview(data))
+        return _HEADER.unpack(bytes(data))
 
     def _transfer(
         self, frames: list[list[memoryview]], incoming: memoryview | None
@@ -433,7 +461,7 @@ class Channel:
             )
             poller = select.poll()
             poller.register(self._sock, events)
-            poller.poll(left * 1000)
+            poller.poll(min(left, 3600.0) * 1000)
 
     def _lost(self, error: OSError | None) -> PeerError:
         detail = "it closed the connection" if error is None else str(error)

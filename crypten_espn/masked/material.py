@@ -128,6 +128,7 @@ class MaterialWriter:
         session: bytes that both parties' material of one dealing share.
         seed: this party's seed; kept for rank 1, which expands from it.
         model: digest of the weights, or empty.
+        first: index of the first inference; later dealings of a session count on.
 
     Raises: MaterialError if the directory already holds unused material.
     """
@@ -143,8 +144,9 @@ class MaterialWriter:
         session: bytes,
         seed: bytes,
         model: bytes = b"",
+        first: int = 0,
     ) -> None:
-        self._folder = Path(directory)
+        self.directory = self._folder = Path(directory)
         self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         if (self._folder / _DATA).exists():
             left = material_info(self._folder).remaining
@@ -156,12 +158,14 @@ class MaterialWriter:
         self._parts = _layout(plan, rank, batch)
         self._size = _record_bytes(self._parts)
         self._count = count
+        self._first = first
         self._added = 0
         header: dict[str, Any] = {
             "version": 1,
             "rank": rank,
             "batch": batch,
             "count": count,
+            "first": first,
             "record": self._size,
             "plan": plan.digest.hex(),
             "model": model.hex(),
@@ -178,9 +182,10 @@ class MaterialWriter:
 
     def add(self, material: Material) -> None:
         """Append the material of the next index."""
-        if material.index != self._added:
+        expected = self._first + self._added
+        if material.index != expected:
             raise MaterialError(
-                f"Material {material.index} came where {self._added} was expected."
+                f"Material {material.index} came where {expected} was expected."
             )
         checksum = 0
         written = 0
@@ -342,6 +347,7 @@ class MaterialStore:
         self._plan = plan
         self.batch: int = self._header["batch"]
         self.count: int = self._header["count"]
+        self._first: int = self._header["first"]
         self.session = bytes.fromhex(self._header["session"])
         for what, found, wanted in (
             ("rank", str(self._header["rank"]), str(rank)),
@@ -362,12 +368,12 @@ class MaterialStore:
     def next_index(self) -> int:
         """The first index not yet used."""
         with _journal(self._folder) as journal:
-            return _next_index(journal, self._folder)
+            return self._first + _next_index(journal, self._folder)
 
     @property
     def remaining(self) -> int:
         """Inferences not yet used."""
-        return max(0, self.count - self.next_index)
+        return max(0, self._first + self.count - self.next_index)
 
     def claim(self, *, at_least: int = 0) -> int:
         """Mark the next index as used, on disk, and return it.
@@ -378,7 +384,7 @@ class MaterialStore:
         Raises: MaterialError if none is left.
         """
         with _journal(self._folder) as journal:
-            index = max(_next_index(journal, self._folder), at_least)
+            index = max(_next_index(journal, self._folder), at_least - self._first)
             if index >= self.count:
                 raise MaterialError(
                     f"{self._folder} is exhausted: all {self.count} inferences were "
@@ -387,26 +393,27 @@ class MaterialStore:
             used = index + 1
             os.pwrite(journal, _USED.pack(used, used ^ ((1 << 64) - 1)), 0)
             os.fsync(journal)
-        return index
+        return self._first + index
 
     def load(self, index: int) -> Material:
         """Read a record that `claim` returned.
 
         Raises: MaterialError if it is not marked as used, or its checksum is wrong.
         """
-        if not 0 <= index < self.next_index:
+        record = index - self._first
+        if record < 0 or index >= self.next_index:
             raise MaterialError(f"Material {index} was not claimed before use.")
         size = self._header["record"]
         buffer = np.empty(size, dtype=np.uint8)
         with open(self._folder / _DATA, "rb") as file:
-            file.seek(_PAGE + index * size)
+            file.seek(_PAGE + record * size)
             if file.readinto(buffer.data) != size:
                 raise MaterialError(f"{self._folder} was cut short while in use.")
         content = sum(part.room for part in self._parts)
         (checksum,) = _LENGTH.unpack(buffer[-_LENGTH.size :].tobytes())
         if zlib.crc32(buffer[:content].data) != checksum:
             raise MaterialError(
-                f"{self._folder}: record {index} is damaged. Prepare it again."
+                f"{self._folder}: record {record} is damaged. Prepare it again."
             )
         segments = len(self._plan.segments)
         empty = np.empty(0, dtype=np.int64)
