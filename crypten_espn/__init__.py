@@ -18,7 +18,8 @@ from .pillar.surgery import (  # noqa: E402
     replace_pooling,
 )
 from .polynomial import Polynomial  # noqa: E402
-from .protocols import failure_probability, polyval, settings  # noqa: E402
+from .protocols import polyval, settings  # noqa: E402
+from .protocols.truncation import failure_probability  # noqa: E402
 
 __version__ = "0.1.0"
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import crypten
 import crypten.communicator as comm
 import numpy as np
 import torch
@@ -16,7 +15,7 @@ from crypten.nn import module as crypten_nn
 from .errors import ConversionError, ShapeError, WorldSizeError
 from .nn import PolynomialActivation, Scale
 from .onnx_graph import POLYNOMIAL_OP, NetworkGraph, Node, layer_name, read
-from .protocols import PROTOCOLS, current_settings, settings
+from .protocols import current_settings, settings
 
 Source = torch.nn.Module | str | Path | bytes
 
@@ -223,7 +222,8 @@ def convert(
 
 
 def _report(graph: NetworkGraph) -> Report:
-    findings, layers = [], {}
+    findings: list[Finding] = []
+    layers: dict[str, int] = {}
     for node in graph.nodes:
         layers[node.op] = layers.get(node.op, 0) + 1
         problem = _problem(node, graph)
@@ -256,6 +256,8 @@ def _problem(node: Node, graph: NetworkGraph) -> str | None:
         return "the batch cannot be concatenated; concatenate channels (dim=1)"
     if node.op == "AveragePool" and len(node.attributes["kernel_shape"]) != 2:
         return "only two-dimensional pools are supported; unsqueeze the input"
+    if node.op == "AveragePool" and "uniform" not in node.attributes:
+        return "its windows are not known or leave the image; use ceil_mode=False"
     return None
 
 
@@ -292,6 +294,6 @@ _BUILDERS: dict[str, Callable[[Node, NetworkGraph], crypten_nn.Module]] = {
     "Pad": lambda node, graph: crypten_nn.ConstantPad2d(
         tuple(node.attributes["pads"]), 0
     ),
-    "Scale": lambda node, graph: Scale(torch.from_numpy(node.attributes["factor"])),
+    "Scale": lambda node, graph: Scale(torch.tensor(node.attributes["factor"])),
     **_BY_COMPARISON,
 }

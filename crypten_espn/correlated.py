@@ -55,8 +55,8 @@ def powers(size: torch.Size, degree: int) -> torch.Tensor:
     Cost: degree - 1 corrections for each element of size.
 
     Raises:
-        RandomnessError: a degree below 2, for which nothing is correlated; a dealer that
-            is not asked would fall out of step with the parties.
+        RandomnessError: a degree below 2, for which nothing is correlated; a dealer
+            that is not asked would fall out of step with the parties.
     """
     if degree < 2:
         raise RandomnessError(
@@ -87,7 +87,8 @@ def _provider() -> TupleProvider:
     if not hasattr(provider, "one_sided_products"):
         raise RandomnessError(
             f"provider {crypten.cfg.mpc.provider!r} prepares no randomness for these "
-            "protocols; set crypten.cfg.mpc.provider to 'TTP' (a dealer) or 'TFP' (tests)"
+            "protocols; set crypten.cfg.mpc.provider to 'TTP' (a dealer) or 'TFP' (for "
+            "tests)"
         )
     return provider
 

@@ -69,8 +69,8 @@ def measure() -> Iterator[Measurement]:
     """Count rounds, bytes sent and seconds of a block through CrypTen's communicator.
 
     CrypTen's counter adds what is sent and what is received. Every protocol here and
-    CrypTen's own openings send as much as they receive, so half of it was sent. A dealer
-    asked inside the block (provider TTP) is counted too: prepare tuples beforehand.
+    CrypTen's own openings send as much as they receive, so half of it was sent. A
+    dealer asked inside the block (provider TTP) is counted too: prepare tuples before.
 
     Raises:
         EspnError: CrypTen is not initialised.

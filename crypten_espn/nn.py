@@ -69,8 +69,8 @@ class PolynomialActivation(Module):
             )
         except KeyError as missing:
             raise ConversionError(
-                f"a {POLYNOMIAL_OP} node lacks the attribute {missing}; it needs numerators, "
-                "frac_bits and interval. Export the network again"
+                f"a {POLYNOMIAL_OP} node lacks the attribute {missing}; it needs "
+                "numerators, frac_bits and interval. Export the network again"
             ) from None
         return PolynomialActivation(polynomial)
 

@@ -1,7 +1,8 @@
 """A network as a short list of nodes with constants, read from torch or ONNX.
 
-`read` gives a `NetworkGraph`; its passes rewrite it in inference form: constants folded,
-batch-norm folded into the layer before it, shapes resolved, pools and pads explicit.
+`read` gives a `NetworkGraph`; its passes rewrite it in inference form: constants
+folded, batch-norm folded into the layer before it, shapes resolved, pools and pads
+explicit.
 Nothing here knows about parties or shares.
 """
 
@@ -14,7 +15,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import onnx
@@ -135,7 +136,7 @@ def export(model: torch.nn.Module, example: torch.Tensor) -> bytes:
             torch.onnx.export(
                 model.eval(),
                 (example,),
-                buffer,
+                cast(Any, buffer),
                 dynamo=False,
                 opset_version=OPSET,
                 do_constant_folding=True,
@@ -144,12 +145,12 @@ def export(model: torch.nn.Module, example: torch.Tensor) -> bytes:
                 input_names=["input"],
                 output_names=["output"],
             )
-    except Exception as error:  # noqa: BLE001 - the exporter raises anything
+    except Exception as error:
         raise ConversionError(
             f"{type(model).__name__} could not be traced with an input of shape "
-            f"{tuple(example.shape)}: {str(error).splitlines()[0][:300]}. Give an example "
-            "the network accepts, and keep control flow that depends on the data out of "
-            "forward()"
+            f"{tuple(example.shape)}: {str(error).splitlines()[0][:300]}. Give an "
+            "example the network accepts, and keep control flow that depends on the "
+            "data out of forward()"
         ) from error
     finally:
         model.train(was_training)
@@ -171,7 +172,7 @@ def _load(source: str | Path | bytes) -> onnx.ModelProto:
         return onnx.load(str(source))
     except FileNotFoundError as error:
         raise ConversionError(f"no file {str(source)!r}: give an .onnx file") from error
-    except Exception as error:  # noqa: BLE001 - protobuf raises its own classes
+    except Exception as error:
         raise ConversionError(
             f"{str(source)[:80]!r} is not an ONNX model ({error}); export one with "
             "torch.onnx.export or pass the torch module itself"
@@ -184,8 +185,8 @@ def _to_graph(model: onnx.ModelProto, input_shape: tuple[int, ...]) -> NetworkGr
     inputs = [value for value in proto.input if value.name not in constants]
     if len(inputs) != 1 or len(proto.output) != 1:
         raise ConversionError(
-            f"the network has {len(inputs)} inputs and {len(proto.output)} outputs; one "
-            "of each is supported. Wrap it in a module with one tensor in and one out"
+            f"the network has {len(inputs)} inputs and {len(proto.output)} outputs; "
+            "one of each is supported. Wrap it in a module with one tensor in and one out"
         )
     _check_input(inputs[0], input_shape)
     nodes = []
@@ -198,9 +199,10 @@ def _to_graph(model: onnx.ModelProto, input_shape: tuple[int, ...]) -> NetworkGr
         attributes = {
             a.name: onnx.helper.get_attribute_value(a) for a in node.attribute
         }
-        nodes.append(
-            Node(node.op_type, list(node.input), node.output[0], attributes, node.name)
-        )
+        given = list(node.input)
+        while given and not given[-1]:
+            given.pop()  # an optional input left out
+        nodes.append(Node(node.op_type, given, node.output[0], attributes, node.name))
     shapes = {inputs[0].name: input_shape}
     return NetworkGraph(nodes, constants, shapes, inputs[0].name, proto.output[0].name)
 
@@ -314,11 +316,12 @@ def _drop_identities(graph: NetworkGraph) -> None:
 def _flatten_reshapes(graph: NetworkGraph) -> None:
     """Reshapes and squeezes that keep the batch become Flatten, for any batch."""
     for node in graph.nodes:
-        if node.op in ("Reshape", "Squeeze") and node.output in graph.shapes:
-            before, after = graph.shapes[node.inputs[0]], graph.shapes[node.output]
-            if len(after) == 2 and before[0] == after[0]:
-                node.op, node.inputs, node.attributes = "Flatten", node.inputs[:1], {}
-                node.attributes["axis"] = 1
+        if node.op in ("Reshape", "Squeeze"):
+            before = graph.shapes.get(node.inputs[0], ())
+            after = graph.shapes.get(node.output, ())
+            if len(after) == 2 and before[:1] == after[:1]:
+                node.op, node.inputs = "Flatten", node.inputs[:1]
+                node.attributes = {"axis": 1}
 
 
 def _means_to_pools(graph: NetworkGraph) -> None:
@@ -513,8 +516,10 @@ def _explicit_pads(graph: NetworkGraph) -> None:
 def _normalise_pad(graph: NetworkGraph, node: Node) -> None:
     if "pads" in node.attributes and len(node.inputs) == 1:
         pads = [int(p) for p in node.attributes["pads"]]
-    else:
+    elif all(name in graph.constants for name in node.inputs[1:]):
         pads = [int(p) for p in graph.constants[node.inputs[1]]]
+    else:
+        return
     value = graph.constants[node.inputs[2]] if len(node.inputs) > 2 else 0
     if node.attributes.get("mode", b"constant") != b"constant" or np.any(value):
         return
@@ -528,7 +533,8 @@ def _normalise_pad(graph: NetworkGraph, node: Node) -> None:
 def _uniform_pools(graph: NetworkGraph) -> None:
     """Average pools with whole windows; borders that count fewer get a Scale node."""
     for node in list(graph.nodes):
-        if node.op != "AveragePool" or "uniform" in node.attributes:
+        known = graph.shapes.keys() >= {node.output, *node.inputs}
+        if node.op != "AveragePool" or "uniform" in node.attributes or not known:
             continue
         a = node.attributes
         kernel = list(a["kernel_shape"])
@@ -550,6 +556,9 @@ def _uniform_pools(graph: NetworkGraph) -> None:
             )
             for i in range(half)
         ]
+        # torch drops a last window that starts beyond the image; ONNX keeps it.
+        if any((out[i] - 1) * strides[i] >= size[i] + pads[i] for i in range(half)):
+            continue
         counts = _window_counts(size, kernel, strides, pads, out, include)
         sides = [
             p
@@ -576,7 +585,7 @@ def _uniform_pools(graph: NetworkGraph) -> None:
                 "Scale",
                 [pooled],
                 node.output,
-                {"factor": (full / counts).astype(np.float32)},
+                {"factor": (full / counts).tolist()},
                 node.name,
             )
             node.output = pooled

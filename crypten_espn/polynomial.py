@@ -121,9 +121,9 @@ class Polynomial:
         result = cls(tuple(numerators), frac_bits, (low, high), degree)
         if result.collapsed:
             warnings.warn(
-                f"degree {degree} was asked for, but at {frac_bits} fractional bits the "
-                f"best fit has degree {result.degree}; raise frac_bits for a true degree "
-                f"{degree}",
+                f"degree {degree} was asked for, but at {frac_bits} fractional bits "
+                f"the best fit has degree {result.degree}; raise frac_bits for a true "
+                f"degree {degree}",
                 DegreeCollapsedWarning,
                 stacklevel=2,
             )
@@ -221,9 +221,9 @@ class Polynomial:
         best = min(forms, key=lambda form: form.error_bound)
         if best.headroom_bits < 0:
             raise HeadroomError(
-                f"|p| reaches {self.max_abs(*self.interval):.3g} on {self.interval}: at "
-                f"out_bits={out_bits} that needs {-best.headroom_bits:.1f} bits more than "
-                f"the ring's {RING_BITS}; lower out_bits or the coefficients"
+                f"|p| reaches {self.max_abs(*self.interval):.3g} on {self.interval}: "
+                f"at out_bits={out_bits} that needs {-best.headroom_bits:.1f} bits more "
+                f"than the ring's {RING_BITS}; lower out_bits or the coefficients"
             )
         return best
 
@@ -237,8 +237,8 @@ class Polynomial:
         bits = RING_BITS - SPARE_BITS - math.ceil(math.log2(magnitude))
         if bits < frac_bits:
             raise HeadroomError(
-                f"|p| reaches {magnitude:.3g} on {self.interval}: no output scale of at "
-                f"least {frac_bits} bits fits the ring; scale the coefficients down"
+                f"|p| reaches {magnitude:.3g} on {self.interval}: no output scale of "
+                f"at least {frac_bits} bits fits the ring; scale the coefficients down"
             )
         return bits
 
@@ -355,8 +355,8 @@ class RingForm:
 
         Args:
             x: int64, any shape, the input at scale 2**frac_bits.
-            powers_input: int64, same shape, P at scale 2**power_bits; the parties' P is
-                the sum of their truncated shares, so it may differ from floor(x) by one.
+            powers_input: int64, same shape, P at scale 2**power_bits; the parties' P
+                is the sum of their truncated shares, one off floor(x) at times.
 
         Returns:
             int64 of the same shape at scale 2**out_bits. Exact modulo 2**64.
@@ -418,8 +418,9 @@ def _sample(
 
 def _max_abs(coeffs: Sequence[float], low: float, high: float) -> float:
     polynomial = np.polynomial.Polynomial(np.asarray(coeffs, dtype=np.float64))
-    roots = polynomial.deriv().roots()
-    critical = [r.real for r in roots if abs(r.imag) < 1e-9 and low < r.real < high]
+    roots = np.asarray(polynomial.deriv().roots(), dtype=np.complex128)
+    real = roots.real[np.abs(roots.imag) < 1e-9]
+    critical = real[(low < real) & (real < high)].tolist()
     return float(np.max(np.abs(polynomial(np.array([low, high, *critical])))))
 
 
@@ -442,6 +443,10 @@ def _closest_integers(basis: np.ndarray, target: np.ndarray) -> list[int]:
     return [sum(change[i][j] * z[j] for j in range(d)) for i in range(d)]
 
 
+def _triangle(columns: np.ndarray) -> np.ndarray:
+    return np.linalg.qr(columns)[1]
+
+
 def _lll(columns: np.ndarray) -> tuple[np.ndarray, list[list[int]]]:
     d = columns.shape[1]
     change = [[int(i == j) for j in range(d)] for i in range(d)]
@@ -455,11 +460,11 @@ def _lll(columns: np.ndarray) -> tuple[np.ndarray, list[list[int]]]:
     k = 1
     while k < d:
         for j in range(k - 1, -1, -1):
-            r = np.linalg.qr(b, mode="r")
-            factor = round(r[j, k] / r[j, j])
+            r = _triangle(b)
+            factor = round(float(r[j, k] / r[j, j]))
             if factor:
                 add_column(k, j, -factor)
-        r = np.linalg.qr(b, mode="r")
+        r = _triangle(b)
         if (
             r[k, k] ** 2
             >= (0.99 - (r[k - 1, k] / r[k - 1, k - 1]) ** 2) * r[k - 1, k - 1] ** 2

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 
@@ -41,7 +43,7 @@ def run_graph(graph: NetworkGraph, x: torch.Tensor) -> torch.Tensor:
     values = {k: torch.from_numpy(np.array(v)) for k, v in graph.constants.items()}
     values[graph.input] = x
     for node in graph.nodes:
-        inputs = [values[name] for name in node.inputs]
+        inputs: Any = [values[name] for name in node.inputs]
         a = node.attributes
         if node.op == "Conv":
             half = len(a["pads"]) // 2
@@ -82,7 +84,7 @@ def run_graph(graph: NetworkGraph, x: torch.Tensor) -> torch.Tensor:
         elif node.op == "Pad":
             out = functional.pad(inputs[0], a["pads"])
         elif node.op == "Scale":
-            out = inputs[0] * torch.from_numpy(a["factor"])
+            out = inputs[0] * torch.tensor(a["factor"])
         else:
             raise AssertionError(f"the oracle does not know {node.op}")
         values[node.output] = out

@@ -1,4 +1,4 @@
-"""The correlations themselves, from both providers and through CrypTen's tuple cache."""
+"""The correlations themselves, from both providers and CrypTen's tuple cache."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_logical_shift(bits):
 def test_unknown_provider_is_named():
     with (
         crypten.cfg.temp_override({"mpc.provider": "HE"}),
-        pytest.raises(RandomnessError, match="'HE'.*TTP"),
+        pytest.raises(RandomnessError, match=r"'HE'.*TTP"),
     ):
         powers(torch.Size((2,)), 2)
 

@@ -1,4 +1,4 @@
-"""Fit, float and ring evaluation of polynomials, against exhaustive and exact oracles."""
+"""Fit, float and ring evaluation of polynomials, against exhaustive oracles."""
 
 from __future__ import annotations
 

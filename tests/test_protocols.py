@@ -27,9 +27,7 @@ TIMEOUT = 120
 
 def polynomials():
     """One polynomial of each degree, and ones with vanishing coefficients."""
-    dense = [
-        Polynomial(tuple(range(3, 3 + n)) + (-5,), 10, (-1.0, 1.0)) for n in DEGREES
-    ]
+    dense = [Polynomial((*range(3, 3 + n), -5), 10, (-1.0, 1.0)) for n in DEGREES]
     sparse = [(0, 0, 7), (1, 0, 0, 0, 9), (0, 5, 0, 3), (0, 0, 3, 0, 0, 0, 2), (4,)]
     return dense + [Polynomial(c, 10, (-1.0, 1.0)) for c in sparse]
 
@@ -109,7 +107,7 @@ def test_cost_baseline():
 
 
 def polyval_everything():
-    """Every protocol and truncation through polyval, on 12,000 values in the interval."""
+    """Every protocol and truncation through polyval, on the whole interval."""
     polynomial = Polynomial.fit(torch.relu, degree=4)
     x = torch.linspace(-5, 5, 12_000).reshape(3, 40, 100)
     results = {}

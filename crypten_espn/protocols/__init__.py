@@ -17,7 +17,6 @@ from ..cost import Cost
 from ..errors import ProtocolError, RangeError, WorldSizeError
 from ..polynomial import Polynomial, RingForm
 from . import beaver, espn, opened_mask, truncation
-from .truncation import failure_probability
 
 
 @dataclass(frozen=True)
@@ -177,8 +176,8 @@ def polyval(x: MPCTensor, polynomial: Polynomial) -> MPCTensor:
     """
     if not isinstance(x, MPCTensor) or x.ptype != crypten.mpc.arithmetic:
         raise RangeError(
-            f"polyval needs an arithmetically shared MPCTensor, not {type(x).__name__}; "
-            "share the input with crypten.cryptensor(x, src=rank) first"
+            "polyval needs an arithmetically shared MPCTensor, not "
+            f"{type(x).__name__}; share the input with crypten.cryptensor(x, src=rank)"
         )
     chosen = current_settings()
     world_size = comm.get().get_world_size()

@@ -1,6 +1,7 @@
 """Polynomial of a shared value from one opened element and shared powers of its mask.
 
-Source: Lu, Yurek, Kulshreshtha, Govind, Mahadev, Kate, Miller, HoneyBadgerMPC, CCS 2019.
+Source: Lu, Yurek, Kulshreshtha, Govind, Mahadev, Kate, Miller, HoneyBadgerMPC, ACM CCS
+2019.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def evaluate(x: torch.Tensor, p: torch.Tensor, form: RingForm) -> torch.Tensor:
     1. Obtain [r], [r^2], ..., [r^n] for r uniform in the ring.
     2. Open epsilon = [P] - [r].
     3. P^k = (epsilon + r)^k, so the sum is sum_j T_j(epsilon) [r^j] with public
-       T_j(epsilon) = sum_{k >= max(j, 2)} c_k C(k,j) epsilon^(k-j); T_0 goes to party 0.
+       T_j(epsilon) = sum_{k >= max(j, 2)} c_k C(k,j) epsilon^(k-j); party 0 adds T_0.
     4. Add c_1 [X]; party 0 adds c_0.
 
     Args:

@@ -79,5 +79,5 @@ def exact_cost(shift: int, elements: int) -> Cost:
 
 
 def failure_probability(magnitude: float, out_bits: int) -> float:
-    """Chance per element that `local` fails on a value of this magnitude at 2^out_bits."""
+    """Chance per element that `local` fails on this magnitude at scale 2^out_bits."""
     return min(1.0, magnitude * 2.0 ** (out_bits - 64))
