@@ -228,7 +228,7 @@ RECIPES: dict[str, Recipe] = _named(
         stage_epochs=0.1,
         crop=0,
         epochs=20,
-        learning_rate=0.05,
+        learning_rate=0.15,
         warmup_epochs=0.5,
         precision="bfloat16",
     ),
