@@ -66,7 +66,7 @@ def run_party(task: dict[str, Any]) -> None:
         import crypten
 
         shared = crypten.cryptensor(x, src=0)
-        systems = [
+        systems: list[party.System] = [
             party.CryptenSystem(
                 name,
                 channel,
@@ -191,6 +191,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             provider=options.provider,
             threads=options.threads,
             fallback=options.fallback,
+            idle_restart=not options.warm,
             timeout_s=options.timeout_s,
         )
         if options.plot and results.rows:

@@ -587,6 +587,11 @@ def add_run_options(
         action="store_true",
         help="without the right to make namespaces, sleep per message, and say so",
     )
+    parser.add_argument(
+        "--warm",
+        action="store_true",
+        help="no TCP slow start after idle (net.ipv4.tcp_slow_start_after_idle=0)",
+    )
     parser.add_argument("--json", metavar="FILE", help="write rows here as they finish")
     parser.add_argument("--csv", metavar="FILE", help="write rows here at the end")
     parser.add_argument("--plot", metavar="STEM", help="write STEM-....png and .svg")

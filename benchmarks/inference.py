@@ -41,6 +41,7 @@ RELU_PROTOCOLS = ("crypten-relu", "crypten-relu-unfolded")
 PROTOCOLS = ("masked", *POLYNOMIAL_PROTOCOLS, *RELU_PROTOCOLS)
 CHANNELS = ("direct", "gloo")
 DEGREE, FRAC_BITS = 4, 10  # as in the recipes
+CALIBRATION = (32, 4)  # images for the masked engine's plan; the second for ResNet-50
 CLASSES = {"resnet32": 100, "resnet50": 1000}  # 10 elsewhere, as in the paper
 
 
@@ -111,8 +112,9 @@ def run_party(task: dict[str, Any], emit: Callable[[Any], None]) -> float:
         listen=task.get("listen"),
     ) as channels:
         for model in task["models"]:
+            systems = _systems(model, task, channels, control)
             party.measure(
-                _systems(model, task, channels),
+                systems,
                 control,
                 model=model,
                 batch=task["batch"],
@@ -120,11 +122,15 @@ def run_party(task: dict[str, Any], emit: Callable[[Any], None]) -> float:
                 limit_s=task["limit_s"],
                 emit=emit,
             )
+            for system in systems:
+                system.close()
     control.close()
     return control.rtt_s
 
 
-def _systems(model: str, task: dict[str, Any], channels: dict[str, Any]) -> list[Any]:
+def _systems(
+    model: str, task: dict[str, Any], channels: dict[str, Any], control: Any
+) -> list[Any]:
     """The systems of one model, in the order of the task's protocols."""
     import crypten
     import torch
@@ -132,6 +138,7 @@ def _systems(model: str, task: dict[str, Any], channels: dict[str, Any]) -> list
     import crypten_espn
 
     from . import party
+    from .masked import MaskedSystem
 
     relu, twin = build(model)
     torch.manual_seed(11)
@@ -164,6 +171,17 @@ def _systems(model: str, task: dict[str, Any], channels: dict[str, Any]) -> list
     systems: list[Any] = []
     for protocol in task["protocols"]:
         if protocol == "masked":
+            systems.append(
+                MaskedSystem(
+                    twin,
+                    x,
+                    images(model, CALIBRATION[model == "resnet50"]),
+                    control,
+                    address=task["address"],
+                    listen=task.get("listen", task["address"]),
+                    check=functools.partial(check, "polynomial"),
+                )
+            )
             continue
         kind = {"crypten-relu": "relu", "crypten-relu-unfolded": "unfolded"}.get(
             protocol, "polynomial"
@@ -290,6 +308,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 provider=options.provider,
                 threads=options.threads,
                 fallback=options.fallback,
+                idle_restart=not options.warm,
                 timeout_s=options.timeout_s,
             )
         if options.plot and results.rows:

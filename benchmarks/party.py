@@ -171,6 +171,9 @@ class System(Protocol):
     def online(self) -> Callable[[], Result]:
         """The online phase; the result is looked at after the clock has stopped."""
 
+    def close(self) -> None:
+        """Give back what prepare took."""
+
 
 def measure(
     systems: Sequence[System],
@@ -240,7 +243,7 @@ def _sample(system: System, control: Control) -> tuple[dict[str, Any], float]:
         **_name(system),
         "online_s": max(first["online_s"], second["online_s"]),
         "offline_s": max(first["offline_s"], second["offline_s"]),
-        "offline_bytes": first["offline_bytes"],
+        "offline_bytes": max(first["offline_bytes"], second["offline_bytes"]),
         "rounds": max(first["rounds"], second["rounds"]),
         "bytes_sent": [first["bytes_sent"], second["bytes_sent"]],
     }
@@ -326,6 +329,15 @@ def _install_sleep_model(base: Any, channel: Any) -> None:
 
     for name in ("all_reduce", "broadcast", "reduce", "all_gather", "recv", "scatter"):
         setattr(base, name, slowed(getattr(base, name)))
+    slow_down(channel)
+
+
+def slow_down(channel: Any) -> None:
+    """The sleep model, where it is in force, for one direct channel."""
+    model = wan.sleep_per_message()
+    if model is None:
+        return
+    per_message_s, per_byte_s = model
     receive = channel._receive_frame
 
     def receive_late(kind: int, tag: int, size: int | None, **options: Any) -> Any:
@@ -425,6 +437,11 @@ class CryptenSystem:
             return Result(rounds, round(both_ways / 2), error, agreement)
 
         return finish
+
+    def close(self) -> None:
+        """Forget the tuples; the channels are the caller's."""
+        self._requests = []
+        self._provider.tuple_cache = {}
 
 
 def corrections(function: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
@@ -530,6 +547,7 @@ def run_on_networks(
     provider: str,
     threads: int,
     fallback: bool,
+    idle_restart: bool,
     timeout_s: float,
 ) -> bool:
     """Run `module` as two parties (and a dealer under TTP) on each network in turn.
@@ -548,7 +566,9 @@ def run_on_networks(
     parties = 3 if provider == "TTP" else 2
     ended_well = True
     for profile in profiles:
-        with wan.Path(profile, parties=parties, fallback=fallback) as path:
+        with wan.Path(
+            profile, parties=parties, fallback=fallback, idle_restart=idle_restart
+        ) as path:
             how = f", congestion control {path.congestion}" if path.congestion else ""
             print(f"{profile} ({path.label}{how})", flush=True)
             if path.congestion:

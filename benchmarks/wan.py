@@ -24,7 +24,10 @@ What the path does and does not model:
   * Congestion control is cubic, Linux's default, or reno where the kernel lets only
     its first namespace have cubic: on a path without loss they differ little. The
     machine's own choice is not taken: bbr would spread each burst over a round trip.
-    All other settings are the kernel's, slow start after idle among them.
+    All other settings are the kernel's, slow start after idle among them: a
+    connection that was silent for about a round trip and 0.2 s starts over with ten
+    segments a round trip. `idle_restart=False` turns that off, as an administrator
+    can with net.ipv4.tcp_slow_start_after_idle=0, and says so in the label.
 
 Needs root, or a kernel that lets users make namespaces, and /dev/net/tun. No
 program is called and no name is given out: namespaces are anonymous and devices
@@ -185,7 +188,7 @@ def _sysctl(name: str, value: str) -> None:
 # -------------------------------------------------------------------- the forwarder
 
 
-def _new_namespace(address: str) -> tuple[int, int]:
+def _new_namespace(address: str, idle_restart: str) -> tuple[int, int]:
     """A namespace with one TUN device: its descriptor and the device's."""
     _call("unshare", CLONE_NEWNET)
     namespace = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
@@ -200,6 +203,7 @@ def _new_namespace(address: str) -> tuple[int, int]:
     for name in reversed(CONGESTION_CONTROL):  # the last one that is allowed stays
         _sysctl("ipv4/tcp_congestion_control", name)
     _sysctl("ipv4/tcp_no_metrics_save", "1")
+    _sysctl("ipv4/tcp_slow_start_after_idle", idle_restart)
     for request, host in ((SIOCSIFADDR, address), (SIOCSIFNETMASK, "255.255.255.0")):
         packed = struct.pack("=HH4s8x", socket.AF_INET, 0, socket.inet_aton(host))
         _interface(request, DEVICE, packed)
@@ -317,7 +321,7 @@ def _kill_inhabitants(namespaces: Sequence[int]) -> None:
                 os.kill(int(name), signal.SIGKILL)
 
 
-def _forwarder_main(parties: int, mbit: float) -> int:
+def _forwarder_main(parties: int, mbit: float, idle_restart: str) -> int:
     """Body of the forwarder process: set up, say so in one line of JSON, forward.
 
     It ends when standard input is closed, that is when its parent ends in whatever
@@ -330,7 +334,10 @@ def _forwarder_main(parties: int, mbit: float) -> int:
         user = bool(os.geteuid())
         if user:
             _new_user_namespace()
-        made = [_new_namespace(f"10.77.0.{rank + 1}") for rank in range(parties)]
+        made = [
+            _new_namespace(f"10.77.0.{rank + 1}", idle_restart)
+            for rank in range(parties)
+        ]
     except OSError as error:
         print(json.dumps({"error": str(error)}), flush=True)
         return 1
@@ -386,23 +393,31 @@ class Path:
         parties: how many ends the path has (2, or 3 with the dealer).
         fallback: without the right to make namespaces, sleep per message over
             loopback instead of failing; `label` says so.
+        idle_restart: whether TCP slow-starts again after an idle time, as kernels do
+            unless told otherwise; if not, `label` says "(warm)".
     Raises: PathError, on entry, when the path cannot be set up.
 
     Attributes, after entry:
         kind: "loopback", "tcp" (namespaces) or "sleep" (the fallback).
         addresses: the parties' IPv4 addresses.
         congestion: TCP's congestion control on the path; "" on loopback.
-        label: the profile's name, with "(sleep model)" where that is what it is.
+        label: the profile's name, with "(sleep model)" or "(warm)" where it applies.
     """
 
     def __init__(
-        self, profile: Profile | str, *, parties: int = 2, fallback: bool = False
+        self,
+        profile: Profile | str,
+        *,
+        parties: int = 2,
+        fallback: bool = False,
+        idle_restart: bool = True,
     ) -> None:
         self.profile = Profile.parse(profile) if isinstance(profile, str) else profile
         if not 2 <= parties <= 8:
             raise PathError(f"a path joins 2 to 8 parties, not {parties}")
         self.parties = parties
         self.fallback = fallback
+        self.idle_restart = idle_restart
         self.kind = "loopback"
         self.addresses = ("127.0.0.1",) * parties
         self.overhead_s = self.delay_s = 0.0
@@ -415,7 +430,9 @@ class Path:
     @property
     def label(self) -> str:
         name = self.profile.name
-        return f"{name} (sleep model)" if self.kind == "sleep" else name
+        if self.kind == "sleep":
+            return f"{name} (sleep model)"
+        return name if self.idle_restart or self.kind != "tcp" else f"{name} (warm)"
 
     # ------------------------------------------------------------ entry and exit
 
@@ -442,7 +459,8 @@ class Path:
     def _start_forwarder(self) -> None:
         rate = self.profile.mbit or 0.0
         own = [sys.executable, "-S", os.path.abspath(__file__)]
-        order = ["--forwarder", str(self.parties), str(rate)]
+        restart = str(int(self.idle_restart))
+        order = ["--forwarder", str(self.parties), str(rate), restart]
         self._forwarder = subprocess.Popen(
             own + order,
             stdin=subprocess.PIPE,
@@ -854,7 +872,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; see the module's text for examples."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given[:1] == ["--forwarder"]:
-        return _forwarder_main(int(given[1]), float(given[2]))
+        return _forwarder_main(int(given[1]), float(given[2]), given[3])
     if given[:1] == ["--enter"]:
         return _enter_main(int(given[1]), given[2], given[3], given[4:])
     if given[:1] == ["--probe"]:
