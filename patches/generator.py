@@ -93,10 +93,20 @@ def _setup_prng() -> None:
 
 def _sync_seeds(next_seed: Any, local_seed: Any, global_seed: Any) -> None:
     """The same from given seeds; crypten.manual_seed comes here in debug mode."""
-    _exchange(_widened(next_seed), _widened(local_seed), _widened(global_seed))
+    import crypten
+
+    seeds = _exchange(_widened(next_seed), _widened(local_seed), _widened(global_seed))
+    for role, seed in seeds.items():
+        for generator in crypten.generators[role].values():
+            # Only what generator.initial_seed() says and torch.rand draws from it.
+            torch.Generator.manual_seed(
+                generator, int.from_bytes(seed, "little", signed=True)
+            )
 
 
-def _exchange(next_seed: bytes, local_seed: bytes, global_seed: bytes) -> None:
+def _exchange(
+    next_seed: bytes, local_seed: bytes, global_seed: bytes
+) -> dict[str, bytes]:
     import crypten
     import crypten.communicator as comm
 
@@ -120,6 +130,7 @@ def _exchange(next_seed: bytes, local_seed: bytes, global_seed: bytes) -> None:
         keystream = Keystream(seed)
         for device in _devices():
             crypten.generators[role][device] = MaskGenerator(keystream, device)
+    return seeds
 
 
 def _setup_client(self: Any) -> None:

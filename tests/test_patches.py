@@ -574,6 +574,8 @@ def test_manual_seed_in_debug_mode_repeats_the_masks() -> None:
         draws: list[tuple[torch.Tensor, ...]] = []
         for _ in range(2):
             crypten.manual_seed(2**62 + rank, -3 - rank, 7)
+            own = crypten.generators["next"][torch.device("cpu")]
+            assert own.initial_seed() == 2**62 + rank
             share = crypten.cryptensor(torch.zeros(4), src=0).share
             dropout = torch.rand(
                 4, generator=crypten.generators["global"][torch.device("cpu")]
