@@ -42,7 +42,8 @@ def write_fashion(folder: Path) -> None:
 
 def test_fashion_mnist_from_its_files(tmp_path: Path) -> None:
     write_fashion(tmp_path)
-    dataset = load_dataset("fashion-mnist", directory=tmp_path, held_out=1000)
+    dataset = load_dataset("fashion-mnist", directory=tmp_path, held_out=1000, crop=3)
+    assert isinstance(dataset.train, Images) and dataset.train.crop == 3
     assert (len(dataset.train), len(dataset.validation)) == (59_000, 1000)
     assert (dataset.in_channels, dataset.size, dataset.classes) == (1, 28, 10)
     test = dataset.test()
@@ -193,6 +194,16 @@ def test_batches_shuffle_and_drop_the_rest_only_in_training() -> None:
 
     assert shuffled(1) == shuffled(1)
     assert shuffled(1) != shuffled(2)
+    # Processes share a batch, and see what one process would.
+    for seed in (None, 4):
+
+        def of(part: tuple[int, int], seed: int | None = seed) -> list[list[int]]:
+            generator = seed and torch.Generator().manual_seed(seed)
+            batches = split.batches(4, generator=generator or None, part=part)
+            return [labels.tolist() for _, labels in batches]
+
+        for whole, even, odd in zip(of((0, 1)), of((0, 2)), of((1, 2)), strict=True):
+            assert whole[::2] == even and whole[1::2] == odd
     with pytest.raises(DataError, match="batch of 11 was asked of 10"):
         next(split.batches(11, generator=torch.Generator()))
 
@@ -227,6 +238,8 @@ def test_normalization_checks_its_input() -> None:
 def test_an_unknown_data_set_is_named() -> None:
     with pytest.raises(DataError, match=r"'mnist'.*fashion-mnist"):
         load_dataset("mnist")
+    with pytest.raises(DataError, match="crop is for the others"):
+        load_dataset("imagenet", crop=1)
     with pytest.raises(DataError, match="train_size is for imagenet"):
         load_dataset("cifar10", train_size=4)
 

@@ -7,6 +7,7 @@ import csv
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -31,6 +32,7 @@ from crypten_espn.pillar.recipes import (
     accuracy,
     find_recipe,
     load_network,
+    load_weights,
     save_network,
     train,
 )
@@ -245,6 +247,34 @@ def test_resumes_after_kill_9(tmp_path: Path) -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_two_processes_end_where_one_does(tmp_path: Path) -> None:
+    script = textwrap.dedent(SCRIPT.format(tests=str(Path(__file__).parent)))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    # As torchrun sets them.
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", script, str(tmp_path / "two")],
+            env={**os.environ, **shared, "RANK": rank, "LOCAL_RANK": rank},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        for rank in ("0", "1")
+    ]
+    try:
+        assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait(timeout=60)
+    train(TINY, out=tmp_path / "one", progress=False)
+    first, second = tensors_of(tmp_path / "one"), tensors_of(tmp_path / "two")
+    for name, tensor in first.items():
+        torch.testing.assert_close(second[name], tensor, rtol=1e-3, atol=1e-4)
+
+
 def test_a_finished_run_is_not_trained_again(tmp_path: Path) -> None:
     one = train(TINY, out=tmp_path, progress=False)
     began = time.perf_counter()
@@ -325,6 +355,37 @@ def test_finetuning_replaces_one_relu_after_the_other(tmp_path: Path) -> None:
     other = replace(recipe, network="fashion_resnet")
     with pytest.raises(CheckpointError, match=r"needs Architecture.*fashion_resnet"):
         train(other, out=tmp_path / "other", start=start.path, progress=False)
+
+
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_finetuning_starts_from_a_plain_state_dict(tmp_path: Path, suffix: str) -> None:
+    torch.manual_seed(3)
+    state = Architecture("convnet", 4, 1, 8).build().state_dict()
+    path = tmp_path / f"weights.{suffix}"
+    if suffix == "pth":
+        torch.save(state, path)
+    else:
+        save_file(state, path)
+    recipe = replace(TINY, epochs=1, learning_rate=1e-9, weight_decay=0)
+    result = train(recipe, out=tmp_path / "fine", start=path, progress=False)
+    for name, tensor in load_network(result.path).state_dict().items():
+        torch.testing.assert_close(tensor, state[name], rtol=0, atol=1e-4)
+
+
+def test_weights_of_another_network_or_class_count_are_named(tmp_path: Path) -> None:
+    network = fashion_resnet(classes=4)
+    path = tmp_path / "weights.pth"
+    torch.save(fashion_resnet(classes=10).state_dict(), path)
+    with pytest.raises(CheckpointError, match=r"fc\.bias is \(10,\), not \(4,\)"):
+        load_weights(network, path)
+    torch.save(nn.Linear(2, 2).state_dict(), path)
+    with pytest.raises(CheckpointError, match=r"bn1.*missing.* more"):
+        load_weights(network, path)
+    torch.save({"model": Path("x")}, path)
+    with pytest.raises(CheckpointError, match="cannot be read as a state_dict"):
+        load_weights(network, path)
+    with pytest.raises(CheckpointError, match="cannot be read as a state_dict"):
+        load_weights(network, tmp_path / "none.safetensors")
 
 
 # --- files -----------------------------------------------------------------------

@@ -64,12 +64,17 @@ class Split(Protocol):
     def __len__(self) -> int: ...
 
     def batches(
-        self, size: int, *, generator: torch.Generator | None = None
+        self,
+        size: int,
+        *,
+        generator: torch.Generator | None = None,
+        part: tuple[int, int] = (0, 1),
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (images float32 normalised, labels int64).
 
         With a generator: shuffled, augmented, incomplete last batch dropped.
         Without: in order, as they are, the last batch as long as it comes.
+        part = (rank, processes) yields each process its share of every batch.
         """
         ...
 
@@ -96,14 +101,21 @@ class Images:
         return len(self.images)
 
     def batches(
-        self, size: int, *, generator: torch.Generator | None = None
+        self,
+        size: int,
+        *,
+        generator: torch.Generator | None = None,
+        part: tuple[int, int] = (0, 1),
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (images float32 normalised, labels int64); see `Split`."""
+        mine = slice(part[0], None, part[1])
         if generator is None:
             for start in range(0, len(self), size):
-                stop = start + size
-                images = self.images[start:stop]
-                yield self.normalization(images), self.labels[start:stop]
+                images = self.images[start : start + size][mine]
+                yield (
+                    self.normalization(images),
+                    self.labels[start : start + size][mine],
+                )
             return
         order = torch.randperm(len(self), generator=generator)
         if len(self) < size:
@@ -113,8 +125,9 @@ class Images:
             )
         for start in range(0, len(self) - size + 1, size):
             chosen = order[start : start + size]
-            images = self._augmented(self.images[chosen], generator)
-            yield self.normalization(images), self.labels[chosen]
+            # Drawn for the whole batch, so that any number of processes sees the same.
+            images = self._augmented(self.images[chosen], generator)[mine]
+            yield self.normalization(images), self.labels[chosen][mine]
 
     def _augmented(self, images: Tensor, generator: torch.Generator) -> Tensor:
         count, channels, height, width = images.shape
@@ -449,15 +462,25 @@ class ImageFiles:
         return len(self.files)
 
     def batches(
-        self, size: int, *, generator: torch.Generator | None = None
+        self,
+        size: int,
+        *,
+        generator: torch.Generator | None = None,
+        part: tuple[int, int] = (0, 1),
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (images float32 normalised, labels int64); see `Split`."""
         transform = self.evaluation if generator is None else self.training
+        order = torch.arange(len(self))
+        count = -(-len(self) // size)
+        if generator is not None:
+            order = torch.randperm(len(self), generator=generator)
+            count = len(self) // size
         yield from torch.utils.data.DataLoader(
             _Readable(self.files, transform),
-            batch_size=size,
-            shuffle=generator is not None,
-            drop_last=generator is not None,
+            batch_sampler=[
+                order[i * size : (i + 1) * size][part[0] :: part[1]].tolist()
+                for i in range(count)
+            ],
             generator=generator,
             num_workers=self.workers,
         )

@@ -20,16 +20,17 @@ import math
 import os
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from safetensors.torch import load_file, save_file
+from torch import Tensor, distributed, nn
 from torch.nn import functional
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..errors import CheckpointError, DataError, TrainingError
@@ -413,6 +414,44 @@ class Result:
         )
 
 
+def load_weights(network: Network, path: str | Path) -> None:
+    """Load a state_dict of tensors, such as torchvision's, into a network.
+
+    Args:
+        network: what to load into, in place.
+        path: a .safetensors file, or a .pt or .pth file of nothing but tensors.
+
+    Raises:
+        CheckpointError: no such file, not a state_dict, or of another network or
+            number of classes; the message names the tensors that differ.
+    """
+    try:
+        if Path(path).suffix == ".safetensors":
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        given = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    except Exception as error:  # torch.load raises many kinds
+        raise CheckpointError(
+            f"{path} cannot be read as a state_dict of tensors ({error})"
+        ) from error
+    expected = {name: tuple(t.shape) for name, t in network.state_dict().items()}
+    counters = {name for name in expected if name.endswith("num_batches_tracked")}
+    differing = [
+        f"{name} is {given.get(name, 'missing')}, not {expected.get(name, 'expected')}"
+        for name in sorted((given.keys() | expected.keys()) - counters)
+        if given.get(name) != expected.get(name)
+    ]
+    if differing:
+        shown = "; ".join(differing[:3])
+        raise CheckpointError(
+            f"{path} does not fit {network.architecture}: {shown}"
+            f"{f' and {len(differing) - 3} more' if len(differing) > 3 else ''}. Take "
+            "the weights of the same network with the same number of classes"
+        )
+    network.load_state_dict(state, strict=False)
+
+
 def accuracy(model: nn.Module, split: Split, *, batch_size: int = 500) -> float:
     """Return the share of images whose largest logit is the label's, in float32.
 
@@ -444,6 +483,8 @@ def train(
 ) -> Result:
     """Follow a recipe to its end, resuming where an earlier run of it stopped.
 
+    Under torchrun each process takes its share of every batch; process 0 writes.
+
     1. Build the network, or load the one to start from; replace its activations.
     2. For each epoch: train, evaluate on validation images, keep the best, write the
        state, then log.csv.
@@ -454,7 +495,8 @@ def train(
         recipe: what to do.
         out: folder of log.csv, state.pt, network.safetensors and result.json.
         data: folder of the data set.
-        start: a trained network's file to fine-tune; the recipe's network otherwise.
+        start: a trained network to fine-tune: a file of `save_network`, or a
+            state_dict of the recipe's network, such as torchvision's.
         device: "cpu" or "cuda"; the accelerator if there is one by default.
         progress: whether to draw progress bars.
 
@@ -470,6 +512,9 @@ def train(
     """
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes > 1 and not distributed.is_initialized():
+        distributed.init_process_group()
     dataset = load_dataset(
         recipe.checked().dataset,
         directory=data,
@@ -543,10 +588,16 @@ class _Run:
         progress: bool,
     ) -> None:
         self.recipe, self.dataset, self.folder = recipe, dataset, folder
-        self.progress = progress
+        self.rank, self.processes = 0, 1
+        if distributed.is_initialized():
+            self.rank = distributed.get_rank()
+            self.processes = distributed.get_world_size()
+        self.progress = progress and self.rank == 0
         self.device = torch.device(
             device or ("cuda" if torch.cuda.is_available() else "cpu")
         )
+        if self.device.type == "cuda" and self.processes > 1:
+            self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         self.started_from = None if start is None else str(start)
         self.polynomial = (
             recipe.polynomial() if recipe.activation == "polynomial" else None
@@ -561,6 +612,9 @@ class _Run:
         self.model.to(self.device)
         # mypy's view of Module.to lacks the memory format alone.
         self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.parallel: nn.Module = self.model
+        if self.processes > 1:
+            self.parallel = DistributedDataParallel(self.model)
         self.optimizer = torch.optim.SGD(
             self._parameter_groups(),
             lr=recipe.learning_rate,
@@ -595,6 +649,10 @@ class _Run:
         )
         if start is None:
             return built.build()
+        if not _is_ours(start):
+            network = built.build()
+            load_weights(network, start)
+            return network
         network = load_network(start)
         if network.architecture != built:
             raise CheckpointError(
@@ -644,7 +702,9 @@ class _Run:
         )
         torch.manual_seed(self.recipe.seed + self.epoch)
         for images, labels in self.dataset.train.batches(
-            self.recipe.batch_size, generator=generator
+            self.recipe.batch_size,
+            generator=generator,
+            part=(self.rank, self.processes),
         ):
             targets = functional.one_hot(labels, self.dataset.classes).float()
             images, targets = _mixed(images, targets, self.recipe, generator)
@@ -678,7 +738,7 @@ class _Run:
                 torch.bfloat16,
                 enabled=recipe.precision == "bfloat16",
             ):
-                logits = self.model(images).float()
+                logits = self.parallel(images).float()
             loss = functional.cross_entropy(
                 logits, targets, label_smoothing=recipe.label_smoothing
             )
@@ -697,6 +757,9 @@ class _Run:
                     reduction=recipe.penalty,
                 )
             weighted = recipe.beta * stage.factor * penalty
+            if recipe.penalty != "mean":
+                # Gradients are averaged over processes; a sum is over all of them.
+                weighted = weighted * self.processes
             whole = self._loss_weight(stage) * loss + weighted
             if not bool(torch.isfinite(whole)):
                 self._diagnose(images)
@@ -788,7 +851,7 @@ class _Run:
     def end_epoch(self) -> None:
         """Evaluate on validation images, keep the best, write state and log."""
         model = self.model if self.average is None else self.average.module
-        measured = accuracy(model, self.dataset.validation)
+        measured = self._on_first(lambda: accuracy(model, self.dataset.validation))
         self.rows[-1]["validation_accuracy"] = measured
         complete = self.recipe.activation == "relu" or not any(
             type(m) is nn.ReLU for m in model.modules()
@@ -796,8 +859,9 @@ class _Run:
         if complete and measured >= self.best_accuracy:
             self.best_accuracy, self.best_epoch = measured, self.epoch
             self.best = {k: v.detach().clone() for k, v in model.state_dict().items()}
-        self._write_state()
-        self._write_log()
+        if self.rank == 0:
+            self._write_state()
+            self._write_log()
         if self.progress:
             row = self.rows[-1]
             print(
@@ -806,6 +870,15 @@ class _Run:
                 f"largest input {row['largest_input']:.1f}, {row['seconds']:.0f} s",
                 flush=True,
             )
+
+    def _on_first(self, measure: Callable[[], float]) -> float:
+        """Return what process 0 measures, to all of them."""
+        value = torch.zeros(1, dtype=torch.float64, device=self.device)
+        if self.rank == 0:
+            value += measure()
+        if self.processes > 1:
+            distributed.broadcast(value, 0)
+        return float(value)
 
     def _identity(self) -> str:
         return json.dumps(
@@ -897,12 +970,16 @@ class _Run:
             recipe=self.recipe,
             epoch=self.best_epoch,
             validation_accuracy=self.best_accuracy,
-            test_accuracy=accuracy(self.model, self.dataset.test()),
+            test_accuracy=self._on_first(
+                lambda: accuracy(self.model, self.dataset.test())
+            ),
             selection_rule=SELECTION_RULE,
             steps=self.step,
             seconds=round(self.seconds, 1),
             path=str(path),
         )
+        if self.rank > 0:
+            return result
         notes = {k: v for k, v in asdict(result).items() if k != "path"}
         save_network(
             self.model, path, normalization=self.dataset.normalization, notes=notes
@@ -911,6 +988,15 @@ class _Run:
             json.dumps(asdict(result), indent=2) + "\n"
         )
         return result
+
+
+def _is_ours(path: str | Path) -> bool:
+    """Whether a file describes its network, as save_network's do."""
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return "architecture" in (file.metadata() or {})
+    except (OSError, SafetensorError):
+        return False
 
 
 def _mixed(
