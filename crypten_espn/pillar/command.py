@@ -13,7 +13,8 @@ import torch
 
 from .data import load_dataset
 from .penalty import range_report
-from .recipes import RECIPES, Recipe, find_recipe, load_network, train
+from .recipes import RECIPES, Recipe, find_recipe, train
+from .storage import load_network
 
 # Fields that the command line may override, with their help.
 _OVERRIDES = {

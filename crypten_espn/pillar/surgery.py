@@ -139,7 +139,7 @@ class _Evaluate(torch.autograd.Function):
         ctx.save_for_backward(x)
         ctx.polynomial, ctx.clip = polynomial, clip
         out = torch.empty_like(x)
-        for part, result in zip(_chunks(x), _chunks(out), strict=True):
+        for part, result in zip(chunks(x), chunks(out), strict=True):
             value = _widened(part)
             if clip:
                 value = value.clamp(*polynomial.interval)
@@ -156,7 +156,7 @@ class _Evaluate(torch.autograd.Function):
         if gradient.stride() != out.stride():
             gradient = torch.empty_like(x).copy_(gradient)
         for part, incoming, result in zip(
-            _chunks(x), _chunks(gradient), _chunks(out), strict=True
+            chunks(x), chunks(gradient), chunks(out), strict=True
         ):
             value = _widened(part)
             passed = _widened(incoming)
@@ -193,7 +193,7 @@ def _horner(coeffs: tuple[float, ...], x: Tensor) -> Tensor:
     return result
 
 
-def _chunks(x: Tensor) -> Iterator[Tensor]:
+def chunks(x: Tensor) -> Iterator[Tensor]:
     """Yield x in pieces, in memory order where x fills its memory."""
     # A trace records sizes as tensors, and splitting would depend on one.
     if torch.jit.is_tracing() or x.device.type != "cpu" or not _dense(x):

@@ -1,0 +1,180 @@
+"""Networks as files: tensors with the architecture and the polynomials, no pickle.
+
+A network's file is a safetensors file: its tensors, and as metadata (JSON) its
+architecture, its polynomials and the normalisation of its inputs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from ..errors import CheckpointError
+from ..polynomial import Polynomial
+from .data import Normalization
+from .networks import Architecture, Network
+from .surgery import activations, replace_activations
+
+
+def save_network(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    normalization: Normalization | None = None,
+    notes: dict[str, Any] | None = None,
+) -> None:
+    """Write a network of `networks.NETWORKS` with its polynomials to one file.
+
+    Args:
+        model: the network; ReLU or polynomial activations.
+        path: where to write; an existing file is replaced in one step.
+        normalization: of the images it was trained on.
+        notes: plain values stored with it: recipe, accuracy, selection rule.
+
+    Raises:
+        CheckpointError: the model was not built by networks.py, or holds a value that
+            is not finite.
+    """
+    architecture = getattr(model, "architecture", None)
+    if not isinstance(architecture, Architecture):
+        raise CheckpointError(
+            f"a {type(model).__name__} cannot be saved: only networks built by "
+            "crypten_espn.pillar.networks know how to be built again; keep the "
+            "state_dict of your own network, and Polynomial.to_json"
+        )
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(
+                f"{name} holds values that are not finite; train again with a larger "
+                "beta or a lower learning rate"
+            )
+        tensors[name] = tensor.detach().cpu().contiguous()
+    metadata = {
+        "format": "crypten-espn network 1",
+        "architecture": json.dumps(architecture.arguments()),
+        "polynomials": json.dumps(
+            {
+                name: json.loads(module.polynomial.to_json())
+                for name, module in activations(model).items()
+            }
+        ),
+        "normalization": json.dumps(normalization and asdict(normalization)),
+        "notes": json.dumps(notes or {}),
+    }
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(target.name + ".part")
+    save_file(tensors, temporary, metadata=metadata)
+    os.replace(temporary, target)
+
+
+def load_network(path: str | Path) -> Network:
+    """Return the network of a file, polynomials in place, in evaluation mode.
+
+    The network has attributes `architecture`, `normalization` (a Normalization or
+    None) and `notes` (what was stored with it).
+
+    Raises:
+        CheckpointError: no such file, not one of ours, damaged, of another network, or
+            with values that are not finite.
+    """
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read as a network ({error}); save_network writes one"
+        ) from error
+    if not metadata.get("format", "").startswith("crypten-espn network"):
+        raise CheckpointError(
+            f"{path} is a safetensors file without a network's description; "
+            "save_network writes one"
+        )
+    try:
+        network = Architecture(**json.loads(metadata["architecture"])).build()
+        polynomials = {
+            name: Polynomial.from_json(json.dumps(fields))
+            for name, fields in json.loads(metadata["polynomials"]).items()
+        }
+        stored = json.loads(metadata["normalization"])
+        notes = json.loads(metadata["notes"])
+        normalization = stored and Normalization(
+            tuple(stored["mean"]), tuple(stored["std"])
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} has a damaged description ({error}); save the network again"
+        ) from error
+    if polynomials:
+        replace_activations(network, dict(polynomials))
+    for name, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(
+                f"{path}: {name} holds values that are not finite; train again"
+            )
+    try:
+        network.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"{path} does not hold the tensors of {network.architecture}: {error}"
+        ) from error
+    network.normalization = normalization
+    network.notes = notes
+    return network.eval()
+
+
+def load_weights(network: Network, path: str | Path) -> None:
+    """Load a state_dict of tensors, such as torchvision's, into a network.
+
+    Args:
+        network: what to load into, in place.
+        path: a .safetensors file, or a .pt or .pth file of nothing but tensors.
+
+    Raises:
+        CheckpointError: no such file, not a state_dict, or of another network or
+            number of classes; the message names the tensors that differ.
+    """
+    try:
+        if Path(path).suffix == ".safetensors":
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        given = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    except Exception as error:  # torch.load raises many kinds
+        raise CheckpointError(
+            f"{path} cannot be read as a state_dict of tensors ({error})"
+        ) from error
+    expected = {name: tuple(t.shape) for name, t in network.state_dict().items()}
+    counters = {name for name in expected if name.endswith("num_batches_tracked")}
+    differing = [
+        f"{name} is {given.get(name, 'missing')}, not {expected.get(name, 'expected')}"
+        for name in sorted((given.keys() | expected.keys()) - counters)
+        if given.get(name) != expected.get(name)
+    ]
+    if differing:
+        shown = "; ".join(differing[:3])
+        raise CheckpointError(
+            f"{path} does not fit {network.architecture}: {shown}"
+            f"{f' and {len(differing) - 3} more' if len(differing) > 3 else ''}. Take "
+            "the weights of the same network with the same number of classes"
+        )
+    network.load_state_dict(state, strict=False)
+
+
+def describes_itself(path: str | Path) -> bool:
+    """Return whether a file is one of `save_network`."""
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return "architecture" in (file.metadata() or {})
+    except (OSError, SafetensorError):
+        return False

@@ -1,0 +1,117 @@
+"""Networks as files: what is written is read, and nothing else is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from crypten_espn.errors import CheckpointError, EspnError
+from crypten_espn.pillar.data import Normalization
+from crypten_espn.pillar.networks import Architecture, fashion_resnet
+from crypten_espn.pillar.storage import load_network, load_weights, save_network
+from crypten_espn.pillar.surgery import Key, activations, replace_activations
+from crypten_espn.polynomial import Polynomial
+
+RELU = Polynomial((322, 512, 160, 0, -3), 10, (-5.0, 5.0))
+
+
+def network_with_polynomials() -> nn.Module:
+    torch.manual_seed(1)
+    network = fashion_resnet(classes=3, in_channels=2, size=9)
+    first = Polynomial((1, 2), 6, (-1.0, 2.0))
+    mapping: dict[Key, Polynomial] = {"relu": first, nn.ReLU: RELU}
+    return replace_activations(network, mapping).eval()
+
+
+def test_a_network_survives_its_file(tmp_path: Path) -> None:
+    network = network_with_polynomials()
+    path = tmp_path / "deep" / "network.safetensors"
+    normalization = Normalization((0.1, 0.2), (0.3, 0.4))
+    save_network(network, path, normalization=normalization, notes={"seed": 3})
+    loaded = load_network(path)
+    assert loaded.architecture == Architecture("fashion_resnet", 3, 2, 9)
+    assert loaded.normalization == normalization
+    assert loaded.notes == {"seed": 3}
+    assert not loaded.training
+    assert {n: a.polynomial for n, a in activations(loaded).items()} == {
+        n: a.polynomial for n, a in activations(network).items()
+    }
+    x = torch.randn(4, 2, 9, 9)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(x), network(x), rtol=0, atol=0)
+
+
+def test_files_that_are_not_ours_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="cannot be read as a network"):
+        load_network(tmp_path / "missing.safetensors")
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(b"not safetensors at all")
+    with pytest.raises(CheckpointError, match="cannot be read as a network"):
+        load_network(path)
+    save_file({"w": torch.zeros(1)}, path)
+    with pytest.raises(CheckpointError, match="without a network's description"):
+        load_network(path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("architecture", '{"name": "lenet", "classes": 1}', "damaged description"),
+        (
+            "architecture",
+            '{"name": "lenet", "classes": 1, "in_channels": 1, "size": 9}',
+            "unknown network 'lenet'",
+        ),
+        (
+            "architecture",
+            '{"name": "convnet", "classes": 3, "in_channels": 2, "size": 9}',
+            "no activation is called|does not hold the tensors",
+        ),
+        ("polynomials", "[", "damaged description"),
+        ("polynomials", '{"relu": {"numerators": []}}', "damaged description"),
+    ],
+)
+def test_damaged_descriptions_are_named(
+    tmp_path: Path, key: str, value: str, message: str
+) -> None:
+    path = tmp_path / "x.safetensors"
+    save_network(network_with_polynomials(), path)
+    with safe_open(path, framework="pt") as file:
+        metadata = {**file.metadata(), key: value}
+    save_file(load_file(path), path, metadata=metadata)
+    with pytest.raises(EspnError, match=message):
+        load_network(path)
+
+
+def test_values_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    network = network_with_polynomials()
+    path = tmp_path / "x.safetensors"
+    save_network(network, path)
+    with torch.no_grad():
+        next(network.parameters()).view(-1)[3] = float("nan")
+    with pytest.raises(CheckpointError, match=r"conv1\.weight holds values"):
+        save_network(network, path)
+    load_network(path)
+    with pytest.raises(CheckpointError, match="a Linear cannot be saved"):
+        save_network(nn.Linear(1, 1), path)
+
+
+def test_weights_of_another_network_or_class_count_are_named(tmp_path: Path) -> None:
+    network = fashion_resnet(classes=4)
+    path = tmp_path / "weights.pth"
+    torch.save(fashion_resnet(classes=10).state_dict(), path)
+    with pytest.raises(CheckpointError, match=r"fc\.bias is \(10,\), not \(4,\)"):
+        load_weights(network, path)
+    torch.save(nn.Linear(2, 2).state_dict(), path)
+    with pytest.raises(CheckpointError, match=r"bn1.*missing.* more"):
+        load_weights(network, path)
+    torch.save({"model": Path("x")}, path)
+    with pytest.raises(CheckpointError, match="cannot be read as a state_dict"):
+        load_weights(network, path)
+    with pytest.raises(CheckpointError, match="cannot be read as a state_dict"):
+        load_weights(network, tmp_path / "none.safetensors")
