@@ -19,7 +19,7 @@ import secrets
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -132,6 +132,12 @@ def _hear(channel: Channel, *fields: str) -> dict[str, Any]:
         raise PeerError(
             f"{channel.peer} sent a message this version does not know ({error})."
         ) from None
+
+
+def _check_session(name: str) -> None:
+    """A session is 32 hex digits: it names a folder, and nothing else may."""
+    if len(name) != 32 or not set(name) <= set("0123456789abcdef"):
+        raise PeerError("Rank 1 named a session that is none.")
 
 
 @contextlib.contextmanager
@@ -263,6 +269,7 @@ class _Party:
         self.session = ""
         self.next_index = 0
         self.batches: dict[int, int] = {}
+        self.users = 0
         self._tls, self._timeout = tls, timeout
         self._ready: dict[int, Material] = {}
         self._store: MaterialStore | None = None
@@ -352,14 +359,14 @@ class _Party:
                 if bias is not None:
                     peer.send(bias, bits=spec.ring)
             return
-        arrays, biases = [], []
+        arrays: list[np.ndarray] = []
+        biases: list[np.ndarray | None] = []
         for spec in self.plan.weights:
             flat = peer.receive(int(np.prod(spec.kernel_shape)), bits=spec.ring)
             arrays.append(flat.reshape(spec.kernel_shape))
             has_bias = bool(spec.bias)
-            biases.append(
-                peer.receive(spec.shape[0], bits=spec.ring) if has_bias else None
-            )
+            drawn = peer.receive(spec.shape[0], bits=spec.ring) if has_bias else None
+            biases.append(drawn)
         self.weights = Weights(tuple(arrays), tuple(biases))
 
     def prepare(self, peer: Channel, *, start: int, count: int, batch: int) -> None:
@@ -541,35 +548,51 @@ class ModelServer:
         plan = self.model.plan
         channel.handshake(role="rank 0", digest=_GREETING)
         session = str(_hear(channel, "session")["session"])
-        if session and not (len(session) == 32 and session.isalnum()):
-            raise PeerError("Rank 1 named a session that is none.")
+        if session:
+            _check_session(session)
         party = self._party(session)
-        _tell(channel, {"plan": plan.to_json(), "next": party.next_index})
-        channel.handshake(role="rank 0", digest=plan.digest)
-        while True:
-            party.load_ahead()
-            is_ring, tag = channel.wait(timeout=None)
-            if is_ring:
-                material = party.take(tag)
-                batch = party.batches.pop(tag)
-                start = time.perf_counter()
-                self._infer(party, channel, material, batch)
-                self.last_seconds = time.perf_counter() - start
-                self.served += 1
-                party.next_index = max(party.next_index, tag + 1)
-                continue
-            order = _hear(channel, "do", "session", "start", "count", "batch")
-            if order["do"] == "close":
+        with self._using(party):
+            _tell(channel, {"plan": plan.to_json(), "next": party.next_index})
+            channel.handshake(role="rank 0", digest=plan.digest)
+            while self._answer_one(party, channel):
+                pass
+
+    @contextlib.contextmanager
+    def _using(self, party: _Party) -> Iterator[None]:
+        """Forget a session when its last connection ends; its directory stays."""
+        party.users += 1
+        try:
+            yield
+        finally:
+            party.users -= 1
+            if party.users == 0:
                 party.close()
-                return
-            if order["do"] != "prepare" or min(order["count"], order["batch"]) < 1:
-                raise PeerError("Rank 1 asked for something unknown.")
-            self._prepare(party, channel, order)
+                self._sessions.pop(party.session, None)
+
+    def _answer_one(self, party: _Party, channel: Channel) -> bool:
+        """One request: an inference, a preparation, or goodbye (False)."""
+        party.load_ahead()
+        is_ring, tag = channel.wait(timeout=None)
+        if is_ring:
+            material = party.take(tag)
+            batch = party.batches.pop(tag)
+            start = time.perf_counter()
+            self._infer(party, channel, material, batch)
+            self.last_seconds = time.perf_counter() - start
+            self.served += 1
+            party.next_index = max(party.next_index, tag + 1)
+            return True
+        order = _hear(channel, "do", "session", "start", "count", "batch")
+        if order["do"] == "close":
+            return False
+        if order["do"] != "prepare" or min(order["count"], order["batch"]) < 1:
+            raise PeerError("Rank 1 asked for something unknown.")
+        self._prepare(party, channel, order)
+        return True
 
     def _prepare(self, party: _Party, channel: Channel, order: dict[str, Any]) -> None:
         name = str(order["session"])
-        if not (len(name) == 32 and name.isalnum()):
-            raise PeerError("Rank 1 named a session that is none.")
+        _check_session(name)
         fresh = party._dealing is None
         if fresh and self._directory is not None:
             party.directory = self._directory / name
@@ -656,6 +679,7 @@ class Client:
         self,
         channel: Channel,
         *,
+        address: str,
         digest: bytes | None,
         dealer: str | None,
         directory: str | os.PathLike[str] | None,
@@ -663,6 +687,9 @@ class Client:
         timeout: float,
     ) -> None:
         self._channel = channel
+        self._address, self._tls, self._timeout = address, tls, timeout
+        self._others: list[Channel] = []
+        self._lock = threading.Lock()
         self.online = self.offline = Cost()
         folder = None if directory is None else Path(directory)
         session = ""
@@ -755,14 +782,85 @@ class Client:
         Raises: ShapeError, RangeError before anything is sent; MaterialError; PeerError
             if the server is gone or silent.
         """
+        return self._predict(self._channel, x)
+
+    def predict_many(
+        self, inputs: Sequence[torch.Tensor], *, in_flight: int = 8
+    ) -> list[torch.Tensor]:
+        """`predict` for each input, several at once over as many connections.
+
+        A waiting link then does not idle either processor.
+
+        Args:
+            inputs: each (batch, *input_shape), the same batch.
+            in_flight: how many inferences at once.
+
+        Returns: the logits in the order of the inputs.
+
+        Cost, Error, Raises: as `predict`, for each; nothing is sent unless every input
+            is valid.
+        """
+        for x in inputs:
+            self.plan.encode(x)
+        if not inputs:
+            return []
+        missing = len(inputs) - self.remaining
+        if missing > 0:
+            self.prepare(missing, batch=len(inputs[0]))
+        while len(self._others) < min(in_flight, len(inputs)) - 1:
+            self._others.append(self._join())
+        channels = [self._channel, *self._others][:in_flight]
+        results: list[torch.Tensor | None] = [None] * len(inputs)
+        failures: list[BaseException] = []
+        waiting = iter(range(len(inputs)))
+
+        def work(channel: Channel) -> None:
+            try:
+                while not failures:
+                    with self._lock:
+                        number = next(waiting, None)
+                    if number is None:
+                        return
+                    results[number] = self._predict(channel, inputs[number])
+            except BaseException as error:
+                failures.append(error)
+
+        threads = [
+            threading.Thread(target=work, args=(channel,)) for channel in channels
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if failures:
+            raise failures[0]
+        return [logits for logits in results if logits is not None]
+
+    def _join(self) -> Channel:
+        """One more connection to this session."""
+        channel = connect_channel(
+            self._address, timeout=self._timeout, tls=self._tls, peer="rank 0"
+        )
+        with _telling(channel):
+            channel.handshake(role="rank 1", digest=_GREETING)
+            _tell(channel, {"session": self._party.session})
+            _hear(channel, "plan", "next")
+            channel.handshake(role="rank 1", digest=self.plan.digest)
+        return channel
+
+    def _predict(self, channel: Channel, x: torch.Tensor) -> torch.Tensor:
         encoded = self.plan.encode(x)
         batch = len(x)
-        material = self._material(batch)
-        channel, party = self._channel, self._party
+        if self._party.remaining == 0:
+            self.prepare(1, batch=batch)
+        with self._lock:
+            material = self._material(batch)
+        party = self._party
         sent, messages = channel.bytes_sent, channel.messages_sent
         received = channel.messages_received
         start = time.perf_counter()
         with _telling(channel):
+            z: np.ndarray | None
             if self.plan.mode == "owner":
                 z = query_one(self.plan, channel, material, encoded, batch=batch)
             else:
@@ -776,19 +874,18 @@ class Client:
                     rank=1,
                     batch=batch,
                 )
-                assert z is not None
+        assert z is not None
         seconds = time.perf_counter() - start
         there = channel.messages_sent - messages
         back = channel.messages_received - received
         # In shared mode both directions of an opening travel at once.
         rounds = there + back if self.plan.mode == "owner" else there + 1
-        self.online += Cost(rounds, channel.bytes_sent - sent, 0, seconds)
+        with self._lock:
+            self.online += Cost(rounds, channel.bytes_sent - sent, 0, seconds)
         return self.plan.decode(z)
 
     def _material(self, batch: int) -> Material:
         party = self._party
-        if party.remaining == 0:
-            self.prepare(1, batch=batch)
         if party._store is not None and not party._ready:
             party._claim(at_least=self._next)
         index = min(party._ready)
@@ -803,13 +900,12 @@ class Client:
 
     def close(self) -> None:
         """Say goodbye and disconnect."""
-        with contextlib.suppress(EspnError):
-            _tell(
-                self._channel,
-                {"do": "close", "session": "", "start": 0, "count": 1, "batch": 1},
-            )
+        goodbye = {"do": "close", "session": "", "start": 0, "count": 1, "batch": 1}
+        for channel in (*self._others, self._channel):
+            with contextlib.suppress(EspnError):
+                _tell(channel, goodbye)
+            channel.close()
         self._party.close()
-        self._channel.close()
 
     def __enter__(self) -> Client:
         return self
@@ -844,6 +940,7 @@ def connect(
     try:
         return Client(
             channel,
+            address=address,
             digest=None if plan is None else plan.digest,
             dealer=dealer,
             directory=directory,
