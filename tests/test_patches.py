@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 import pickle
 import subprocess
@@ -18,10 +19,11 @@ import onnx
 import pytest
 import torch
 from crypten.common import rng
+from crypten.encoder import FixedPointEncoder
 from torch import nn
 
 from crypten_espn import patches
-from crypten_espn.errors import RandomnessError
+from crypten_espn.errors import RandomnessError, RangeError
 from crypten_espn.launch import run_parties
 
 
@@ -612,3 +614,31 @@ def test_ring_sizes_of_mask_generators() -> None:
             rng.generate_random_ring_element((1,), ring_size=10)
 
     run_parties(run, world_size=1)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        torch.tensor([1.0, math.nan]),
+        torch.tensor([math.inf]),
+        torch.tensor([-(2.0**48)]),
+        torch.tensor([2**47]),
+        1e20,
+    ],
+)
+def test_encoder_range(value: torch.Tensor | float) -> None:
+    encoder = FixedPointEncoder(precision_bits=16)
+    with without("encoder_range"):
+        encoder.encode(value if torch.is_tensor(value) else torch.tensor([value]))
+    with pytest.raises(RangeError, match=r"finite and below 2\*\*47"):
+        encoder.encode(value)
+
+
+def test_encoder_range_lets_everything_else_pass() -> None:
+    encoder = FixedPointEncoder(precision_bits=16)
+    edge = torch.tensor([2.0**46, -(2.0**47), 0.0])
+    assert encoder.encode(edge).tolist() == [2**62, -(2**63), 0]
+    assert encoder.encode(torch.empty(0)).numel() == 0
+    assert encoder.encode(3) == 3 * 2**16
+    whole = torch.tensor([2**63 - 1, -(2**63)])
+    assert torch.equal(FixedPointEncoder(precision_bits=0).encode(whole), whole)
