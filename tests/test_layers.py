@@ -17,6 +17,7 @@ ORDER = [
     "pillar.penalty",
     "pillar.data",
     "pillar.networks",
+    "pillar.storage",
     "pillar.recipes",
     "pillar.command",
     "pillar",
