@@ -351,39 +351,33 @@ def machine_line(header: Mapping[str, Any]) -> str:
     )
 
 
-def to_csv(rows: Iterable[Row]) -> str:
-    """Rows as CSV text: the fields of Row, spreads as four columns each."""
+def to_csv(results: Results) -> str:
+    """Rows as CSV text: the fields of Row, spreads as five columns, commit and date."""
     out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    header: list[str] = []
-    for field in FIELDS:
-        if field.name.endswith("_s") and field.name != "model":
-            stem = field.name
-            header += [
-                stem,
-                f"{stem}_min",
-                f"{stem}_max",
-                f"{stem}_low",
-                f"{stem}_high",
-            ]
-        elif field.name == "bytes_sent":
-            header += ["bytes_sent_0", "bytes_sent_1"]
-        else:
-            header.append(field.name)
-    writer.writerow(header)
-    for row in rows:
-        line: list[object] = []
-        for field in FIELDS:
-            value = getattr(row, field.name)
-            if isinstance(value, Spread):
-                figures = (value.median, value.min, value.max, *value.ci95)
-                line += [f"{figure:.6g}" for figure in figures]
-            elif isinstance(value, tuple):
-                line += value
-            else:
-                line.append("" if value is None else value)
-        writer.writerow(line)
+    lines = [_flat(row) for row in results.rows]
+    stamp = {name: results.machine[name] for name in ("commit", "date", "processor")}
+    header = [*lines[0], *stamp] if lines else [*stamp]
+    writer = csv.DictWriter(out, header, lineterminator="\n")
+    writer.writeheader()
+    for line in lines:
+        writer.writerow({**line, **stamp})
     return out.getvalue()
+
+
+def _flat(row: Row) -> dict[str, object]:
+    line: dict[str, object] = {}
+    for field in FIELDS:
+        value = getattr(row, field.name)
+        if isinstance(value, Spread):
+            figures = (value.median, value.min, value.max, *value.ci95)
+            ends = ("", "_min", "_max", "_low", "_high")
+            for end, figure in zip(ends, figures, strict=True):
+                line[field.name + end] = f"{figure:.6g}"
+        elif isinstance(value, tuple):
+            line.update({f"{field.name}_{rank}": v for rank, v in enumerate(value)})
+        else:
+            line[field.name] = "" if value is None else value
+    return line
 
 
 # ---------------------------------------------------------------------- comparison
@@ -606,7 +600,7 @@ def finish(results: Results, options: argparse.Namespace, *, ended_well: bool) -
     """Print the table, write the CSV, compare; the exit status."""
     print(table(results))
     if options.csv:
-        write_atomically(Path(options.csv), to_csv(results.rows))
+        write_atomically(Path(options.csv), to_csv(results))
     changed = report_comparison(options.compare, results) if options.compare else 0
     return changed if ended_well else 3
 
