@@ -119,12 +119,14 @@ def test_any_shape_and_memory_format(shape: list[int], last: bool, seed: int) ->
     torch.testing.assert_close(out, RELU(x))
 
 
-@pytest.mark.parametrize("last", [True, False])
-def test_large_inputs_in_chunks(last: bool) -> None:
-    x = torch.randn(3, 16, 40, CHUNK // 600, generator=torch.Generator().manual_seed(1))
-    if last:
+@pytest.mark.parametrize("layout", ["plain", "channels last", "every second"])
+def test_large_inputs_in_chunks(layout: str) -> None:
+    x = torch.randn(6, 16, 40, CHUNK // 600, generator=torch.Generator().manual_seed(1))
+    if layout == "channels last":
         x = x.to(memory_format=torch.channels_last)
-    x = (4 * x).requires_grad_()
+    if layout == "every second":
+        x = x[:, ::2]
+    x = x.mul_(4).requires_grad_()
     activation = PolynomialActivation(RELU).train()
     out = activation(x)
     weights = torch.randn_like(x, memory_format=torch.contiguous_format)

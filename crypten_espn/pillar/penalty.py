@@ -158,7 +158,7 @@ class _PowerSum(torch.autograd.Function):
         ctx.save_for_backward(x)
         ctx.gamma, ctx.power = gamma, power
         total = x.new_zeros((), dtype=torch.float64)
-        for part in chunks(x):
+        for (part,) in chunks(x):
             total += _even_power(part.float(), power).sum()
         return (total / gamma**power).float()
 
@@ -168,7 +168,7 @@ class _PowerSum(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         scale = gradients[0].double() * (ctx.power / ctx.gamma**ctx.power)
         out = torch.empty_like(x)
-        for part, result in zip(chunks(x), chunks(out), strict=True):
+        for part, result in chunks(x, out):
             value = part.float()
             result.copy_(_even_power(value, ctx.power - 2).mul_(value).mul_(scale))
         return out, None, None
@@ -183,7 +183,7 @@ class _BoundarySum(torch.autograd.Function):
         ctx.centre, ctx.radius = (low + high) / 2, (high - low) / 2
         ctx.margin = margin
         total = x.new_zeros((), dtype=torch.float64)
-        for part in chunks(x):
+        for (part,) in chunks(x):
             total += _excess(part, ctx).square_().sum()
         return (total / (1 - margin) ** 2).float()
 
@@ -193,7 +193,7 @@ class _BoundarySum(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         scale = gradients[0] * (2 / ctx.radius / (1 - ctx.margin) ** 2)
         out = torch.empty_like(x)
-        for part, result in zip(chunks(x), chunks(out), strict=True):
+        for part, result in chunks(x, out):
             side = (part.float() - ctx.centre).sign_()
             result.copy_(_excess(part, ctx).mul_(side).mul_(scale))
         return out, None, None, None

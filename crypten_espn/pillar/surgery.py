@@ -139,7 +139,7 @@ class _Evaluate(torch.autograd.Function):
         ctx.save_for_backward(x)
         ctx.polynomial, ctx.clip = polynomial, clip
         out = torch.empty_like(x)
-        for part, result in zip(chunks(x), chunks(out), strict=True):
+        for part, result in chunks(x, out):
             value = _widened(part)
             if clip:
                 value = value.clamp(*polynomial.interval)
@@ -153,11 +153,9 @@ class _Evaluate(torch.autograd.Function):
         low, high = ctx.polynomial.interval
         slope = ctx.polynomial.derivative().coeffs
         out = torch.empty_like(x)
-        if gradient.stride() != out.stride():
+        if gradient.stride() != x.stride():
             gradient = torch.empty_like(x).copy_(gradient)
-        for part, incoming, result in zip(
-            chunks(x), chunks(gradient), chunks(out), strict=True
-        ):
+        for part, incoming, result in chunks(x, gradient, out):
             value = _widened(part)
             passed = _widened(incoming)
             if ctx.clip:
@@ -185,25 +183,34 @@ def _horner(coeffs: tuple[float, ...], x: Tensor) -> Tensor:
     """Return sum coeffs[k] x^k in a new tensor; x is left alone."""
     if len(coeffs) == 1:
         return torch.full_like(x, coeffs[0])
-    result = (x * coeffs[-1]).add_(coeffs[-2])
-    for coefficient in reversed(coeffs[:-2]):
-        result.mul_(x)
-        if coefficient:
-            result.add_(coefficient)
+    result = x * coeffs[-1]
+    for power in range(len(coeffs) - 2, -1, -1):
+        if coeffs[power]:
+            result.add_(coeffs[power])
+        if power:
+            result.mul_(x)
     return result
 
 
-def chunks(x: Tensor) -> Iterator[Tensor]:
-    """Yield x in pieces, in memory order where x fills its memory."""
-    # A trace records sizes as tensors, and splitting would depend on one.
-    if torch.jit.is_tracing() or x.device.type != "cpu" or not _dense(x):
-        yield x
+def chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Yield tensors of one shape in matching pieces, in the order of their memory.
+
+    In one piece where that is small, not on a processor, or not laid out alike.
+    """
+    first = tensors[0]
+    whole = (
+        # A trace records sizes as tensors, and splitting would depend on one.
+        torch.jit.is_tracing()
+        or first.device.type != "cpu"
+        or first.numel() <= CHUNK
+        or not _dense(first)
+        or any(x.stride() != first.stride() for x in tensors)
+    )
+    if whole:
+        yield tensors
         return
-    if x.numel() <= CHUNK:
-        yield x
-        return
-    flat = x.as_strided((x.numel(),), (1,))
-    yield from flat.split(CHUNK)
+    flat = [x.as_strided((x.numel(),), (1,)).split(CHUNK) for x in tensors]
+    yield from zip(*flat, strict=True)
 
 
 def _dense(x: Tensor) -> bool:
