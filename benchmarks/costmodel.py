@@ -24,7 +24,7 @@ from collections.abc import Iterator, Sequence
 
 from crypten_espn.cost import Cost
 
-from .harness import Results, ResultsError, Row
+from .harness import Results, ResultsError, Row, columns
 
 GLOO_DELAYS = 4
 PAYLOAD = 1448 / 1500  # TCP payload of a packet, with time stamps
@@ -88,15 +88,7 @@ def table(rows: Sequence[Row]) -> str:
         )
         for check in checks(rows)
     ]
-    lines = [head, *body]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(
-            text.ljust(width) if index < 3 else text.rjust(width)
-            for index, (text, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    )
+    return columns([head, *body], left=3)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -329,18 +329,23 @@ def cells(row: Row) -> tuple[str, ...]:
 def table(results: Results) -> str:
     """Machine line, one line per row, one per skipped cell."""
     lines = [machine_line(results.machine)]
-    body = [COLUMNS, *map(cells, results.rows)]
-    widths = [max(map(len, column)) for column in zip(*body, strict=True)]
-    for line in body:
-        pieces = [
-            text.ljust(width) if index < 3 else text.rjust(width)
-            for index, (text, width) in enumerate(zip(line, widths, strict=True))
-        ]
-        lines.append("  ".join(pieces).rstrip())
+    lines.append(columns([COLUMNS, *map(cells, results.rows)], left=3))
     for cell in results.skipped:
         name = f"{cell.network}  {cell.model}  {cell.activation}  {cell.engine}"
         lines.append(f"skipped: {name}: {cell.reason}")
     return "\n".join(lines)
+
+
+def columns(lines: Sequence[Sequence[str]], *, left: int) -> str:
+    """Lines of pieces as aligned text; the first `left` columns to the left."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(
+            text.ljust(width) if index < left else text.rjust(width)
+            for index, (text, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )
 
 
 def machine_line(header: Mapping[str, Any]) -> str:

@@ -1,0 +1,279 @@
+"""Accuracy in the clear, quantised and private, and what privacy costs in time.
+
+For each network file: the share of images that are right
+  * in the clear, in float32;
+  * quantised: with the masked engine's integers, in the clear;
+  * private: computed by two parties, over the masked engine and over CrypTen;
+and in how many images the private answer is the one in the clear.
+
+    python -m benchmarks.accuracy --json out/accuracy.json --plot out/accuracy
+    python -m benchmarks.accuracy --networks my.safetensors --images 64 --batch 32
+    python -m benchmarks.accuracy --data data --images 1000
+
+Without --networks, every bundled network is measured. Images are the bundled 256 of
+Fashion-MNIST's test set, or with --data the first of a whole data set's. Times are of
+both phases together, per image at the batch size given, in processes started for the
+purpose; `benchmarks.inference` measures phases and networks apart. Networks with ReLU
+run on CrypTen only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import crypten_espn
+from crypten_espn.errors import EspnError
+from crypten_espn.masked import plan as masked_plan
+from crypten_espn.pillar import data
+from crypten_espn.pillar.storage import load_network
+from crypten_espn.pillar.surgery import activations
+from crypten_espn.session import masked_model, simulate, simulate_many
+
+from . import harness
+from .harness import write_atomically
+
+BUNDLED = Path(crypten_espn.__file__).parent / "data"
+CALIBRATION = 64  # images the masked engine takes its bounds from
+SYSTEMS = ("masked", "espn", "opened_mask", "crypten-relu")
+WAN_RTT_S, WAN_BITS_PER_S = 0.1, 1e8
+
+
+@dataclasses.dataclass(frozen=True)
+class Accuracy:
+    """One network under one system; accuracies are shares of `images`.
+
+    Args:
+        model: the file's name; `activation`: polynomial and its degree, or relu.
+        system: masked, espn, opened_mask or crypten-relu.
+        images, batch: how many, and how many at once.
+        clear, private: accuracies; quantised: None but for the masked engine.
+        agreement: share of images with the same answer as in the clear.
+        max_abs_error: of the logits.
+        total_s: both phases, measured per image over loopback.
+        wan_s: total_s and the online messages' delay and bytes at 100 ms round trip
+            and 100 Mbit/s, predicted.
+    """
+
+    model: str
+    activation: str
+    system: str
+    images: int
+    batch: int
+    clear: float
+    quantised: float | None
+    private: float
+    agreement: float
+    max_abs_error: float
+    total_s: float
+    wan_s: float
+
+
+def bundled_networks() -> list[Path]:
+    """The network files that come with the package."""
+    found = []
+    for path in sorted(BUNDLED.glob("*.safetensors")):
+        try:
+            load_network(path)
+        except EspnError:
+            continue  # images, not a network
+        found.append(path)
+    return found
+
+
+def measure(
+    path: Path, images: torch.Tensor, labels: torch.Tensor, *, batch: int
+) -> Iterator[Accuracy]:
+    """Every system that runs this network, one row each."""
+    network = load_network(path)
+    with torch.no_grad():
+        clear = torch.cat([network(part) for part in images.split(batch)])
+    polynomials = list(activations(network).values())
+    kind = "relu"
+    if polynomials:
+        kind = f"polynomial, degree {polynomials[0].polynomial.degree}"
+    for system in SYSTEMS:
+        if (system == "crypten-relu") != (not polynomials):
+            continue
+        quantised = None
+        if system == "masked":
+            private, cost, integers = _masked(network, images, batch)
+            quantised = _share(integers.argmax(1) == labels)
+        else:
+            protocol = "espn" if system == "crypten-relu" else system
+            private, cost = _on_crypten(network, images, batch, protocol)
+        waits = crypten_espn.Cost(cost.rounds, cost.bytes_sent, 0, cost.seconds)
+        wan_s = waits.seconds_at(rtt_s=WAN_RTT_S, bits_per_second=WAN_BITS_PER_S)
+        count = len(images)
+        yield Accuracy(
+            model=path.stem,
+            activation=kind,
+            system=system,
+            images=count,
+            batch=batch,
+            clear=_share(clear.argmax(1) == labels),
+            quantised=quantised,
+            private=_share(private.argmax(1) == labels),
+            agreement=_share(private.argmax(1) == clear.argmax(1)),
+            max_abs_error=float((private - clear).abs().max()),
+            total_s=cost.seconds / count,
+            wan_s=wan_s / count,
+        )
+
+
+def _share(right: torch.Tensor) -> float:
+    return float(right.double().mean())
+
+
+def _masked(
+    network: Any, images: torch.Tensor, batch: int
+) -> tuple[torch.Tensor, Any, torch.Tensor]:
+    """Logits of the parties, their cost, and logits of the integers in the clear."""
+    example = images[:CALIBRATION]
+    model = masked_model(crypten_espn.convert(network, example), example)
+    logits, integers, total = [], [], crypten_espn.Cost()
+    for part in images.split(batch):
+        # the second time nothing is compiled any more
+        private, cost = simulate_many(model, part, repeat=2)[1]
+        logits.append(private)
+        integers.append(masked_plan.simulate(model.plan, model.weights, part)[0])
+        both = cost.bytes_sent + cost.peer_bytes_sent  # its messages alternate
+        seconds = cost.seconds + cost.offline.seconds
+        total += crypten_espn.Cost(cost.rounds, both, 0, seconds)
+    return torch.cat(logits), total, torch.cat(integers)
+
+
+def _on_crypten(
+    network: Any, images: torch.Tensor, batch: int, protocol: str
+) -> tuple[torch.Tensor, Any]:
+    private = crypten_espn.convert(network, images[:1], protocol=protocol)
+    logits, total = [], crypten_espn.Cost()
+    for part in images.split(batch):
+        result, cost = simulate(private, part)
+        logits.append(result)
+        total += crypten_espn.Cost(cost.rounds, cost.bytes_sent, 0, cost.seconds)
+    return torch.cat(logits), total
+
+
+# ------------------------------------------------------------------ tables and plots
+
+COLUMNS = (
+    *("model", "activation", "system", "images", "clear", "quantised", "private"),
+    *("agree", "error", "s/image", "at 100 ms, 100 Mbit/s"),
+)
+
+
+def cells(row: Accuracy) -> tuple[str, ...]:
+    """A row as text, one piece per entry of COLUMNS."""
+    return (
+        row.model,
+        row.activation,
+        row.system,
+        str(row.images),
+        f"{row.clear:.2%}",
+        "" if row.quantised is None else f"{row.quantised:.2%}",
+        f"{row.private:.2%}",
+        f"{row.agreement:.2%}",
+        f"{row.max_abs_error:.2g}",
+        f"{row.total_s:.4f}",
+        f"{row.wan_s:.4f}",
+    )
+
+
+def plot(rows: Sequence[Accuracy], stem: Path) -> list[Path]:
+    """Private accuracy against online seconds per image; the files written."""
+    figure, axes = harness.new_figure()
+    systems = list(dict.fromkeys(row.system for row in rows))
+    for row in rows:
+        colour, marker, _ = harness.STYLES[systems.index(row.system)]
+        axes.scatter([row.total_s], [100 * row.private], color=colour, marker=marker)
+        axes.annotate(
+            f"{row.model}, {row.system}",
+            (row.total_s, 100 * row.private),
+            xytext=(4, 4),
+            textcoords="offset points",
+            fontsize=7,
+        )
+    axes.set(
+        xscale="log",
+        xlabel="seconds per image, both phases, loopback (log)",
+        ylabel="private accuracy, %",
+        title=f"{rows[0].images} images",
+    )
+    axes.margins(x=0.25, y=0.2)
+    return harness.save_figure(figure, stem)
+
+
+def write(path: Path, machine: dict[str, Any], rows: Sequence[Accuracy]) -> None:
+    """Write the rows to a JSON file, in one step."""
+    content = {"machine": machine, "rows": [dataclasses.asdict(row) for row in rows]}
+    write_atomically(path, json.dumps(content, indent=1) + "\n")
+
+
+def _images(directory: str | None, name: str, count: int) -> tuple[Any, Any]:
+    """Normalised images and labels: of the bundled sample, or of a data set's test."""
+    if directory is None:
+        split: Any = data.fashion_sample()
+    else:
+        split = data.load_dataset(name, directory=directory).test()
+    parts, labels = [], []
+    for images, truth in split.batches(min(count, 500)):
+        parts.append(images)
+        labels.append(truth)
+        if sum(map(len, labels)) >= count:
+            break
+    return torch.cat(parts)[:count], torch.cat(labels)[:count]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; see the module's text for examples."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.accuracy",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--networks", nargs="+", type=Path, metavar="FILE")
+    parser.add_argument("--data", metavar="DIR", help="a whole data set's files")
+    parser.add_argument("--dataset", default="fashion-mnist", help="its name")
+    parser.add_argument("--images", type=int, default=256)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--json", metavar="FILE", type=Path)
+    parser.add_argument("--plot", metavar="STEM", type=Path)
+    options = parser.parse_args(arguments)
+    if options.images < 1 or options.batch < 1:
+        parser.error("--images and --batch must be at least 1")
+    machine = harness.machine()
+    rows: list[Accuracy] = []
+    try:
+        images, labels = _images(options.data, options.dataset, options.images)
+        paths = options.networks or bundled_networks()
+        if not paths:
+            print("no network is bundled; give --networks FILE", file=sys.stderr)
+            return 2
+        for path in paths:
+            for row in measure(path, images, labels, batch=options.batch):
+                rows.append(row)
+                print("  ".join(cells(row)), flush=True)
+                if options.json:
+                    write(options.json, machine, rows)
+    except EspnError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; finished rows are kept", file=sys.stderr)
+        return 130
+    print(harness.columns([COLUMNS, *map(cells, rows)], left=3))
+    if options.plot:
+        plot(rows, options.plot)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
