@@ -330,7 +330,7 @@ def test_crypten_computes_the_same_over_a_direct_channel():
     for plain, direct, messages, size, last, restored in outcomes:
         assert same(plain[0], direct[0])
         assert float((plain[1] - direct[1]).abs().max()) < 1e-3
-        assert messages >= 20 and size > 20 * messages
+        assert messages >= 19 and size > 20 * messages
         assert last == 4 * 8 + 20  # one opening: one message, one header
         assert restored
 
