@@ -8,6 +8,7 @@ import crypten_espn.patches as patches
 
 patches.apply()
 
+from .channel import use_direct_channel  # noqa: E402
 from .convert import PrivateNetwork, check, convert  # noqa: E402
 from .cost import Cost, measure  # noqa: E402
 from .launch import run_multiprocess, run_parties  # noqa: E402
@@ -20,6 +21,7 @@ from .pillar.surgery import (  # noqa: E402
 from .polynomial import Polynomial  # noqa: E402
 from .protocols import polyval, settings  # noqa: E402
 from .protocols.truncation import failure_probability  # noqa: E402
+from .session import connect, deal, serve, simulate  # noqa: E402
 
 __version__ = "0.1.0"
 
@@ -29,7 +31,9 @@ __all__ = [
     "PolynomialActivation",
     "PrivateNetwork",
     "check",
+    "connect",
     "convert",
+    "deal",
     "failure_probability",
     "measure",
     "patches",
@@ -40,5 +44,8 @@ __all__ = [
     "replace_pooling",
     "run_multiprocess",
     "run_parties",
+    "serve",
     "settings",
+    "simulate",
+    "use_direct_channel",
 ]

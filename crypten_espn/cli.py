@@ -7,14 +7,18 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from . import doctor
-from .convert import check
+from .channel import TLS
+from .convert import check, convert
 from .demo import run as run_demo
-from .errors import EspnError
+from .errors import DataError, EspnError
+from .masked.material import material_info
 from .pillar import command as training
 from .pillar.recipes import load_network
+from .session import MaskedModel, connect, deal, masked_model, serve
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -80,6 +84,8 @@ def _parser() -> argparse.ArgumentParser:
         help="one input's shape without the batch, such as 3,32,32 (.onnx only)",
     )
 
+    _session_commands(commands)
+
     trainer = _command(
         commands,
         "train",
@@ -100,6 +106,90 @@ def _parser() -> argparse.ArgumentParser:
     )
     training.add_arguments(tuner, finetune=True)
     return parser
+
+
+def _session_commands(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser],
+) -> None:
+    plan = _command(
+        commands,
+        "plan",
+        _plan,
+        "the masked engine's plan of a network: rings, scales, bytes, error",
+        [
+            "crypten-espn plan network.safetensors --calibration images.npy",
+            "crypten-espn plan network.safetensors --calibration images.npy "
+            "--precision high",
+        ],
+    )
+    server = _command(
+        commands,
+        "serve",
+        _serve,
+        "be rank 0: own the network and answer clients until interrupted",
+        [
+            "crypten-espn serve network.safetensors 0.0.0.0:29500 "
+            "--dealer dealer:29501 --calibration images.npy",
+        ],
+    )
+    for parser in (plan, server):
+        parser.add_argument("network", type=Path, help="a trained .safetensors")
+        parser.add_argument(
+            "--calibration",
+            type=Path,
+            required=True,
+            help=".npy of inputs as the network takes them, (n, channels, height, "
+            "width); they bound every layer",
+        )
+        parser.add_argument(
+            "--precision",
+            choices=("fast", "high"),
+            default="fast",
+            help="32-bit or 40-bit linear layers (default: %(default)s)",
+        )
+    server.add_argument("address", help="host:port to listen on")
+    client = _command(
+        commands,
+        "predict",
+        _predict,
+        "be rank 1: own the input, learn the logits",
+        [
+            "crypten-espn predict server:29500 --dealer dealer:29501 --input x.npy",
+            "crypten-espn predict server:29500 --dealer dealer:29501 --input x.npy "
+            "--out logits.npy",
+        ],
+    )
+    client.add_argument("address", help="host:port of the server")
+    client.add_argument("--input", type=Path, required=True, help=".npy of one batch")
+    client.add_argument("--out", type=Path, help="where to write the logits as .npy")
+    dealer = _command(
+        commands,
+        "deal",
+        _deal,
+        "be the dealer: prepare randomness for both parties, see no data",
+        ["crypten-espn deal 0.0.0.0:29501"],
+    )
+    dealer.add_argument("address", help="host:port to listen on")
+    for parser in (server, client):
+        parser.add_argument("--dealer", required=True, help="host:port of the dealer")
+        parser.add_argument(
+            "--material", type=Path, help="folder that keeps prepared randomness"
+        )
+    for parser in (server, client, dealer):
+        parser.add_argument(
+            "--tls",
+            nargs=3,
+            metavar=("CERTIFICATE", "KEY", "AUTHORITY"),
+            help="PEM files for mutual TLS",
+        )
+    material = _command(
+        commands,
+        "material",
+        _material,
+        "what a folder of prepared randomness still holds",
+        ["crypten-espn material prepared/"],
+    )
+    material.add_argument("folder", type=Path)
 
 
 def _command(
@@ -142,6 +232,71 @@ def _check(args: argparse.Namespace) -> int:
         report = check(network, torch.zeros(1, *network.input_shape))
     print(report)
     return 0 if report.ok else 1
+
+
+def _plan(args: argparse.Namespace) -> int:
+    print(_masked(args))
+    return 0
+
+
+def _serve(args: argparse.Namespace) -> int:
+    model = _masked(args)
+    print(model)
+    print(f"listening on {args.address}; Ctrl-C ends", flush=True)
+    serve(
+        model,
+        args.address,
+        dealer=args.dealer,
+        directory=args.material,
+        tls=_tls(args),
+    )
+    return 0
+
+
+def _predict(args: argparse.Namespace) -> int:
+    inputs = _array(args.input)
+    with connect(
+        args.address, dealer=args.dealer, directory=args.material, tls=_tls(args)
+    ) as server:
+        logits = server.predict(inputs)
+    if args.out is None:
+        for row in logits.flatten(1).tolist():
+            print(" ".join(f"{value:.4f}" for value in row))
+    else:
+        np.save(args.out, logits.numpy())
+        print(f"wrote {args.out}")
+    return 0
+
+
+def _deal(args: argparse.Namespace) -> int:
+    print(f"dealing on {args.address}; Ctrl-C ends", flush=True)
+    deal(args.address, tls=_tls(args))
+    return 0
+
+
+def _material(args: argparse.Namespace) -> int:
+    print(material_info(args.folder))
+    return 0
+
+
+def _masked(args: argparse.Namespace) -> MaskedModel:
+    network = load_network(args.network)
+    inputs = _array(args.calibration)
+    return masked_model(convert(network, inputs[:1]), inputs, precision=args.precision)
+
+
+def _array(path: Path) -> torch.Tensor:
+    try:
+        array = np.load(path, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{path} cannot be read as .npy ({error}); numpy.save writes such a file"
+        ) from error
+    return torch.from_numpy(array.astype(np.float32))
+
+
+def _tls(args: argparse.Namespace) -> TLS | None:
+    return None if args.tls is None else TLS(*args.tls)
 
 
 def _shape(text: str) -> tuple[int, ...]:

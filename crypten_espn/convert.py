@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,21 @@ import numpy as np
 import torch
 from crypten.nn import module as crypten_nn
 
-from .errors import ConversionError, ShapeError, WorldSizeError
+from .errors import (
+    ConversionError,
+    PlanError,
+    ProtocolError,
+    ShapeError,
+    WorldSizeError,
+)
+from .masked.planner import make_plan
 from .nn import PolynomialActivation, Scale
 from .onnx_graph import POLYNOMIAL_OP, NetworkGraph, Node, layer_name, read
-from .protocols import current_settings, settings
+from .protocols import PROTOCOLS, current_settings, settings
 
 Source = torch.nn.Module | str | Path | bytes
+
+MASKED = "masked"
 
 FIXABLE = "fixable"
 NOT_YET = "not yet supported"
@@ -87,11 +96,19 @@ class Finding:
 
 @dataclass(frozen=True)
 class Report:
-    """All findings about a network at once, and what conversion would do to it."""
+    """All findings about a network at once, and what conversion would do to it.
+
+    Attributes:
+        findings: layers that need attention.
+        changes: what conversion does, in words.
+        layers: how many of each operation.
+        masked: why the masked engine cannot run the network; None if it can.
+    """
 
     findings: tuple[Finding, ...]
     changes: tuple[str, ...]
     layers: dict[str, int]
+    masked: str | None
 
     @property
     def ok(self) -> bool:
@@ -103,6 +120,8 @@ class Report:
         lines = [f"layers: {counts}", *self.changes]
         lines += [str(finding) for finding in self.findings]
         lines.append("can be converted" if self.ok else "cannot be converted as it is")
+        if self.ok:
+            lines.append(f"masked engine: {self.masked or 'runs it'}")
         return "\n".join(lines)
 
 
@@ -112,6 +131,7 @@ class PrivateNetwork(crypten_nn.Graph):
     Attributes:
         changes: what the conversion did, in words.
         input_shape: shape of one input, without the batch.
+        example: the inputs it was converted with; they calibrate the masked engine.
         protocol, truncation: what its activations use; None follows crypten.cfg.espn.
     """
 
@@ -119,12 +139,14 @@ class PrivateNetwork(crypten_nn.Graph):
         self,
         graph: NetworkGraph,
         *,
+        example: torch.Tensor,
         protocol: str | None,
         truncation: str | None,
     ) -> None:
         super().__init__([graph.input], [graph.output])
         self.changes = tuple(graph.changes)
         self.input_shape = graph.shapes[graph.input][1:]
+        self.example = example.detach().clone()
         self.protocol = protocol
         self.truncation = truncation
         for name, array in graph.constants.items():
@@ -133,7 +155,8 @@ class PrivateNetwork(crypten_nn.Graph):
         for node in graph.nodes:
             module = _BUILDERS[node.op](node, graph)
             if isinstance(module, PolynomialActivation):
-                module.protocol, module.truncation = protocol, truncation
+                module.protocol = None if protocol == MASKED else protocol
+                module.truncation = truncation
             self.add_module(node.output, module, list(node.inputs))
         self.eval()
 
@@ -143,8 +166,15 @@ class PrivateNetwork(crypten_nn.Graph):
         Raises:
             ShapeError: the input is not (batch, *input_shape).
             WorldSizeError: the protocol does not run with this many parties.
-            Both before anything is sent.
+            ProtocolError: it was converted for the masked engine.
+            All before anything is sent.
         """
+        if self.protocol == MASKED:
+            raise ProtocolError(
+                "this network was converted with protocol='masked', which runs in "
+                "sessions: simulate(), or serve() and connect(). For CrypTen tensors "
+                f"convert it with one of {', '.join(PROTOCOLS)}"
+            )
         shape = tuple(x.size())
         if shape[1:] != self.input_shape or len(shape) != len(self.input_shape) + 1:
             raise ShapeError(
@@ -177,7 +207,7 @@ def check(model: Source, example: torch.Tensor) -> Report:
     """
     graph = read(model, example)
     graph.simplify()
-    return _report(graph)
+    return _report(graph, example)
 
 
 def convert(
@@ -196,8 +226,10 @@ def convert(
     Args:
         model: torch module (its own weights are not touched), .onnx path, or bytes.
         example: one input batch; fixes the input shape, not the batch size.
-        protocol: "espn", "opened_mask" or "beaver"; crypten.cfg.espn decides when None.
-        truncation: "local" or "exact"; likewise.
+        protocol: "espn", "opened_mask" or "beaver" for CrypTen tensors, "masked" for
+            sessions only. When None, crypten.cfg.espn decides for tensors, and sessions
+            use the masked engine.
+        truncation: "local" or "exact"; likewise. The masked engine is always exact.
 
     Returns:
         A PrivateNetwork in evaluation mode, ready for `.encrypt(src=0)`; `.changes`
@@ -207,21 +239,43 @@ def convert(
         ConversionError: unsupported layers, all of them listed.
         ShapeError: the example does not fit the network.
         ProtocolError: an unknown protocol or truncation.
+        PlanError: protocol "masked", and no plan exists; the layer is named.
     """
-    with settings(protocol=protocol, truncation=truncation):
+    if protocol not in (None, MASKED, *PROTOCOLS):
+        raise ProtocolError(
+            f"protocol {protocol!r}: choose one of {', '.join([*PROTOCOLS, MASKED])}"
+        )
+    with settings(truncation=truncation):
         current_settings()
     graph = read(model, example)
     graph.simplify()
-    report = _report(graph)
+    report = _findings(graph)
     if not report.ok:
         problems = [str(finding) for finding in report.findings if finding.blocking]
         raise ConversionError(
             f"{len(problems)} layers cannot be converted:\n  " + "\n  ".join(problems)
         )
-    return PrivateNetwork(graph, protocol=protocol, truncation=truncation)
+    private = PrivateNetwork(
+        graph, example=example, protocol=protocol, truncation=truncation
+    )
+    if protocol == MASKED:
+        make_plan(private, example)
+    return private
 
 
-def _report(graph: NetworkGraph) -> Report:
+def _report(graph: NetworkGraph, example: torch.Tensor) -> Report:
+    report = _findings(graph)
+    if not report.ok:
+        return report
+    private = PrivateNetwork(graph, example=example, protocol=None, truncation=None)
+    try:
+        make_plan(private, example)
+    except PlanError as error:
+        return replace(report, masked=str(error))
+    return replace(report, masked=None)
+
+
+def _findings(graph: NetworkGraph) -> Report:
     findings: list[Finding] = []
     layers: dict[str, int] = {}
     for node in graph.nodes:
@@ -236,7 +290,7 @@ def _report(graph: NetworkGraph) -> Report:
             verdict, cure = NOT_YET, problem
         blocking = node.op not in _BUILDERS or problem is not None
         findings.append(Finding(layer_name(node), node.op, verdict, blocking, cure))
-    return Report(tuple(findings), tuple(graph.changes), layers)
+    return Report(tuple(findings), tuple(graph.changes), layers, "not planned")
 
 
 def _problem(node: Node, graph: NetworkGraph) -> str | None:

@@ -11,6 +11,7 @@ import crypten_espn as espn
 from crypten_espn.cost import measure
 from crypten_espn.errors import (
     ConversionError,
+    PlanError,
     ProtocolError,
     ShapeError,
     WorldSizeError,
@@ -136,7 +137,7 @@ def test_every_problem_is_named_at_once():
 def test_bad_arguments_are_named_before_anything_runs():
     model = private_form(small_residual())
     example = torch.randn(1, 3, 8, 8)
-    with pytest.raises(ProtocolError, match=r"'nope'.*espn, opened_mask, beaver"):
+    with pytest.raises(ProtocolError, match=r"'nope'.*beaver, masked"):
         espn.convert(model, example, protocol="nope")
     with pytest.raises(ProtocolError, match="'nope'"):
         espn.convert(model, example, truncation="nope")
@@ -183,3 +184,20 @@ def test_the_given_model_is_left_alone():
     assert model.training
     for key, value in model.state_dict().items():
         torch.testing.assert_close(value, before[key])
+
+
+def test_masked_networks_run_in_sessions_only():
+    model = private_form(small_residual())
+    private = espn.convert(model, torch.randn(4, 3, 8, 8), protocol="masked")
+    with pytest.raises(ProtocolError, match=r"simulate\(\), or serve\(\)"):
+        private(torch.randn(1, 3, 8, 8))
+
+
+def test_check_says_whether_the_masked_engine_runs_a_network():
+    example = torch.randn(4, 3, 8, 8)
+    report = espn.check(private_form(small_residual()), example)
+    assert report.masked is None and "masked engine: runs it" in str(report)
+    report = espn.check(small_residual(), example)
+    assert report.ok and "relu" in report.masked.lower()
+    with pytest.raises(PlanError, match=r"(?i)relu"):
+        espn.convert(small_residual(), example, protocol="masked")
