@@ -189,7 +189,7 @@ def cells(row: Accuracy) -> tuple[str, ...]:
 
 def plot(rows: Sequence[Accuracy], stem: Path) -> list[Path]:
     """Private accuracy against online seconds per image; the files written."""
-    figure, axes = harness.new_figure()
+    figure, (axes,) = harness.new_figure()
     systems = list(dict.fromkeys(row.system for row in rows))
     for row in rows:
         colour, marker, _ = harness.STYLES[systems.index(row.system)]

@@ -440,20 +440,25 @@ STYLES: Sequence[tuple[str, str, Any]] = (
 )
 
 
-def new_figure(*, width: float = 6.0, height: float = 3.8) -> tuple[Any, Any]:
-    """A matplotlib figure and its axes, styled for print; needs no display."""
+def new_figure(
+    *, width: float = 6.0, height: float = 3.8, panels: int = 1
+) -> tuple[Any, list[Any]]:
+    """A matplotlib figure and its panels, styled for print; needs no display."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     pyplot.rcParams.update({"svg.hashsalt": "crypten-espn", "font.size": 9})
-    figure, axes = pyplot.subplots(figsize=(width, height), layout="constrained")
-    axes.grid(True, color="#dddddd", linewidth=0.6)
-    axes.set_axisbelow(True)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    return figure, axes
+    figure, grid = pyplot.subplots(
+        panels, figsize=(width, height), layout="constrained", squeeze=False
+    )
+    for axes in grid[:, 0]:
+        axes.grid(True, color="#dddddd", linewidth=0.6)
+        axes.set_axisbelow(True)
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+    return figure, list(grid[:, 0])
 
 
 def plot_lines(
@@ -469,7 +474,7 @@ def plot_lines(
 
     Returns: the PNG and SVG files written beside `stem`.
     """
-    figure, axes = new_figure()
+    figure, (axes,) = new_figure()
     for index, (name, points) in enumerate(series.items()):
         colour, marker, line = STYLES[index % len(STYLES)]
         xs = [x for x, _ in points]
@@ -493,42 +498,59 @@ def plot_lines(
     return save_figure(figure, stem)
 
 
-def plot_bars(rows: Sequence[Row], stem: str | Path) -> list[Path]:
-    """Online seconds as bars, one figure per network; the PNG and SVG files written."""
+def plot_dots(rows: Sequence[Row], stem: str | Path) -> list[Path]:
+    """Online seconds of every protocol, a panel per model, a figure per network.
+
+    Filled: over the direct channel. Hollow: over gloo.
+
+    Returns: the PNG and SVG files written beside `stem`.
+    """
     files = []
     stem = Path(stem)
     for network in dict.fromkeys(row.network for row in rows):
         chosen = [row for row in rows if row.network == network]
         models = list(dict.fromkeys(row.model for row in chosen))
-        systems = list(dict.fromkeys(row.system for row in chosen))
-        figure, axes = new_figure(width=max(6.0, 1.8 * len(models) + 2.5))
-        width = 0.85 / len(systems)
-        for index, system in enumerate(systems):
-            colour = STYLES[index % len(STYLES)][0]
-            bars = {row.model: row.online_s for row in chosen if row.system == system}
-            at = [models.index(model) + (index + 0.5) * width for model in bars]
-            heights = [spread.median for spread in bars.values()]
-            low = [spread.median - spread.ci95[0] for spread in bars.values()]
-            high = [spread.ci95[1] - spread.median for spread in bars.values()]
-            axes.bar(
-                at,
-                heights,
-                width * 0.95,
-                yerr=(low, high),
-                label=system,
-                color=colour,
-                hatch=("", "//", "..", "xx", "\\\\", "--", "oo", "++")[index % 8],
-                edgecolor="white",
-                error_kw={"linewidth": 0.8},
-            )
-        axes.set_xticks([index + 0.425 for index in range(len(models))], models)
-        axes.set(ylabel="seconds online (log)", title=f"{network}, online")
-        axes.set_yscale("log")
-        axes.grid(False, axis="x")
-        axes.legend(frameon=False, fontsize=7, ncols=2)
-        slug = "".join(c if c.isalnum() else "-" for c in network)
+        names = list(dict.fromkeys(row.activation for row in chosen))[::-1]
+        height = 0.9 + len(models) * (0.3 + 0.26 * len(names))
+        figure, panels = new_figure(height=height, panels=len(models))
+        for axes, model in zip(panels, models, strict=True):
+            for row in chosen:
+                if row.model == model:
+                    _dot(axes, row, names.index(row.activation))
+            axes.set(xscale="log", title=model, ylim=(-0.6, len(names) - 0.4))
+            axes.set_yticks(range(len(names)), names)
+            axes.tick_params(left=False)
+            axes.margins(x=0.12)
+            axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+            axes.xaxis.set_minor_formatter(lambda value, _: "")
+        panels[-1].set_xlabel("seconds online (log); filled: direct, hollow: gloo")
+        figure.suptitle(network, fontsize=10)
+        slug = "".join(c if c.isalnum() else "-" for c in network).strip("-")
         files += save_figure(figure, stem.with_name(f"{stem.name}-{slug}"))
     return files
+
+
+def _dot(axes: Any, row: Row, at: int) -> None:
+    colour = STYLES[0][0] if row.engine == "masked" else "#333333"
+    hollow = row.engine.endswith("+gloo")
+    spread = row.online_s
+    axes.plot(spread.ci95, (at, at), color=colour, linewidth=1)
+    axes.plot(
+        [spread.median],
+        [at],
+        marker="o",
+        color=colour,
+        markersize=5.5,
+        markerfacecolor="white" if hollow else colour,
+    )
+    axes.annotate(
+        f"{spread.median:.3g}",
+        (spread.median, at),
+        xytext=(0, 5),
+        textcoords="offset points",
+        fontsize=6.5,
+        ha="center",
+    )
 
 
 def save_figure(figure: Any, stem: Path) -> list[Path]:

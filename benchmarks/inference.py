@@ -312,7 +312,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 timeout_s=options.timeout_s,
             )
         if options.plot and results.rows:
-            harness.plot_bars(results.rows, options.plot)
+            harness.plot_dots(results.rows, options.plot)
         return harness.finish(results, options, ended_well=ended_well)
     except (wan.PathError, ResultsError) as error:
         print(f"error: {error}", file=sys.stderr)
