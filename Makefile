@@ -3,12 +3,15 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+LOG := $(VENV)/install.log
 
 # CrypTen depends on the retired package name "sklearn", which refuses to build
 # without this.
 export SKLEARN_ALLOW_DEPRECATED_SKLEARN_PACKAGE_INSTALL := True
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 .PHONY: help install venv demo test lint bench bench-full clean
 
@@ -29,10 +32,16 @@ $(STAMP): requirements.txt pyproject.toml
 	@$(PYTHON) -m venv $(VENV) || \
 	  { echo "python3 -m venv failed: install your system's python3-venv package"; \
 	    exit 1; }
-	@echo "[2/3] installing the pinned requirements (about a minute)"
-	@$(BIN)/python -m pip install --quiet -r requirements.txt
-	@echo "[3/3] installed"
+	@echo "[2/3] installing the pinned requirements (a minute or two)"
+	@$(BIN)/python -m pip install --no-compile -r requirements.txt >$(LOG) 2>&1 \
+	  & trap "kill $$!" INT TERM; pip=$$!; shown=0; \
+	  while kill -0 $$pip 2>/dev/null; do \
+	    sleep 2; now=$$(grep -c "^Collecting" $(LOG) || true); \
+	    [ $$now -lt $$((shown + 8)) ] || { echo "      $$now packages found"; shown=$$now; }; \
+	  done; \
+	  wait $$pip || { tail -n 25 $(LOG); echo "the whole log: $(LOG)"; exit 1; }
 	@touch $@
+	@echo "[3/3] installed"
 
 demo: $(STAMP)
 	$(BIN)/python -m crypten_espn.cli demo
