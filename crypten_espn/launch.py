@@ -3,7 +3,8 @@
 `run_multiprocess` has the signature of CrypTen's and stands in for it; `run_parties` is
 the same as a plain call. Parties start from a fork server that has imported the package
 already, so a start takes a fraction of a second, no thread or lock is forked, and
-closures, lambdas and functions of `__main__` work.
+closures, lambdas and functions of `__main__` work. Jobs and results are pickles, read
+only from pipes between this process and those it started itself.
 """
 
 from __future__ import annotations
