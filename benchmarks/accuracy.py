@@ -232,8 +232,8 @@ def _images(directory: str | None, name: str, count: int) -> tuple[Any, Any]:
     return torch.cat(parts)[:count], torch.cat(labels)[:count]
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line; see the module's text for examples."""
+def make_parser() -> argparse.ArgumentParser:
+    """The command line of this benchmark."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.accuracy",
         description=__doc__,
@@ -246,6 +246,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--json", metavar="FILE", type=Path)
     parser.add_argument("--plot", metavar="STEM", type=Path)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; see the module's text for examples."""
+    parser = make_parser()
     options = parser.parse_args(arguments)
     if options.images < 1 or options.batch < 1:
         parser.error("--images and --batch must be at least 1")

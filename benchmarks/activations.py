@@ -158,8 +158,8 @@ def plot(rows: Sequence[Row], stem: Path) -> list[Path]:
     return files
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line; see the module's text for examples."""
+def make_parser() -> argparse.ArgumentParser:
+    """The command line of this benchmark."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.activations",
         description=__doc__,
@@ -173,7 +173,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--channels", nargs="+", choices=CHANNELS, default=CHANNELS)
     harness.add_run_options(parser, networks=NETWORKS, repeat=11)
     parser.add_argument("--party", help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; see the module's text for examples."""
+    options = make_parser().parse_args(arguments)
     if options.party:
         run_party(json.loads(options.party))
         return 0

@@ -27,6 +27,7 @@ from crypten_espn.cost import Cost
 from .harness import Results, ResultsError, Row, columns
 
 GLOO_DELAYS = 4
+COLUMNS = ("network", "model", "system", "predicted s", "measured s", "difference")
 PAYLOAD = 1448 / 1500  # TCP payload of a packet, with time stamps
 
 
@@ -74,10 +75,9 @@ def checks(rows: Sequence[Row]) -> Iterator[Check]:
             yield Check(row, predict(row, base[key]))
 
 
-def table(rows: Sequence[Row]) -> str:
-    """Predicted and measured seconds, one line per cell."""
-    head = ("network", "model", "system", "predicted s", "measured s", "difference")
-    body = [
+def table_rows(rows: Sequence[Row]) -> list[tuple[str, ...]]:
+    """Every check as text, one piece per entry of COLUMNS."""
+    return [
         (
             check.row.network,
             check.row.model,
@@ -88,7 +88,6 @@ def table(rows: Sequence[Row]) -> str:
         )
         for check in checks(rows)
     ]
-    return columns([head, *body], left=3)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -105,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ResultsError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(table(rows))
+    print(columns([COLUMNS, *table_rows(rows)], left=3))
     return 0
 
 

@@ -358,14 +358,16 @@ def machine_line(header: Mapping[str, Any]) -> str:
 
 def to_csv(results: Results) -> str:
     """Rows as CSV text: the fields of Row, spreads as five columns, commit and date."""
-    out = io.StringIO()
-    lines = [_flat(row) for row in results.rows]
     stamp = {name: results.machine[name] for name in ("commit", "date", "processor")}
-    header = [*lines[0], *stamp] if lines else [*stamp]
-    writer = csv.DictWriter(out, header, lineterminator="\n")
+    return csv_text([{**_flat(row), **stamp} for row in results.rows])
+
+
+def csv_text(lines: Sequence[Mapping[str, object]]) -> str:
+    """Lines with the same keys as CSV text; None is empty."""
+    out = io.StringIO()
+    writer = csv.DictWriter(out, list(lines[0]) if lines else [], lineterminator="\n")
     writer.writeheader()
-    for line in lines:
-        writer.writerow({**line, **stamp})
+    writer.writerows(lines)
     return out.getvalue()
 
 
@@ -381,7 +383,7 @@ def _flat(row: Row) -> dict[str, object]:
         elif isinstance(value, tuple):
             line.update({f"{field.name}_{rank}": v for rank, v in enumerate(value)})
         else:
-            line[field.name] = "" if value is None else value
+            line[field.name] = value
     return line
 
 

@@ -259,8 +259,8 @@ def _task(options: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(options, name) for name in (*names, "repeat", "limit_s")}
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line; see the module's text for examples."""
+def make_parser() -> argparse.ArgumentParser:
+    """The command line of this benchmark."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.inference",
         description=__doc__,
@@ -283,6 +283,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--name", default="hosts", help="two hosts: name in the rows")
     harness.add_run_options(parser, networks=("loopback", "wan"), repeat=5)
     parser.add_argument("--party", help=argparse.SUPPRESS)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; see the module's text for examples."""
+    parser = make_parser()
     options = parser.parse_args(arguments)
     if options.party:
         from . import party

@@ -1,0 +1,444 @@
+"""Run the benchmarks and write benchmarks/results/: JSON, CSV, plots and one page.
+
+    python -m benchmarks.report                  # about 20 minutes on two cores
+    python -m benchmarks.report --full           # every network and protocol: hours
+    python -m benchmarks.report --only render    # page, CSV and plots from the JSON
+    python -m benchmarks.report --only readme    # tables in README.md from the CSV
+    python -m benchmarks.report --compare OLD_DIRECTORY --only render
+
+Steps run one after another; one that fails is reported and the others still run. A
+table in a README stands between `<!-- begin benchmark NAME -->` and
+`<!-- end benchmark NAME -->` and is replaced, with commit and date, from NAME.csv.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import csv
+import dataclasses
+import html
+import json
+import shlex
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from . import accuracy, activations, costmodel, harness, inference, wan
+from .harness import Results, ResultsError, write_atomically
+
+RESULTS = Path(__file__).resolve().parent / "results"
+READMES = (harness.ROOT / "README.md", harness.ROOT / "benchmarks" / "README.md")
+PROFILES = ("lan", "metro", "wan")
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One benchmark run: its results' name and its command line."""
+
+    name: str
+    module: str
+    arguments: tuple[str, ...]
+
+    @property
+    def command(self) -> str:
+        """What to type to run it again."""
+        return shlex.join(
+            ["python", "-m", f"benchmarks.{self.module}", *self.arguments]
+        )
+
+
+def steps(*, full: bool) -> list[Step]:
+    """The runs of `make bench`, or of `make bench-full`."""
+    layer = ("--points", "32768", "--networks", *activations.NETWORKS)
+    warm = ("--networks", "wan", "--channels", "direct", "--warm")
+    if full:
+        everything = ("--models", *inference.MODELS, "--limit-s", "1800")
+        polynomial = ("--protocols", "masked", *inference.POLYNOMIAL_PROTOCOLS)
+        return [
+            Step("activations", "activations", (*layer, "wan", "--repeat", "21")),
+            Step(
+                "inference",
+                "inference",
+                (*everything, "--networks", "loopback", *PROFILES, "--repeat", "5"),
+            ),
+            Step(
+                "warm",
+                "inference",
+                (*everything, *polynomial, *warm, "--repeat", "5"),
+            ),
+            Step("accuracy", "accuracy", ("--images", "256")),
+        ]
+    two = ("--models", "minionn", "resnet18")
+    systems = ("--protocols", "masked", "espn", "opened_mask", "crypten-relu")
+    return [
+        Step("activations", "activations", (*layer, "--repeat", "7")),
+        Step(
+            "inference",
+            "inference",
+            (*two, *systems, "--networks", "loopback", "wan", "--repeat", "3"),
+        ),
+        Step(
+            "warm",
+            "inference",
+            (*two, "--protocols", "masked", "espn", *warm, "--repeat", "5"),
+        ),
+        Step("accuracy", "accuracy", ("--images", "64", "--batch", "32")),
+    ]
+
+
+MAINS: Mapping[str, Callable[[Sequence[str]], int]] = {
+    "activations": activations.main,
+    "inference": inference.main,
+    "accuracy": accuracy.main,
+}
+
+
+# ---------------------------------------------------------------------------- running
+
+
+def run(chosen: Sequence[Step], folder: Path, *, fallback: bool) -> list[str]:
+    """Measure the paths, then every step; what went wrong, one line each."""
+    problems = _measure_paths(folder)
+    for step in chosen:
+        arguments = [*step.arguments, "--json", str(folder / f"{step.name}.json")]
+        if fallback and step.module != "accuracy":
+            arguments.append("--fallback")
+        print(f"\n== {step.command}", flush=True)
+        try:
+            status = MAINS[step.module](arguments)
+        except (OSError, RuntimeError, ValueError) as error:
+            problems.append(f"{step.name}: {type(error).__name__}: {error}")
+            continue
+        if status == 130:
+            raise KeyboardInterrupt
+        if status:
+            problems.append(f"{step.name} ended with status {status}")
+    commands = {step.name: step.command for step in chosen}
+    write_atomically(folder / "commands.json", json.dumps(commands, indent=1) + "\n")
+    return problems
+
+
+def _measure_paths(folder: Path) -> list[str]:
+    measured, problems = [], []
+    for name in PROFILES:
+        try:
+            with wan.Path(name) as path:
+                result = wan.self_test(path)
+                print(result, flush=True)
+                measured.append(
+                    {
+                        "network": name,
+                        "rtt_ms": result.profile.rtt_ms,
+                        "measured_rtt_ms": round(result.rtt_ms, 3),
+                        "mbit": result.profile.mbit,
+                        "measured_mbit": round(result.mbit, 1),
+                        "congestion_control": path.congestion,
+                        "passed": result.passed,
+                    }
+                )
+                if not result.passed:
+                    problems.append(f"the {name} path is not as set: {result}")
+        except wan.PathError as error:
+            problems.append(f"the {name} path: {error}")
+    write_atomically(folder / "paths.json", json.dumps(measured, indent=1) + "\n")
+    return problems
+
+
+# -------------------------------------------------------------------------- rendering
+
+
+def render(folder: Path) -> list[Path]:
+    """CSV, plots and index.html from the JSON files there; the files written.
+
+    Raises: ResultsError if there is nothing to show, or a file is not a results file.
+    """
+    files: list[Path] = []
+    runs = {
+        name: Results.read(folder / f"{name}.json")
+        for name in ("activations", "inference", "warm")
+        if (folder / f"{name}.json").exists()
+    }
+    if not runs:
+        raise ResultsError(
+            f"{folder}: no results there; run python -m benchmarks.report"
+        )
+    for name, results in runs.items():
+        if results.rows:
+            files.append(folder / f"{name}.csv")
+            write_atomically(files[-1], harness.to_csv(results))
+            draw = activations.plot if name == "activations" else harness.plot_dots
+            files += draw(results.rows, folder / name)
+    tested = _accuracy(folder)
+    if tested:
+        files.append(folder / "accuracy.csv")
+        write_atomically(files[-1], _accuracy_csv(*tested))
+        files += accuracy.plot(tested[1], folder / "accuracy")
+    files.append(folder / "index.html")
+    write_atomically(files[-1], _page(folder, runs, tested))
+    return files
+
+
+def _accuracy(folder: Path) -> tuple[dict[str, Any], list[accuracy.Accuracy]] | None:
+    path = folder / "accuracy.json"
+    if not path.exists():
+        return None
+    try:
+        content = json.loads(path.read_text())
+        rows = [accuracy.Accuracy(**values) for values in content["rows"]]
+        return (content["machine"], rows) if rows else None
+    except (KeyError, TypeError, ValueError) as error:
+        raise ResultsError(f"{path}: not a results file ({error})") from error
+
+
+def _accuracy_csv(machine: Mapping[str, Any], rows: Sequence[accuracy.Accuracy]) -> str:
+    stamp = {name: machine[name] for name in ("commit", "date", "processor")}
+    return harness.csv_text([{**dataclasses.asdict(row), **stamp} for row in rows])
+
+
+STYLE = """
+:root { color-scheme: light dark; --line: #8884; --soft: #8881; }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto;
+  padding: 0 1rem; }
+h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-size: 0.85rem;
+  font-variant-numeric: tabular-nums; }
+th, td { padding: 0.2rem 0.7rem; border-bottom: 1px solid var(--line);
+  white-space: nowrap; text-align: right; }
+th:nth-child(-n+3), td:nth-child(-n+3) { text-align: left; }
+tbody tr:hover { background: var(--soft); }
+pre { background: var(--soft); padding: 0.6rem; overflow-x: auto; font-size: 0.8rem; }
+figure { margin: 1rem 0; } img { max-width: 100%; background: white; }
+@media print { body { max-width: none; } h2 { break-after: avoid; }
+  figure, tr { break-inside: avoid; } }
+"""
+
+
+def _page(
+    folder: Path,
+    runs: Mapping[str, Results],
+    tested: tuple[dict[str, Any], list[accuracy.Accuracy]] | None,
+) -> str:
+    first = next(iter(runs.values()))
+    commands = _commands(folder)
+    parts = [
+        "<!doctype html><html lang='en'><head><meta charset='utf-8'>",
+        "<meta name='viewport' content='width=device-width, initial-scale=1'>",
+        f"<title>crypten-espn benchmarks</title><style>{STYLE}</style></head><body>",
+        "<h1>crypten-espn benchmarks</h1>",
+        f"<p>{_text(harness.machine_line(first.machine))}</p>",
+        "<p>Semi-honest, two parties, a dealer that does not collude. Online seconds "
+        "are medians of interleaved repetitions, from a common start until the slower "
+        "party is done; 95 % intervals of the median.</p>",
+    ]
+    paths = folder / "paths.json"
+    if paths.exists():
+        lines = [tuple(line.values()) for line in json.loads(paths.read_text())]
+        if lines:
+            head = tuple(json.loads(paths.read_text())[0])
+            parts += ["<h2>The paths, as measured</h2>", _html_table(head, lines)]
+    titles = {
+        "activations": "One activation layer",
+        "inference": "Whole networks",
+        "warm": "Whole networks, no slow start after idle",
+    }
+    for name, results in runs.items():
+        parts.append(f"<h2>{titles[name]}</h2>")
+        parts.append(_command(commands.get(name)))
+        parts += map(_figure, sorted(folder.glob(f"{name}-*.svg")))
+        parts.append(_html_table(harness.COLUMNS, map(harness.cells, results.rows)))
+        for cell in results.skipped:
+            where = f"{cell.network} {cell.model} {cell.activation} {cell.engine}"
+            parts.append(f"<p>Not run: {_text(where)}: {_text(cell.reason)}</p>")
+    checks = costmodel.table_rows([row for run in runs.values() for row in run.rows])
+    if checks:
+        parts += [
+            "<h2>The cost model against the measurements</h2>",
+            _html_table(costmodel.COLUMNS, checks),
+        ]
+    if tested:
+        parts += ["<h2>Accuracy</h2>", _command(commands.get("accuracy"))]
+        parts.append(_figure(folder / "accuracy.svg"))
+        parts.append(_html_table(accuracy.COLUMNS, map(accuracy.cells, tested[1])))
+    return "\n".join(parts) + "</body></html>\n"
+
+
+def _commands(folder: Path) -> dict[str, str]:
+    path = folder / "commands.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _text(value: object) -> str:
+    return html.escape(str(value))
+
+
+def _command(command: str | None) -> str:
+    return "" if command is None else f"<pre>{_text(command)}</pre>"
+
+
+def _figure(path: Path) -> str:
+    if not path.exists():
+        return ""
+    data = base64.b64encode(path.read_bytes()).decode()
+    name = _text(path.stem)
+    source = f"data:image/svg+xml;base64,{data}"
+    return f"<figure><img alt='{name}' src='{source}'></figure>"
+
+
+def _html_table(head: Sequence[str], lines: Any) -> str:
+    top = "".join(f"<th>{_text(name)}</th>" for name in head)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{_text(cell)}</td>" for cell in line) + "</tr>"
+        for line in lines
+    )
+    table = f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
+    return f"<div class='scroll'>{table}</div>"
+
+
+# -------------------------------------------------------------------- README tables
+
+
+def update_readme(path: Path, folder: Path) -> list[str]:
+    """Replace the benchmark tables between markers; the names of those replaced.
+
+    Raises: ResultsError for a marker without its end, or a table without its CSV.
+    """
+    text = path.read_text()
+    replaced = []
+    position = 0
+    while (start := text.find("<!-- begin benchmark ", position)) >= 0:
+        name = text[start:].split()[3]
+        body = text.index("-->", start) + 4
+        end = text.find(f"<!-- end benchmark {name} -->", body)
+        if end < 0:
+            raise ResultsError(f"{path}: benchmark {name} begins and does not end")
+        table = markdown(folder, name)
+        text = text[:body] + table + text[end:]
+        position = body + len(table)
+        replaced.append(name)
+    if replaced:
+        write_atomically(path, text)
+    return replaced
+
+
+def markdown(folder: Path, name: str) -> str:
+    """The table of NAME.csv, with the command, commit, date and processor below it."""
+    path = folder / f"{name}.csv"
+    try:
+        with open(path, newline="") as handle:
+            lines = list(csv.DictReader(handle))
+    except OSError as error:
+        raise ResultsError(f"{path}: {error.strerror}; run the benchmarks") from error
+    if not lines:
+        raise ResultsError(f"{path}: no rows; run the benchmarks")
+    try:
+        columns = _accuracy_columns if name == "accuracy" else _row_columns
+        body = [columns(line) for line in lines]
+    except KeyError as error:
+        raise ResultsError(f"{path}: no column {error}; run the benchmarks") from error
+    head = list(body[0])
+    out = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    out += ["| " + " | ".join(line.values()) + " |" for line in body]
+    first = lines[0]
+    stamp = f"commit {first['commit']}, {first['date']}, {first['processor']}"
+    command = _commands(folder).get(name)
+    source = f"`{command}`: " if command else ""
+    return "\n".join([*out, "", f"{source}{stamp}.", ""])
+
+
+def _row_columns(line: Mapping[str, str]) -> dict[str, str]:
+    channel = line["engine"].partition("+")[2]
+    sent = int(line["bytes_sent_0"]) + int(line["bytes_sent_1"])
+    return {
+        "network": line["network"],
+        "model": line["model"],
+        "protocol": line["activation"] + (f" ({channel})" if channel else ""),
+        "rounds": line["rounds"],
+        "MB sent": f"{sent / 1e6:.2f}",
+        "online s": f"{float(line['online_s']):.3g}",
+        "95 %": f"{float(line['online_s_low']):.3g} to "
+        f"{float(line['online_s_high']):.3g}",
+        "offline s": f"{float(line['offline_s']):.3g}",
+        "total s": f"{float(line['total_s']):.3g}",
+    }
+
+
+def _accuracy_columns(line: Mapping[str, str]) -> dict[str, str]:
+    quantised = line["quantised"]
+    return {
+        "network": line["model"],
+        "activation": line["activation"],
+        "protocol": line["system"],
+        "images": line["images"],
+        "clear": f"{float(line['clear']):.2%}",
+        "quantised": f"{float(quantised):.2%}" if quantised else "",
+        "private": f"{float(line['private']):.2%}",
+        "same answer": f"{float(line['agreement']):.2%}",
+        "s/image": f"{float(line['total_s']):.3g}",
+    }
+
+
+# ----------------------------------------------------------------------- command line
+
+
+def compare(old: Path, new: Path) -> int:
+    """Compare every results file that is in both folders; 1 if the wire changed."""
+    status, compared = 0, 0
+    for name in ("activations", "inference", "warm"):
+        before, after = old / f"{name}.json", new / f"{name}.json"
+        if before.exists() and after.exists():
+            compared += 1
+            status |= harness.report_comparison(before, Results.read(after))
+    if not compared:
+        raise ResultsError(f"{old} and {new} have no results file in common")
+    return status
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; see the module's text for examples."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.report",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--full", action="store_true", help="everything: hours")
+    parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIRECTORY")
+    parser.add_argument(
+        "--only",
+        choices=("run", "render", "readme"),
+        help="run, render or put tables into the READMEs; all three by default",
+    )
+    parser.add_argument("--compare", type=Path, metavar="OLD_DIRECTORY")
+    parser.add_argument(
+        "--fallback", action="store_true", help="without namespaces, sleep per message"
+    )
+    options = parser.parse_args(arguments)
+    problems: list[str] = []
+    try:
+        if options.only in (None, "run"):
+            chosen = steps(full=options.full)
+            problems = run(chosen, options.out, fallback=options.fallback)
+        if options.only in (None, "render"):
+            for file in render(options.out):
+                print(file)
+        if options.only in (None, "readme"):
+            for readme in READMES:
+                if readme.exists():
+                    replaced = update_readme(readme, options.out)
+                    print(f"{readme}: {', '.join(replaced) or 'no tables'}")
+        changed = compare(options.compare, options.out) if options.compare else 0
+    except ResultsError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; finished rows are kept", file=sys.stderr)
+        return 130
+    for problem in problems:
+        print(f"problem: {problem}", file=sys.stderr)
+    return changed or (3 if problems else 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
