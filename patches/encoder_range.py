@@ -60,8 +60,8 @@ def _check(x: Any, frac_bits: int) -> None:
 
 PATCH = Patch(
     name="encoder_range",
-    broke="crypten.cryptensor: NaN, infinity and values of 2**47 or more at 16 bits are "
-    "shared as arbitrary integers",
+    broke="crypten.cryptensor: NaN, infinity and values of 2**47 or more at 16 bits "
+    "are shared as arbitrary integers",
     seen_on="crypten 0.4.1, any torch",
     delete_when="FixedPointEncoder.encode refuses what it cannot represent",
     probe=_probe,

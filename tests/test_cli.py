@@ -81,6 +81,6 @@ def test_expected_errors_are_one_line(
     capsys, arguments, message, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
-    status, out, err = run(capsys, *arguments)
+    status, _, err = run(capsys, *arguments)
     assert status == 2 and message in err
     assert err.startswith("crypten-espn: ") and "Traceback" not in err
