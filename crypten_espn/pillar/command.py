@@ -148,10 +148,16 @@ def _overridden(recipe: Recipe, args: argparse.Namespace) -> Recipe:
     if not args.finetune:
         return recipe
     # A fine-tuning keeps what was learnt: a fifth of the epochs, a fifth of the rate.
+    # The inputs of a trained ReLU may be far outside the interval, where the gradient
+    # of a tenth power is overwhelming: the boundary penalty grows quadratically.
     if args.epochs is None:
         recipe = replace(recipe, epochs=max(recipe.epochs // 5, 1))
     if args.learning_rate is None:
         recipe = replace(recipe, learning_rate=recipe.learning_rate / 5)
+    if args.penalty is None:
+        recipe = replace(recipe, penalty="boundary")
+    if args.clip_norm is None:
+        recipe = replace(recipe, clip_norm=1.0)
     replaced = args.replace_epochs
     return replace(
         recipe,
