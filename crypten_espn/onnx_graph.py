@@ -186,7 +186,7 @@ def _to_graph(model: onnx.ModelProto, input_shape: tuple[int, ...]) -> NetworkGr
     if len(inputs) != 1 or len(proto.output) != 1:
         raise ConversionError(
             f"the network has {len(inputs)} inputs and {len(proto.output)} outputs; "
-            "one of each is supported. Wrap it in a module with one tensor in and one out"
+            "one of each is supported. Wrap it in a module of one tensor in, one out"
         )
     _check_input(inputs[0], input_shape)
     nodes = []

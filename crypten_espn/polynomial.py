@@ -222,8 +222,8 @@ class Polynomial:
         if best.headroom_bits < 0:
             raise HeadroomError(
                 f"|p| reaches {self.max_abs(*self.interval):.3g} on {self.interval}: "
-                f"at out_bits={out_bits} that needs {-best.headroom_bits:.1f} bits more "
-                f"than the ring's {RING_BITS}; lower out_bits or the coefficients"
+                f"out_bits={out_bits} needs {-best.headroom_bits:.1f} bits more than "
+                f"the ring's {RING_BITS}; lower out_bits or the coefficients"
             )
         return best
 

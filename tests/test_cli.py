@@ -45,7 +45,7 @@ def test_no_command_and_wrong_command_are_usage_errors(capsys):
 
 
 def test_check_accepts_what_converts(capsys, tmp_path):
-    model = networks.convnet(in_channels=1, size=28)
+    model: nn.Module = networks.convnet(in_channels=1, size=28)
     polynomial = Polynomial.fit(torch.relu, degree=4)
     model = espn.replace_activations(model, {nn.ReLU: polynomial})
     model = espn.replace_pooling(model).eval()

@@ -128,7 +128,7 @@ def test_any_convolution(kernel, stride, padding, dilation, groups, bias):
     include=st.booleans(),
 )
 def test_any_average_pool(kernel, stride, padded, ceil_mode, include):
-    padding = tuple(k // 2 if padded else 0 for k in kernel)
+    padding = (kernel[0] // 2, kernel[1] // 2) if padded else (0, 0)
     model = nn.AvgPool2d(kernel, stride, padding, ceil_mode, include)
     example = torch.randn(2, 3, 11, 10)
     if ceil_mode and min(kernel) <= stride:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
+from typing import cast
 
 import numpy as np
 import pytest
@@ -30,7 +31,7 @@ FUNCTIONS = [
 
 
 def squared_error(numerators, frac_bits, function, interval=(-5.0, 5.0)):
-    x = np.linspace(*interval, GRID_POINTS)
+    x = np.linspace(interval[0], interval[1], GRID_POINTS)
     y = function(torch.from_numpy(x)).numpy()
     p = sum(c / 2**frac_bits * x**k for k, c in enumerate(numerators))
     return float(((p - y) ** 2).sum())
@@ -176,7 +177,7 @@ def test_json_round_trip():
     [
         (lambda: Polynomial.fit(torch.relu, degree=0), "from 1 to 10"),
         (lambda: Polynomial.fit(torch.relu, degree=11), "from 1 to 10"),
-        (lambda: Polynomial.fit(torch.relu, degree=2.0), "from 1 to 10"),
+        (lambda: Polynomial.fit(torch.relu, degree=cast(int, 2.0)), "from 1 to 10"),
         (lambda: Polynomial.fit(torch.relu, degree=2, frac_bits=5), "from 6 to 20"),
         (lambda: Polynomial.fit(torch.relu, degree=2, interval=(5, -5)), "below"),
         (
@@ -187,7 +188,7 @@ def test_json_round_trip():
         (lambda: Polynomial.fit(torch.sum, degree=2), "element by element"),
         (lambda: Polynomial.from_coeffs([1.0, math.nan]), "finite"),
         (lambda: Polynomial.from_coeffs([]), "at least one"),
-        (lambda: Polynomial((0.5,), 10, (-1, 1)), "at least one Python int"),
+        (lambda: Polynomial((cast(int, 0.5),), 10, (-1, 1)), "one Python int"),
         (lambda: Polynomial((1,) * 12, 10, (-1, 1)), "at most 10"),
         (lambda: Polynomial((1, 1), 99, (-1, 1)), "0 to 40"),
     ],
