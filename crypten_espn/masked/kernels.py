@@ -1,18 +1,23 @@
 """Integer kernels of the masked engine: convolution, polynomial passes, rescaling.
 
 Every kernel is exact modulo 2**32 (int32 arrays) or 2**64 (int64 arrays). Tensors are
-channels-last: (batch, height, width, channels), so the inner loops run over output
-channels with unit stride. Kernels run on one thread and release the GIL.
+channels-last, (batch, height, width, channels), so vectors run over output channels.
+Kernels run on one thread and release the GIL.
 """
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import numpy as np
+from llvmlite import binding, ir
+from numba import types
+from numba.extending import intrinsic
 
 from ..channel import compiled
 
 BLOCK = 1024  # elements a polynomial pass keeps in the first-level cache
-_TILE = 1 << 15  # bytes of output a convolution keeps in the first-level cache
 
 
 def ring_dtype(bits: int) -> type[np.signedinteger]:
@@ -45,118 +50,241 @@ def centred(values: np.ndarray, bits: int) -> np.ndarray:
 # ---------------------------------------------------------------- convolution
 
 
+def _vector_bytes() -> int:
+    """Bytes of this processor's widest integer vector."""
+    try:
+        features = binding.get_host_cpu_features()
+    except RuntimeError:  # unknown to LLVM: a width every processor can emulate
+        return 32
+    return 64 if features.get("avx512f") else 32
+
+
+VECTOR = _vector_bytes()
+# Output pixels a tile keeps in registers beside 4 vectors of filters each.
+PIXELS = 6 if VECTOR == 64 else 3
+_DEPTH = 64  # input channels per visit to a tile: their weights stay in the cache
+_STRIP = 96  # output pixels that share them; a multiple of PIXELS
+
+
+def _tile(pixels: int, vectors: int) -> Any:
+    """An intrinsic: out[p, v] += sum over c of x[p, c] * weight[c, v], in registers.
+
+    LLVM does not keep an accumulator array in registers by itself, so the tile is
+    written as vector instructions: one load of each weight serves all its pixels, and
+    the sums meet memory once.
+
+    Args:
+        pixels, vectors: size of the tile.
+    """
+
+    @intrinsic
+    def tile(context, like, x, offsets, weight, row, out, step, count):
+        """Addresses and strides in bytes; offsets holds each pixel's place in x.
+
+        `like` is any array of the elements' type, in which the sums wrap.
+        """
+        bits = like.dtype.bitwidth
+        lanes, size = VECTOR * 8 // bits, bits // 8
+
+        def emit(context, builder, signature, arguments):
+            index, element = ir.IntType(64), ir.IntType(bits)
+            vector = ir.VectorType(element, lanes)
+            half = ir.IntType(32)
+            _, x, offsets, weight, row, out, step, count = arguments
+
+            def constant(value):
+                return ir.Constant(index, value)
+
+            def pointer(address, kind):
+                return builder.inttoptr(address, kind.as_pointer())
+
+            def load(address, kind):
+                value = builder.load(pointer(address, kind))
+                value.align = size
+                return value
+
+            places = [
+                builder.add(x, load(builder.add(offsets, constant(8 * p)), index))
+                for p in range(pixels)
+            ]
+            outs = [
+                [
+                    builder.add(
+                        builder.add(out, builder.mul(step, constant(p))),
+                        constant(v * VECTOR),
+                    )
+                    for v in range(vectors)
+                ]
+                for p in range(pixels)
+            ]
+            before = [[load(address, vector) for address in line] for line in outs]
+            entry = builder.block
+            loop = builder.append_basic_block("tile")
+            done = builder.append_basic_block("tile_done")
+            builder.branch(loop)
+
+            builder.position_at_end(loop)
+            c = builder.phi(index)
+            c.add_incoming(constant(0), entry)
+            sums = [[builder.phi(vector) for _ in line] for line in before]
+            for phis, values in zip(sums, before, strict=True):
+                for phi, value in zip(phis, values, strict=True):
+                    phi.add_incoming(value, entry)
+            start = builder.add(weight, builder.mul(c, row))
+            weights = [
+                load(builder.add(start, constant(v * VECTOR)), vector)
+                for v in range(vectors)
+            ]
+            away = builder.mul(c, constant(size))
+            nothing = ir.Constant(vector, ir.Undefined)
+            first = ir.Constant(ir.VectorType(half, lanes), [0] * lanes)
+            results: list[list[Any]] = []
+            for place, phis in zip(places, sums, strict=True):
+                one = load(builder.add(place, away), element)
+                many = builder.shuffle_vector(
+                    builder.insert_element(nothing, one, ir.Constant(half, 0)),
+                    nothing,
+                    first,
+                )
+                results.append(
+                    [
+                        builder.add(phi, builder.mul(many, w))
+                        for phi, w in zip(phis, weights, strict=True)
+                    ]
+                )
+                for phi, result in zip(phis, results[-1], strict=True):
+                    phi.add_incoming(result, loop)
+            following = builder.add(c, constant(1))
+            c.add_incoming(following, loop)
+            more = builder.icmp_signed("<", following, count)
+            builder.cbranch(more, loop, done)
+
+            builder.position_at_end(done)
+            for line, values in zip(outs, results, strict=True):
+                for address, result in zip(line, values, strict=True):
+                    builder.store(result, pointer(address, vector)).align = size
+            return context.get_dummy_value()
+
+        return types.void(like, *[types.intp] * 7), emit
+
+    return tile
+
+
+# Numba keys its on-disk cache by what a closure holds, and an intrinsic has no stable
+# key: the tiles are globals.
+_WIDE4, _PAIR4, _ONE4 = (_tile(pixels, 4) for pixels in (PIXELS, 2, 1))
+_WIDE2, _PAIR2, _ONE2 = (_tile(pixels, 2) for pixels in (PIXELS, 2, 1))
+_WIDE1, _PAIR1, _ONE1 = (_tile(pixels, 1) for pixels in (PIXELS, 2, 1))
+
+
 @compiled
-def _convolve(x, weight, out, stride, dilation, tile):
-    """out += conv(x, weight); x is padded, weight (groups, kh, kw, c, o)."""
+def _strip4(like, x, offsets, weight, row, out, step, count, start, stop):
+    """One strip of pixels against 4 vectors of filters, tile by tile."""
+    p = start
+    while p + PIXELS <= stop:
+        _WIDE4(like, x, offsets + 8 * p, weight, row, out + p * step, step, count)
+        p += PIXELS
+    while p + 2 <= stop:
+        _PAIR4(like, x, offsets + 8 * p, weight, row, out + p * step, step, count)
+        p += 2
+    if p < stop:
+        _ONE4(like, x, offsets + 8 * p, weight, row, out + p * step, step, count)
+
+
+@compiled
+def _strip2(like, x, offsets, weight, row, out, step, count, start, stop):
+    """One strip of pixels against 2 vectors of filters, tile by tile."""
+    p = start
+    while p + PIXELS <= stop:
+        _WIDE2(like, x, offsets + 8 * p, weight, row, out + p * step, step, count)
+        p += PIXELS
+    while p + 2 <= stop:
+        _PAIR2(like, x, offsets + 8 * p, weight, row, out + p * step, step, count)
+        p += 2
+    if p < stop:
+        _ONE2(like, x, offsets + 8 * p, weight, row, out + p * step, step, count)
+
+
+@compiled
+def _strip1(like, x, offsets, weight, row, out, step, count, start, stop):
+    """One strip of pixels against 1 vector of filters, tile by tile."""
+    p = start
+    while p + PIXELS <= stop:
+        _WIDE1(like, x, offsets + 8 * p, weight, row, out + p * step, step, count)
+        p += PIXELS
+    while p + 2 <= stop:
+        _PAIR1(like, x, offsets + 8 * p, weight, row, out + p * step, step, count)
+        p += 2
+    if p < stop:
+        _ONE1(like, x, offsets + 8 * p, weight, row, out + p * step, step, count)
+
+
+@compiled
+def _convolve_rest(x, weight, out, stride, dilation, group, first):
+    """The filters of a group that fill no vector, from `first` on."""
     batch, height, width, _ = out.shape
+    _, kernel_h, kernel_w, depth, filters = weight.shape
+    for p in range(batch * height * width):
+        n = p // (height * width)
+        h = p // width % height
+        w = p % width
+        y = out[n, h, w, group * filters : (group + 1) * filters]
+        for i in range(kernel_h):
+            for j in range(kernel_w):
+                line = x[n, h * stride[0] + i * dilation[0]]
+                values = line[w * stride[1] + j * dilation[1]]
+                for c in range(depth):
+                    value = values[group * depth + c]
+                    taps = weight[group, i, j, c]
+                    for o in range(first, filters):
+                        y[o] += value * taps[o]
+
+
+@compiled
+def _convolve(x, weight, out, stride, dilation, offsets):
+    """out += conv(x, weight); x is padded, weight (groups, kh, kw, c, o)."""
+    batch, height, width, total = out.shape
+    _, rows, columns, channels = x.shape
     groups, kernel_h, kernel_w, depth, filters = weight.shape
-    pixels = batch * height * width
-    plane = height * width
-    whole = depth - depth % 8
+    size = x.itemsize
+    lanes = VECTOR // size
+    pixels = 0
+    for n in range(batch):
+        for h in range(height):
+            for w in range(width):
+                line = (n * rows + h * stride[0]) * columns + w * stride[1]
+                offsets[pixels] = line * channels * size
+                pixels += 1
+    vectored = filters - filters % lanes
+    row, step = filters * size, total * size
+    at = offsets.ctypes.data
     for group in range(groups):
-        c_start = group * depth
-        o_start = group * filters
-        for start in range(0, pixels, tile):
-            stop = min(pixels, start + tile)
-            for i in range(kernel_h):
-                for j in range(kernel_w):
-                    for c in range(0, whole, 8):
-                        w0 = weight[group, i, j, c]
-                        w1 = weight[group, i, j, c + 1]
-                        w2 = weight[group, i, j, c + 2]
-                        w3 = weight[group, i, j, c + 3]
-                        w4 = weight[group, i, j, c + 4]
-                        w5 = weight[group, i, j, c + 5]
-                        w6 = weight[group, i, j, c + 6]
-                        w7 = weight[group, i, j, c + 7]
-                        k = c_start + c
-                        p = start
-                        # Two pixels share each load of the weights.
-                        while p + 1 < stop:
-                            n = p // plane
-                            h = (p - n * plane) // width
-                            w = p - n * plane - h * width
-                            q = p + 1
-                            n2 = q // plane
-                            h2 = (q - n2 * plane) // width
-                            v2 = q - n2 * plane - h2 * width
-                            a = x[
-                                n,
-                                h * stride[0] + i * dilation[0],
-                                w * stride[1] + j * dilation[1],
-                            ]
-                            b = x[
-                                n2,
-                                h2 * stride[0] + i * dilation[0],
-                                v2 * stride[1] + j * dilation[1],
-                            ]
-                            a0, a1, a2, a3 = a[k], a[k + 1], a[k + 2], a[k + 3]
-                            a4, a5, a6, a7 = a[k + 4], a[k + 5], a[k + 6], a[k + 7]
-                            b0, b1, b2, b3 = b[k], b[k + 1], b[k + 2], b[k + 3]
-                            b4, b5, b6, b7 = b[k + 4], b[k + 5], b[k + 6], b[k + 7]
-                            y = out[n, h, w, o_start : o_start + filters]
-                            z = out[n2, h2, v2, o_start : o_start + filters]
-                            for o in range(filters):
-                                y[o] += (
-                                    a0 * w0[o]
-                                    + a1 * w1[o]
-                                    + a2 * w2[o]
-                                    + a3 * w3[o]
-                                    + a4 * w4[o]
-                                    + a5 * w5[o]
-                                    + a6 * w6[o]
-                                    + a7 * w7[o]
-                                )
-                                z[o] += (
-                                    b0 * w0[o]
-                                    + b1 * w1[o]
-                                    + b2 * w2[o]
-                                    + b3 * w3[o]
-                                    + b4 * w4[o]
-                                    + b5 * w5[o]
-                                    + b6 * w6[o]
-                                    + b7 * w7[o]
-                                )
-                            p += 2
-                        while p < stop:
-                            n = p // plane
-                            h = (p - n * plane) // width
-                            w = p - n * plane - h * width
-                            a = x[
-                                n,
-                                h * stride[0] + i * dilation[0],
-                                w * stride[1] + j * dilation[1],
-                            ]
-                            a0, a1, a2, a3 = a[k], a[k + 1], a[k + 2], a[k + 3]
-                            a4, a5, a6, a7 = a[k + 4], a[k + 5], a[k + 6], a[k + 7]
-                            y = out[n, h, w, o_start : o_start + filters]
-                            for o in range(filters):
-                                y[o] += (
-                                    a0 * w0[o]
-                                    + a1 * w1[o]
-                                    + a2 * w2[o]
-                                    + a3 * w3[o]
-                                    + a4 * w4[o]
-                                    + a5 * w5[o]
-                                    + a6 * w6[o]
-                                    + a7 * w7[o]
-                                )
-                            p += 1
-                    for c in range(whole, depth):
-                        w0 = weight[group, i, j, c]
-                        for p in range(start, stop):
-                            n = p // plane
-                            h = (p - n * plane) // width
-                            w = p - n * plane - h * width
-                            a0 = x[
-                                n,
-                                h * stride[0] + i * dilation[0],
-                                w * stride[1] + j * dilation[1],
-                                c_start + c,
-                            ]
-                            y = out[n, h, w, o_start : o_start + filters]
-                            for o in range(filters):
-                                y[o] += a0 * w0[o]
+        first = 0
+        while first < vectored:
+            left = vectored - first
+            vectors = 4 if left >= 4 * lanes else (2 if left >= 2 * lanes else 1)
+            to = out.ctypes.data + (group * filters + first) * size
+            for start in range(0, pixels, _STRIP):
+                stop = min(pixels, start + _STRIP)
+                for i in range(kernel_h):
+                    for j in range(kernel_w):
+                        for c in range(0, depth, _DEPTH):
+                            count = min(_DEPTH, depth - c)
+                            tap = i * dilation[0] * columns + j * dilation[1]
+                            here = (tap * channels + group * depth + c) * size
+                            a = x.ctypes.data + here
+                            tap = (group * kernel_h + i) * kernel_w + j
+                            here = ((tap * depth + c) * filters + first) * size
+                            b = weight.ctypes.data + here
+                            if vectors == 4:
+                                _strip4(x, a, at, b, row, to, step, count, start, stop)
+                            elif vectors == 2:
+                                _strip2(x, a, at, b, row, to, step, count, start, stop)
+                            else:
+                                _strip1(x, a, at, b, row, to, step, count, start, stop)
+            first += vectors * lanes
+        if vectored < filters:
+            _convolve_rest(x, weight, out, stride, dilation, group, vectored)
 
 
 @compiled
@@ -228,9 +356,14 @@ def convolve(
     if weight.ndim == 3:
         _convolve_depthwise(padded, weight, out, stride, dilation)
         return
-    row = weight.shape[-1] * out.dtype.itemsize
-    tile = max(2, _TILE // row)
-    _convolve(padded, weight, out, stride, dilation, tile)
+    if not out.flags.c_contiguous:  # tiles are addressed, not indexed
+        whole = np.zeros(out.shape, dtype=out.dtype)
+        convolve(x, weight, whole, stride=stride, dilation=dilation, pads=pads)
+        out += whole
+        return
+    offsets = np.empty(math.prod(out.shape[:3]), dtype=np.int64)
+    weight = np.ascontiguousarray(weight)
+    _convolve(padded, weight, out, stride, dilation, offsets)
 
 
 def pool_sum(
