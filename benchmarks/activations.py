@@ -178,11 +178,12 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; see the module's text for examples."""
+    from .party import leave, run_on_networks
+
     options = make_parser().parse_args(arguments)
     if options.party:
         run_party(json.loads(options.party))
-        return 0
-    from .party import run_on_networks
+        leave()
 
     results = Results(options.json)
     names = ("points", "degree", "protocols", "channels", "provider", "threads")

@@ -294,7 +294,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from . import party
 
         run_party(json.loads(options.party), party.emit_line)
-        return 0
+        party.leave()
     if (options.rank is None) != (options.rendezvous is None):
         parser.error("--rank and --rendezvous go together, one command on each host")
     if options.multiprocess and options.rank is not None:

@@ -322,8 +322,9 @@ def _install_sleep_model(base: Any, channel: Any) -> None:
 
     def slowed(function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
+            result = function(*args, **kwargs)
             time.sleep(per_message_s + per_byte_s * tensor_bytes(args[0]))
-            return function(*args, **kwargs)
+            return result
 
         return call
 
@@ -340,9 +341,18 @@ def slow_down(channel: Any) -> None:
     per_message_s, per_byte_s = model
     receive = channel._receive_frame
 
-    def receive_late(kind: int, tag: int, size: int | None, **options: Any) -> Any:
-        time.sleep(per_message_s + per_byte_s * (size or 0))
-        return receive(kind, tag, size, **options)
+    def receive_late(
+        kind: int,
+        tag: int,
+        size: int | None,
+        *,
+        limit: int = crypten_espn.channel.MAX_BYTES_MESSAGE,
+        outgoing: Any = None,
+    ) -> Any:
+        data = receive(kind, tag, size, limit=limit, outgoing=outgoing)
+        # after it came: a sleep before would run beside the sender's own
+        time.sleep(per_message_s + per_byte_s * len(data))
+        return data
 
     channel._receive_frame = receive_late
 
@@ -466,6 +476,16 @@ def corrections(function: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -
 
 def _untuple(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
+
+
+def leave() -> None:
+    """End a party that has printed everything.
+
+    At once: gloo's threads now and then abort a process that tears down in order.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 # ----------------------------------------------------------------- the parent's side
