@@ -369,6 +369,33 @@ class _Unit:
         return 2.0**self.bits * self.ratio
 
 
+@dataclass(frozen=True)
+class _Place:
+    """Where a source is read.
+
+    Args:
+        layer: the layer with weights that reads it, or itself if there is none.
+        weighted: whether there is one.
+        window: elements pooled on a way without weights.
+    """
+
+    layer: _Layer
+    weighted: bool
+    window: int
+
+    @property
+    def spent(self) -> int:
+        """Bits of the segment's scale that this source cannot have.
+
+        Without weights to absorb 1 / window, a public multiplier stands for it: exact
+        for a power of two, to ten bits otherwise.
+        """
+        if self.weighted:
+            return 3
+        whole = self.window & (self.window - 1) == 0
+        return math.ceil(math.log2(self.window)) + (0 if whole else 10)
+
+
 class _Builder:
     """Chooses scales for a cut network and writes its plan."""
 
@@ -424,17 +451,19 @@ class _Builder:
 
     # -- choosing the scale of each source
 
-    def _readers(self, name: str, index: int) -> Iterator[tuple[_Layer, bool]]:
-        """Every place where a segment reads a source: the layer, and if weighted."""
-        stack: list[tuple[str, _Layer | None]] = [(self.ends[index], None)]
+    def _readers(self, name: str, index: int) -> Iterator[_Place]:
+        """Every place where a segment reads a source."""
+        stack: list[tuple[str, _Layer | None, int]] = [(self.ends[index], None, 1)]
         while stack:
-            value, above = stack.pop()
+            value, above, window = stack.pop()
             layer = self.reader.layers[value]
             if value == name:
-                yield above or layer, above is not None
+                yield _Place(above or layer, above is not None, window)
             elif layer.kind not in ("activation", "input"):
                 here = layer if layer.kind in ("conv", "gemm") else above
-                stack += [(child, here) for child in layer.inputs]
+                if layer.kind.endswith("pool") and here is None:
+                    window *= self._window(layer)
+                stack += [(child, here, window) for child in layer.inputs]
 
     def _choose_frac_bits(self) -> list[int]:
         names = sorted(self.source_of, key=self.source_of.__getitem__)
@@ -443,19 +472,19 @@ class _Builder:
     def _choose(self, name: str) -> int:
         """Fewest roundings: the weights' against this value's, over all readers."""
         places = [
-            (layer, self.scales[index], weighted)
+            (place, self.scales[index])
             for index in range(len(self.ends))
-            for layer, weighted in self._readers(name, index)
+            for place in self._readers(name, index)
         ]
-        limit = min((scale for _, scale, _ in places), default=16)
+        limit = min((scale - place.spent for place, scale in places), default=16)
         best, best_error = 0, math.inf
         largest = self._largest_source(name)
         for bits in _FRAC_BITS:
-            if bits > limit - 2 or largest * 2.0**bits >= 2.0 ** (self.ring - 2):
+            if bits > limit or largest * 2.0**bits >= 2.0 ** (self.ring - 2):
                 break
             error = sum(
-                sum(self._errors(layer, scale, weighted, bits))
-                for layer, scale, weighted in places
+                sum(self._errors(place.layer, scale, place.weighted, bits))
+                for place, scale in places
             )
             if error < best_error:
                 best, best_error = bits, error
@@ -500,6 +529,9 @@ class _Builder:
         layer = self.reader.layers[name]
         units = [self.natural(child) for child in layer.inputs]
         unit = max(units, key=lambda u: u.factor)
+        if any(not (unit.factor / u.factor).is_integer() for u in units):
+            # No whole multiplier brings one input to the other's unit: go finer.
+            unit = _Unit(unit.bits + 10, unit.ratio)
         if layer.kind.endswith("pool"):
             unit = self._pooled(layer, unit)
         return unit
@@ -631,9 +663,13 @@ class _Builder:
             root = self.write(end, _Unit(self.scales[index]), self.ring)
             scale = self.scales[index]
             variance = sum(
-                sum(self._errors(layer, scale, weighted, self.frac_bits[source]))
+                sum(
+                    self._errors(
+                        place.layer, scale, place.weighted, self.frac_bits[source]
+                    )
+                )
                 for name, source in self.source_of.items()
-                for layer, weighted in self._readers(name, index)
+                for place in self._readers(name, index)
             )
             segments.append(
                 Segment(
