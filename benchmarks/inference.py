@@ -26,6 +26,7 @@ the first party unless --provider TTP; offline_bytes is then still what a dealer
 from __future__ import annotations
 
 import argparse
+import copy
 import functools
 import json
 import sys
@@ -52,8 +53,8 @@ def build(model: str) -> tuple[Any, Any]:
     """A network with fresh weights, as ReLU and as polynomial twin, in eval mode.
 
     1. Seeded weights; small gains, smaller still where a block joins its shortcut.
-    2. Batch-norm statistics from two batches of noise through the polynomial twin.
-    3. The ReLU twin takes over all weights and statistics.
+    2. The twins share them; each takes its batch-norm statistics from two batches of
+       noise.
     """
     import torch
     from torch import nn
@@ -65,25 +66,33 @@ def build(model: str) -> tuple[Any, Any]:
     torch.manual_seed(7)
     polynomial = Polynomial.fit(torch.relu, degree=DEGREE, frac_bits=FRAC_BITS)
     network = make(classes=CLASSES.get(model, 10))
-    for name, module in network.named_modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.momentum = None  # average over the batches to come
-            last = name.endswith("bn3") or (
-                name.endswith("bn2") and not hasattr(_parent(network, name), "bn3")
-            )
-            nn.init.constant_(module.weight, 0.2 if last else 0.7)
+    norms = {
+        name: module
+        for name, module in network.named_modules()
+        if isinstance(module, nn.BatchNorm2d)
+    }
+    joins = [name for name in norms if _joins_shortcut(network, name)]
+    for name, module in norms.items():
+        module.momentum = None  # average over the batches to come
+        # what joins a shortcut adds up over the blocks; its sum stays the same
+        gain = 0.3 / len(joins) ** 0.5 if name in joins else 0.3
+        nn.init.constant_(module.weight, gain)
+    relu = copy.deepcopy(network)
     twin = replace_activations(network, {nn.ReLU: polynomial})
-    twin.train()
     with torch.no_grad():
         for _ in range(2):
-            twin(images(model, 4 if model == "resnet50" else 32))
-    relu = make(classes=CLASSES.get(model, 10))
-    relu.load_state_dict(twin.state_dict(), strict=False)
+            noise = images(model, CALIBRATION[model == "resnet50"])
+            twin.train()(noise)
+            relu.train()(noise)
     return relu.eval(), twin.eval()
 
 
-def _parent(network: Any, name: str) -> Any:
-    return network.get_submodule(name.rpartition(".")[0])
+def _joins_shortcut(network: Any, name: str) -> bool:
+    """Whether this batch-norm is the last of a residual block."""
+    parent, _, own = name.rpartition(".")
+    block = network.get_submodule(parent)
+    last = "bn3" if hasattr(block, "bn3") else "bn2"
+    return own == last and hasattr(block, "downsample")
 
 
 def images(model: str, batch: int) -> Any:
