@@ -77,11 +77,23 @@ class SeedShares:
 def expand(plan: Plan, seed: bytes, index: int, *, batch: int) -> SeedShares:
     """Draw rank 1's shares of inference `index` from its seed.
 
-    Owner mode: `openings` are rank 1's own masks r of the second openings, already
-    added to its shares of the constant value, and t = -(r >> s) follows from them.
+    Owner mode: `openings` are rank 1's own masks r of the second openings, and
+    t = -(r >> s) follows from them.
+    """
+    shares = SeedShares()
+    for _ in expanding(plan, seed, index, batch=batch, shares=shares):
+        pass
+    return shares
+
+
+def expanding(
+    plan: Plan, seed: bytes, index: int, *, batch: int, shares: SeedShares
+) -> Iterator[int]:
+    """`expand`, one segment at a time, into `shares`; yields each segment's number.
+
+    What is no longer needed may be dropped from `shares` between two segments.
     """
     stream = Keystream(seed).fork(b"inference").fork(index)
-    shares = SeedShares()
     first = plan.sources[0]
     shares.masks[0] = draw(stream, (batch, *first.shape), bits=first.ring)
     for number, segment in enumerate(plan.segments):
@@ -91,6 +103,7 @@ def expand(plan: Plan, seed: bytes, index: int, *, batch: int) -> SeedShares:
         if act is None:
             shares.values.append(None)
             shares.openings.append(None)
+            yield number
             continue
         source = plan.sources[number + 1]
         count = batch * segment.elements
@@ -98,6 +111,7 @@ def expand(plan: Plan, seed: bytes, index: int, *, batch: int) -> SeedShares:
         if plan.mode == "shared":
             shares.openings.append(None)
             shares.masks[number + 1] = draw(stream, shape, bits=source.ring)
+            yield number
             continue
         r = draw(stream, (count,), bits=act.value_ring)
         t = np.empty(count, dtype=kernels.ring_dtype(source.ring))
@@ -106,7 +120,7 @@ def expand(plan: Plan, seed: bytes, index: int, *, batch: int) -> SeedShares:
         )
         shares.openings.append(r)
         shares.masks[number + 1] = t.reshape(shape)
-    return shares
+        yield number
 
 
 def narrowed(sources: dict[int, np.ndarray], segment: Segment) -> dict[int, np.ndarray]:
@@ -190,15 +204,30 @@ class Dealer:
         Cost: offline, rank 0 receives for each activation 16 V bytes and m bits (owner
             mode), m bits more (shared mode); rank 1 receives nothing.
         """
-        plan, batch = self.plan, self.batch
-        shares = expand(plan, self.seeds[_CLIENT], index, batch=batch)
-        openings = self.first_masks(index)
-        seconds = self.second_masks(index) if plan.mode == "shared" else None
-        whole = dict(shares.masks)
         deal = Deal([], [], {})
-        for number, segment in enumerate(plan.segments):
+        for number, (linear, values, mask) in enumerate(self._dealing(index)):
+            deal.linear.append(linear)
+            deal.values.append(values)
+            if mask is not None:
+                deal.masks[number + 1] = mask
+        return deal
+
+    def _dealing(
+        self, index: int
+    ) -> Iterator[tuple[np.ndarray, np.ndarray | None, np.ndarray | None]]:
+        """Each segment's G_0, values and (shared mode) share of the next t."""
+        plan, batch = self.plan, self.batch
+        shares = SeedShares()
+        openings = self.first_masks(index)
+        shared = plan.mode == "shared"
+        seconds = self.second_masks(index) if shared else None
+        whole = shares.masks if seconds is None else {}
+        steps = expanding(plan, self.seeds[_CLIENT], index, batch=batch, shares=shares)
+        for number, r in zip(steps, openings, strict=True):
+            segment = plan.segments[number]
             act = segment.activation
-            r = next(openings)
+            if number == 0:
+                whole[0] = shares.masks[0]
             product = evaluate(
                 segment.root,
                 narrowed(whole, segment),
@@ -210,12 +239,12 @@ class Dealer:
             if r is not None:
                 product += r
             product -= shares.linear[number]
-            deal.linear.append(product)
-            if act is None:
-                deal.values.append(None)
+            shares.linear[number] = product[:0]
+            taken, shares.values[number] = shares.values[number], None
+            shares.openings[number] = None
+            if act is None or taken is None or r is None:
+                yield product, None, None
                 continue
-            taken = shares.values[number]
-            assert taken is not None and r is not None
             values = np.empty_like(taken)
             kernels.deal_polynomial(
                 r.reshape(-1).astype(np.int64),
@@ -226,6 +255,7 @@ class Dealer:
                 table=act.table,
                 out=values,
             )
+            mask = None
             if seconds is not None:
                 second = seconds[number]
                 assert second is not None
@@ -233,22 +263,19 @@ class Dealer:
                 source = plan.sources[number + 1]
                 t = np.empty(second.size, dtype=kernels.ring_dtype(source.ring))
                 kernels.mask_shift(second, bits=act.value_ring, drop=act.drop, out=t)
-                whole[number + 1] = t.reshape(shares.masks[number + 1].shape)
-                deal.masks[number + 1] = whole[number + 1] - shares.masks[number + 1]
-            deal.values.append(values)
-        return deal
+                whole[number + 1] = t.reshape(product.shape)
+                mask = whole[number + 1] - shares.masks[number + 1]
+            yield product, values, mask
 
     def send(self, channel: Channel, index: int) -> None:
-        """Stream `deal(index)` to rank 0, each element at its ring's width."""
-        deal = self.deal(index)
-        for number, segment in enumerate(self.plan.segments):
-            channel.send(deal.linear[number], bits=segment.ring, tag=index)
-            values = deal.values[number]
+        """Stream `deal(index)` to rank 0 as it is made, at each ring's width."""
+        for number, (linear, values, mask) in enumerate(self._dealing(index)):
+            channel.send(linear, bits=self.plan.segments[number].ring, tag=index)
             if values is not None:
                 channel.send(values, bits=64, tag=index)
-            if number + 1 in deal.masks:
+            if mask is not None:
                 bits = self.plan.sources[number + 1].ring
-                channel.send(deal.masks[number + 1], bits=bits, tag=index)
+                channel.send(mask, bits=bits, tag=index)
 
 
 def receive_deal(plan: Plan, channel: Channel, index: int, *, batch: int) -> Deal:
