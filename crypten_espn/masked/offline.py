@@ -21,7 +21,7 @@ two-valued truncation mask as in `online`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -132,6 +132,10 @@ def narrowed(sources: dict[int, np.ndarray], segment: Segment) -> dict[int, np.n
 # ---------------------------------------------------------------- the dealer
 
 
+# One segment of a deal: G_0, the values, and in shared mode the share of the next t.
+Dealt = tuple[np.ndarray, np.ndarray | None, np.ndarray | None]
+
+
 @dataclass
 class Deal:
     """What the dealer sends rank 0 for one inference.
@@ -212,10 +216,7 @@ class Dealer:
                 deal.masks[number + 1] = mask
         return deal
 
-    def _dealing(
-        self, index: int
-    ) -> Iterator[tuple[np.ndarray, np.ndarray | None, np.ndarray | None]]:
-        """Each segment's G_0, values and (shared mode) share of the next t."""
+    def _dealing(self, index: int) -> Iterator[Dealt]:
         plan, batch = self.plan, self.batch
         shares = SeedShares()
         openings = self.first_masks(index)
@@ -278,25 +279,24 @@ class Dealer:
                 channel.send(mask, bits=bits, tag=index)
 
 
-def receive_deal(plan: Plan, channel: Channel, index: int, *, batch: int) -> Deal:
-    """Rank 0's end of `Dealer.send`."""
-    deal = Deal([], [], {})
+def receive_deal(
+    plan: Plan, channel: Channel, index: int, *, batch: int
+) -> Iterator[Dealt]:
+    """Rank 0's end of `Dealer.send`, one segment at a time."""
     for number, segment in enumerate(plan.segments):
         count = batch * segment.elements
         shape = (batch, *segment.root.shape)
-        linear = channel.receive(count, bits=segment.ring, tag=index)
-        deal.linear.append(linear.reshape(shape))
+        linear = channel.receive(count, bits=segment.ring, tag=index).reshape(shape)
         act = segment.activation
         if act is None:
-            deal.values.append(None)
+            yield linear, None, None
             continue
         values = channel.receive(2 * act.values * count, bits=64, tag=index)
-        deal.values.append(values.reshape(2, act.values, count))
+        mask = None
         if plan.mode == "shared":
             bits = plan.sources[number + 1].ring
-            mask = channel.receive(count, bits=bits, tag=index)
-            deal.masks[number + 1] = mask.reshape(shape)
-    return deal
+            mask = channel.receive(count, bits=bits, tag=index).reshape(shape)
+        yield linear, values.reshape(2, act.values, count), mask
 
 
 # ---------------------------------------------------------------- each party
@@ -427,22 +427,27 @@ class Preparation:
         return values
 
     def server(
-        self, deal: Deal, halves: Callable[[int], np.ndarray] | None, index: int
+        self,
+        dealt: Iterable[Dealt],
+        halves: Callable[[int], np.ndarray] | None,
+        index: int,
     ) -> Material:
-        """Rank 0: add up what the dealer and rank 1 sent.
+        """Rank 0: add up what the dealer and rank 1 send, segment by segment.
 
         Args:
-            deal: from the dealer.
+            dealt: from the dealer.
             halves: owner mode: gives rank 1's half of segment k's opening.
+            index: which inference.
         """
         assert self._biases is not None
-        linear = []
-        for number, segment in enumerate(self.plan.segments):
-            total = deal.linear[number] + self._biases[number]
+        material = Material(index, [], [], self._first_mask())
+        for number, (given, values, mask) in enumerate(dealt):
+            segment = self.plan.segments[number]
+            total = given + self._biases[number]
             if self.plan.mode == "shared":
                 evaluate(
                     segment.root,
-                    narrowed(self._all_masks(deal.masks), segment),
+                    narrowed(material.masks, segment),
                     self.opened,
                     ring=segment.ring,
                     batch=self.batch,
@@ -451,18 +456,19 @@ class Preparation:
             elif segment.activation is not None:
                 assert halves is not None
                 total += halves(number)
-            linear.append(total)
-        return Material(index, linear, deal.values, self._all_masks(deal.masks))
+            if mask is not None:
+                material.masks[number + 1] = mask
+            material.linear.append(total)
+            material.values.append(values)
+        return material
 
-    def _all_masks(self, masks: dict[int, np.ndarray]) -> dict[int, np.ndarray]:
+    def _first_mask(self) -> dict[int, np.ndarray]:
         """Rank 0's part of the input's mask is zero: the input is rank 1's."""
         if self.plan.mode == "owner":
             return {}
         first = self.plan.sources[0]
-        zeros = np.zeros(
-            (self.batch, *first.shape), dtype=kernels.ring_dtype(first.ring)
-        )
-        return {0: zeros, **masks}
+        shape = (self.batch, *first.shape)
+        return {0: np.zeros(shape, dtype=kernels.ring_dtype(first.ring))}
 
     def client(
         self, index: int, send: Callable[[np.ndarray, int], None] | None
