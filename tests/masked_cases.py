@@ -48,6 +48,8 @@ class Pair:
         self.channels = socket_pair(timeout=20)
         self.dealing = socket_pair(timeout=20)
         seeds = self.dealer.seeds
+        self.model_weights = weights
+        self.model: torch.nn.Module | None = None
         self.weights = [weights, None]
         if chosen.mode == "shared":
             self.weights = list(

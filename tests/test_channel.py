@@ -7,6 +7,7 @@ import hashlib
 import socket
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -49,8 +50,7 @@ def in_thread(function, *arguments):
             raise box["error"]
         return box["value"]
 
-    thread.result = result
-    return thread
+    return SimpleNamespace(result=result)
 
 
 @settings(max_examples=80, deadline=None)
@@ -71,7 +71,7 @@ def test_pack_is_exact_and_tight(bits, count, seed):
 @pytest.fixture
 def pair():
     """Make connected channels; close them when the test ends."""
-    made = []
+    made: list[Channel] = []
 
     def make(timeout):
         made.extend(socket_pair(timeout=timeout))
@@ -243,7 +243,8 @@ def test_tls_is_mutual(tmp_path):
         here.close()
         there.close()
         # A certificate from another authority is refused.
-        stranger = TLS(*certificates(tmp_path, "stranger")[:2], ca0)
+        strange = certificates(tmp_path, "stranger")
+        stranger = TLS(strange[0], strange[1], ca0)
         other = in_thread(
             lambda: listener.accept(timeout=5, peer_timeout=5, peer="client")
         )

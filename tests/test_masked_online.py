@@ -22,7 +22,7 @@ def pair(request):
     model, example = residual()
     chosen, weights = planned(model, example, mode=request.param)
     made = Pair(chosen, weights)
-    made.model, made.model_weights = model, weights
+    made.model = model
     yield made
     made.close()
 
@@ -67,7 +67,7 @@ class Zoo(torch.nn.Module):
     def __init__(self, draw, polynomial):
         super().__init__()
         self.steps = torch.nn.ModuleList()
-        self.kinds = []
+        self.kinds: list[str] = []
         channels = 3
 
         def step(kind, module):
@@ -181,7 +181,7 @@ def test_every_opened_value_is_uniform(monkeypatch):
     """One constant input, many inferences: what crosses the wire looks like noise."""
     model, example = residual()
     pair = Pair(*planned(model, example), batch=64, seed=bytes(range(16)))
-    sent = {0: [], 1: []}
+    sent: dict[int, list] = {0: [], 1: []}
     for rank in (0, 1):
         channel = pair.channels[rank]
         original = channel.send

@@ -73,6 +73,7 @@ def test_simulate_in_three_processes():
     network, example = residual()
     private = espn.convert(network, example)
     logits, cost = session.simulate(private, example, example=example)
+    assert isinstance(cost, session.SessionCost)
     assert logits.shape == (4, 5)
     assert float((logits - network(example)).abs().max()) < 0.01
     plan, _ = planned(network, example)
@@ -427,7 +428,7 @@ def test_tls_session(model, running, tmp_path):
     files = {name: certificates(tmp_path, name) for name in ("a", "b")}
     both = tmp_path / "both.pem"
     both.write_bytes(files["a"][2].read_bytes() + files["b"][2].read_bytes())
-    first, second = (TLS(*files[name][:2], both) for name in ("a", "b"))
+    first, second = (TLS(files[name][0], files[name][1], both) for name in ("a", "b"))
     dealer = running(session.DealerServer("127.0.0.1:0", tls=first, timeout=5))
     server = running(
         session.ModelServer(
