@@ -8,6 +8,7 @@ over a connection of their own.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import numpy as np
@@ -112,7 +113,8 @@ class MaskedSystem:
         channel.reset_counters()
         if self._control.rank == 0:
             deal = self._dealer.deal(index)
-            self._material = self._preparation.server(deal, half, index)
+            dealt = zip(deal.linear, deal.values, itertools.repeat(None))
+            self._material = self._preparation.server(dealt, half, index)
         else:
             self._material = self._preparation.client(index, send)
         _, crossed = _payload(channel)

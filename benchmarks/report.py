@@ -300,13 +300,15 @@ def _html_table(head: Sequence[str], lines: Any) -> str:
 # -------------------------------------------------------------------- README tables
 
 
-def update_readme(path: Path, folder: Path) -> list[str]:
-    """Replace the benchmark tables between markers; the names of those replaced.
+def update_readme(path: Path, folder: Path) -> tuple[list[str], list[str]]:
+    """Replace the benchmark tables between markers.
 
-    Raises: ResultsError for a marker without its end, or a table without its CSV.
+    Returns: names of the tables replaced, and of those without a CSV, left alone.
+    Raises: ResultsError for a marker without its end.
     """
     text = path.read_text()
-    replaced = []
+    replaced: list[str] = []
+    missing: list[str] = []
     position = 0
     while (start := text.find("<!-- begin benchmark ", position)) >= 0:
         name = text[start:].split()[3]
@@ -314,23 +316,24 @@ def update_readme(path: Path, folder: Path) -> list[str]:
         end = text.find(f"<!-- end benchmark {name} -->", body)
         if end < 0:
             raise ResultsError(f"{path}: benchmark {name} begins and does not end")
+        position = end
+        if not (folder / f"{name}.csv").exists():
+            missing.append(name)
+            continue
         table = markdown(folder, name)
         text = text[:body] + table + text[end:]
         position = body + len(table)
         replaced.append(name)
     if replaced:
         write_atomically(path, text)
-    return replaced
+    return replaced, missing
 
 
 def markdown(folder: Path, name: str) -> str:
     """The table of NAME.csv, with the command, commit, date and processor below it."""
     path = folder / f"{name}.csv"
-    try:
-        with open(path, newline="") as handle:
-            lines = list(csv.DictReader(handle))
-    except OSError as error:
-        raise ResultsError(f"{path}: {error.strerror}; run the benchmarks") from error
+    with open(path, newline="") as handle:
+        lines = list(csv.DictReader(handle))
     if not lines:
         raise ResultsError(f"{path}: no rows; run the benchmarks")
     try:
@@ -350,6 +353,7 @@ def markdown(folder: Path, name: str) -> str:
 
 def _row_columns(line: Mapping[str, str]) -> dict[str, str]:
     channel = line["engine"].partition("+")[2]
+    low, high = (_three_digits(line[f"online_s_{end}"]) for end in ("low", "high"))
     sent = int(line["bytes_sent_0"]) + int(line["bytes_sent_1"])
     return {
         "network": line["network"],
@@ -357,12 +361,15 @@ def _row_columns(line: Mapping[str, str]) -> dict[str, str]:
         "protocol": line["activation"] + (f" ({channel})" if channel else ""),
         "rounds": line["rounds"],
         "MB sent": f"{sent / 1e6:.2f}",
-        "online s": f"{float(line['online_s']):.3g}",
-        "95 %": f"{float(line['online_s_low']):.3g} to "
-        f"{float(line['online_s_high']):.3g}",
-        "offline s": f"{float(line['offline_s']):.3g}",
-        "total s": f"{float(line['total_s']):.3g}",
+        "online s": _three_digits(line["online_s"]),
+        "95 %": f"{low} to {high}",
+        "offline s": _three_digits(line["offline_s"]),
+        "total s": _three_digits(line["total_s"]),
     }
+
+
+def _three_digits(number: str) -> str:
+    return f"{float(number):#.3g}".rstrip(".")
 
 
 def _accuracy_columns(line: Mapping[str, str]) -> dict[str, str]:
@@ -376,7 +383,7 @@ def _accuracy_columns(line: Mapping[str, str]) -> dict[str, str]:
         "quantised": f"{float(quantised):.2%}" if quantised else "",
         "private": f"{float(line['private']):.2%}",
         "same answer": f"{float(line['agreement']):.2%}",
-        "s/image": f"{float(line['total_s']):.3g}",
+        "s/image": _three_digits(line["total_s"]),
     }
 
 
@@ -426,8 +433,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.only in (None, "readme"):
             for readme in READMES:
                 if readme.exists():
-                    replaced = update_readme(readme, options.out)
+                    replaced, missing = update_readme(readme, options.out)
                     print(f"{readme}: {', '.join(replaced) or 'no tables'}")
+                    problems += [f"{readme}: no {name}.csv" for name in missing]
         changed = compare(options.compare, options.out) if options.compare else 0
     except ResultsError as error:
         print(f"error: {error}", file=sys.stderr)
