@@ -66,15 +66,20 @@ def powers(size: torch.Size, degree: int) -> torch.Tensor:
     return _provider().powers(torch.Size(size), degree)
 
 
-def rescaling(size: torch.Size, shift: int) -> torch.Tensor:
+def rescaling(size: torch.Size, shift: int, *, ring_bits: int = 64) -> torch.Tensor:
     """This party's shares of r and of minus r shifted right, both ways.
+
+    Args:
+        size: shape of each.
+        shift: bits to drop.
+        ring_bits: m, up to 64; the shifts are those of the low m bits of r.
 
     Returns:
         int64 of shape (3, *size): [r], [-(r >> shift) logical], [... arithmetic].
 
     Cost: 2 corrections for each element of size.
     """
-    return _provider().rescaling(torch.Size(size), shift)
+    return _provider().rescaling(torch.Size(size), shift, ring_bits)
 
 
 def logical_shift(value: torch.Tensor, bits: int) -> torch.Tensor:
@@ -100,8 +105,11 @@ def _power_stack(r: torch.Tensor, degree: int) -> torch.Tensor:
     return torch.stack(stack)
 
 
-def _rescaling_stack(r: torch.Tensor, shift: int) -> torch.Tensor:
-    return torch.stack([r, -logical_shift(r, shift), -(r >> shift)])
+def _rescaling_stack(r: torch.Tensor, shift: int, ring_bits: int) -> torch.Tensor:
+    unused = 64 - ring_bits
+    logical = logical_shift(r << unused, unused + shift)
+    arithmetic = (r << unused) >> (unused + shift)
+    return torch.stack([r, -logical, -arithmetic])
 
 
 # Rank 0 plays the dealer: it can undo the sharing of zero, so it knows party 1's part.
@@ -125,10 +133,11 @@ def _tfp_powers(self: TrustedFirstParty, size: torch.Size, degree: int) -> torch
 
 
 def _tfp_rescaling(
-    self: TrustedFirstParty, size: torch.Size, shift: int
+    self: TrustedFirstParty, size: torch.Size, shift: int, ring_bits: int
 ) -> torch.Tensor:
     r = rng.generate_random_ring_element(size)
-    return ArithmeticSharedTensor(_rescaling_stack(r, shift), precision=0, src=0).share
+    stack = _rescaling_stack(r, shift, ring_bits)
+    return ArithmeticSharedTensor(stack, precision=0, src=0).share
 
 
 # Parties expand their own seeds; rank 0 asks the dealer for the corrections.
@@ -148,13 +157,13 @@ def _ttp_products(
 
 
 def _ttp_corrected(
-    function: str, size: torch.Size, parameter: int, corrections: int
+    function: str, size: torch.Size, parameters: tuple[int, ...], corrections: int
 ) -> torch.Tensor:
     client = TTPClient.get()
     generator = client.get_generator()
     first = rng.generate_random_ring_element((1, *size), generator=generator)
     if comm.get().get_rank() == 0:
-        rest = client.ttp_request(function, None, tuple(size), parameter)
+        rest = client.ttp_request(function, None, tuple(size), *parameters)
     else:
         rest = rng.generate_random_ring_element(
             (corrections, *size), generator=generator
@@ -163,13 +172,13 @@ def _ttp_corrected(
 
 
 def _ttp_powers(self: TrustedThirdParty, size: torch.Size, degree: int) -> torch.Tensor:
-    return _ttp_corrected("powers", size, degree, degree - 1)
+    return _ttp_corrected("powers", size, (degree,), degree - 1)
 
 
 def _ttp_rescaling(
-    self: TrustedThirdParty, size: torch.Size, shift: int
+    self: TrustedThirdParty, size: torch.Size, shift: int, ring_bits: int
 ) -> torch.Tensor:
-    return _ttp_corrected("rescaling", size, shift, 2)
+    return _ttp_corrected("rescaling", size, (shift, ring_bits), 2)
 
 
 class Dealer(TTPServer):
@@ -186,8 +195,11 @@ class Dealer(TTPServer):
         stack = _power_stack(self._get_additive_PRSS((1, *size))[0], degree)[1:]
         return stack - self._others(stack.size())
 
-    def rescaling(self, size: tuple[int, ...], shift: int) -> torch.Tensor:
-        stack = _rescaling_stack(self._get_additive_PRSS((1, *size))[0], shift)[1:]
+    def rescaling(
+        self, size: tuple[int, ...], shift: int, ring_bits: int
+    ) -> torch.Tensor:
+        r = self._get_additive_PRSS((1, *size))[0]
+        stack = _rescaling_stack(r, shift, ring_bits)[1:]
         return stack - self._others(stack.size())
 
     def _others(self, size: torch.Size | tuple[int, ...]) -> torch.Tensor:

@@ -89,6 +89,29 @@ def test_exact_never_fails_where_local_does():
     assert set(oracle.add(a, b)) <= {2**31, 2**31 + 1}
 
 
+def lift(values, shift, ring_bits):
+    """Shares modulo 2**ring_bits, their upper bits arbitrary, to shares modulo 2**64."""
+    rubbish = rng.generate_random_ring_element((len(values),)) << ring_bits
+    share = _share(torch.tensor(values)) + rubbish
+    with measure() as measured:
+        out = truncation.exact(share, shift, ring_bits=ring_bits)
+    return out, measured.cost
+
+
+@pytest.mark.parametrize("ring_bits", [20, 32, 40, 63])
+@pytest.mark.parametrize("shift", [0, 1, 12, 18])
+def test_exact_lifts_from_a_narrow_ring(ring_bits, shift):
+    limit = 2 ** (ring_bits - 2)
+    spread = torch.randint(-limit + 1, limit, (20_000,)).tolist()
+    values = [0, 1, -1, limit - 1, -limit + 1, *spread]
+    (a, cost), (b, _) = run_parties(
+        lift, world_size=2, args=(values, shift, ring_bits), timeout=TIMEOUT
+    )
+    extra = {r - (v >> shift) for r, v in zip(oracle.add(a, b), values, strict=True)}
+    assert extra <= ({0, 1} if shift else {0})
+    assert (cost.rounds, cost.bytes_sent) == (1, 8 * len(values))
+
+
 def three_parties():
     y = torch.arange(-500, 500) * 2**40 + 7
     out = truncation.exact(_share(y), 20)

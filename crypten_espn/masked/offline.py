@@ -158,18 +158,24 @@ class Dealer:
         plan: the parties' plan.
         batch: inputs per inference.
         seed: the dealer's own 16 bytes; from the operating system if None.
+        seeds: the parties', where they have them already; drawn from `seed` if None.
 
     Attributes:
         seeds: what rank 0 and rank 1 get; each is one party's secret.
     """
 
     def __init__(
-        self, plan: Plan, *, batch: int = 1, seed: bytes | None = None
+        self,
+        plan: Plan,
+        *,
+        batch: int = 1,
+        seed: bytes | None = None,
+        seeds: tuple[bytes, bytes] | None = None,
     ) -> None:
         self.plan = plan
         self.batch = batch
         self._root = Keystream(new_seed() if seed is None else seed)
-        self.seeds = (
+        self.seeds = seeds or (
             self._root.fork(b"rank 0").bytes(16),
             self._root.fork(b"rank 1").bytes(16),
         )

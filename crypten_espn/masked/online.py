@@ -93,10 +93,35 @@ def serve_one(
 
     Error: exact in each ring. Each truncation gives floor or floor + 1, never more.
     """
-    tag = material.index
     first = plan.sources[INPUT]
-    data = channel.receive(batch * first.elements, bits=first.ring, tag=tag)
-    sources = {INPUT: data.reshape(batch, *first.shape)}
+    count = batch * first.elements
+    data = channel.receive(count, bits=first.ring, tag=material.index)
+    data = data.reshape(batch, *first.shape)
+    opened = serve_layers(plan, weights, channel, material, data, batch=batch)
+    channel.send(opened, bits=plan.segments[-1].ring, tag=material.index)
+
+
+def serve_layers(
+    plan: Plan,
+    weights: Weights,
+    channel: Channel,
+    material: Material,
+    data: np.ndarray,
+    *,
+    batch: int,
+) -> np.ndarray:
+    """Rank 0, owner mode: from D of the input to its share of the output.
+
+    Args:
+        data: D = x - t, (batch, *sources[0].shape).
+
+    Returns: rank 0's share of the output segment's integers; `query_layers` has the
+        other.
+
+    Cost, Error: as `serve_one`, without its first message and its last.
+    """
+    tag = material.index
+    sources = {INPUT: data}
     done = _last_use(plan)
     for number, segment in enumerate(plan.segments):
         opened = material.linear[number]
@@ -108,10 +133,10 @@ def serve_one(
             batch=batch,
             out=opened,
         )
-        channel.send(opened, bits=segment.ring, tag=tag)
         act = segment.activation
         if act is None:
-            return
+            return opened
+        channel.send(opened, bits=segment.ring, tag=tag)
         for source in done[number]:
             del sources[source]
         mine = _share(plan, number, opened, material.values[number], rank=0)
@@ -126,6 +151,7 @@ def serve_one(
             out=revealed.reshape(-1),
         )
         sources[number + 1] = revealed
+    raise MaterialError("The plan has no output segment.")
 
 
 def query_one(
@@ -151,14 +177,28 @@ def query_one(
     first = plan.sources[INPUT]
     masked = x.astype(kernels.ring_dtype(first.ring)) - material.masks[INPUT]
     channel.send(masked, bits=first.ring, tag=tag)
+    share = query_layers(plan, channel, material, batch=batch)
+    last = plan.segments[-1]
+    received = channel.receive(batch * last.elements, bits=last.ring, tag=tag)
+    return received.reshape(batch, *last.root.shape) + share
+
+
+def query_layers(
+    plan: Plan, channel: Channel, material: Material, *, batch: int
+) -> np.ndarray:
+    """Rank 1, owner mode: from the first opening to its share of the output.
+
+    Returns: rank 1's share of the output segment's integers.
+
+    Cost, Error: as `query_one`, without its first message and the logits.
+    """
+    tag = material.index
     for number, segment in enumerate(plan.segments):
-        count = batch * segment.elements
-        received = channel.receive(count, bits=segment.ring, tag=tag)
         act = segment.activation
         if act is None:
-            return (
-                received.reshape(batch, *segment.root.shape) + material.linear[number]
-            )
+            return material.linear[number]
+        count = batch * segment.elements
+        received = channel.receive(count, bits=segment.ring, tag=tag)
         half = _share(plan, number, received, material.values[number], rank=1)
         channel.send(half, bits=act.value_ring, tag=tag)
     raise MaterialError("The plan has no output segment.")
