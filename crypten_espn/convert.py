@@ -19,7 +19,9 @@ from .errors import (
     ShapeError,
     WorldSizeError,
 )
-from .masked.planner import make_plan
+from .masked.composed import ComposedEngine
+from .masked.plan import quantise
+from .masked.planner import make_plan, parameters_of
 from .nn import PolynomialActivation, Scale
 from .onnx_graph import POLYNOMIAL_OP, NetworkGraph, Node, layer_name, read
 from .protocols import PROTOCOLS, current_settings, settings
@@ -149,6 +151,7 @@ class PrivateNetwork(crypten_nn.Graph):
         self.example = example.detach().clone()
         self.protocol = protocol
         self.truncation = truncation
+        self._engine: ComposedEngine | None = None
         for name, array in graph.constants.items():
             tensor = torch.from_numpy(np.array(array, dtype=np.float32))
             self.add_module(name, crypten_nn.Parameter(tensor), [])
@@ -160,21 +163,65 @@ class PrivateNetwork(crypten_nn.Graph):
             self.add_module(node.output, module, list(node.inputs))
         self.eval()
 
+    def encrypt(self, mode: bool = True, src: int = 0) -> PrivateNetwork:
+        """Share the weights, or with protocol "masked" hide them behind masks.
+
+        The masked engine keeps rank 0's weights where they are and opens them under a
+        mask; rank 1's copy of them is not used.
+
+        Args:
+            mode: False undoes it.
+            src: the owner of the weights; 0 for the masked engine.
+
+        Raises:
+            ProtocolError: another owner with protocol "masked".
+            PlanError: the network has no plan; the layer is named.
+            WorldSizeError: the masked engine needs two parties.
+        """
+        if self.protocol != MASKED:
+            return super().encrypt(mode=mode, src=src)
+        if src != 0:
+            raise ProtocolError(
+                f"src={src}: with protocol 'masked' rank 0 owns the weights; start the "
+                "owner as rank 0"
+            )
+        self._engine = None
+        if mode:
+            if not comm.is_initialized():
+                raise WorldSizeError(
+                    "encrypt() needs two running parties: call crypten.init() in each, "
+                    "or start them with run_multiprocess"
+                )
+            plan = weights = None
+            if comm.get().get_rank() == 0:
+                plan = make_plan(self, self.example)
+                weights = quantise(plan, parameters_of(self))
+            self._engine = ComposedEngine(plan, weights)
+        self.encrypted = mode
+        return self
+
+    def prepare(self, count: int, *, batch: int) -> None:
+        """The masked engine's offline phase for `count` calls with `batch` inputs.
+
+        Raises:
+            ProtocolError: not converted with protocol "masked", or not encrypted.
+        """
+        if self._engine is None:
+            raise ProtocolError(
+                "prepare() belongs to a network converted with protocol='masked' and "
+                "encrypted; for others trace CrypTen's provider and fill its cache"
+            )
+        self._engine.prepare(count, batch=batch)
+
     def forward(self, x: Any) -> Any:
         """Logits for a batch, encrypted once `.encrypt(src=0)` was called.
 
         Raises:
             ShapeError: the input is not (batch, *input_shape).
             WorldSizeError: the protocol does not run with this many parties.
-            ProtocolError: it was converted for the masked engine.
+            ProtocolError: plain tensors with protocol "masked".
             All before anything is sent.
         """
-        if self.protocol == MASKED:
-            raise ProtocolError(
-                "this network was converted with protocol='masked', which runs in "
-                "sessions: simulate(), or serve() and connect(). For CrypTen tensors "
-                f"convert it with one of {', '.join(PROTOCOLS)}"
-            )
         shape = tuple(x.size())
         if shape[1:] != self.input_shape or len(shape) != len(self.input_shape) + 1:
             raise ShapeError(
@@ -182,6 +229,13 @@ class PrivateNetwork(crypten_nn.Graph):
                 f"(batch, {', '.join(map(str, self.input_shape))}); reshape or resize "
                 "the input, or convert again with an example of the right size"
             )
+        if self.protocol == MASKED:
+            if self._engine is None:
+                raise ProtocolError(
+                    "a network converted with protocol='masked' takes CrypTen tensors "
+                    "after .encrypt(src=0); for plain tensors use simulate()"
+                )
+            return self._engine(x)
         with settings(protocol=self.protocol, truncation=self.truncation) as chosen:
             world_size = comm.get().get_world_size() if comm.is_initialized() else 0
             if world_size and not chosen.protocol.accepts(world_size):
@@ -225,10 +279,11 @@ def convert(
 
     Args:
         model: torch module (its own weights are not touched), .onnx path, or bytes.
-        example: one input batch; fixes the input shape, not the batch size.
-        protocol: "espn", "opened_mask" or "beaver" for CrypTen tensors, "masked" for
-            sessions only. When None, crypten.cfg.espn decides for tensors, and sessions
-            use the masked engine.
+        example: one input batch; fixes the input shape, not the batch size. With
+            protocol "masked" it also bounds every layer: give real inputs.
+        protocol: "espn", "opened_mask", "beaver" or "masked". When None,
+            crypten.cfg.espn decides for CrypTen tensors, and sessions use the masked
+            engine.
         truncation: "local" or "exact"; likewise. The masked engine is always exact.
 
     Returns:

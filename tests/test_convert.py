@@ -186,11 +186,13 @@ def test_the_given_model_is_left_alone():
         torch.testing.assert_close(value, before[key])
 
 
-def test_masked_networks_run_in_sessions_only():
+def test_masked_networks_take_no_plain_tensors():
     model = private_form(small_residual())
     private = espn.convert(model, torch.randn(4, 3, 8, 8), protocol="masked")
-    with pytest.raises(ProtocolError, match=r"simulate\(\), or serve\(\)"):
+    with pytest.raises(ProtocolError, match=r"after \.encrypt\(src=0\).*simulate"):
         private(torch.randn(1, 3, 8, 8))
+    with pytest.raises(ProtocolError, match=r"protocol='masked'"):
+        espn.convert(model, torch.randn(4, 3, 8, 8)).prepare(1, batch=1)
 
 
 def test_check_says_whether_the_masked_engine_runs_a_network():

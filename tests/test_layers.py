@@ -39,6 +39,7 @@ ORDER = [
     "masked.offline",
     "masked.material",
     "masked.online",
+    "masked.composed",
     "masked",
     "convert",
     "session",

@@ -90,7 +90,7 @@ def test_exact_never_fails_where_local_does():
 
 
 def lift(values, shift, ring_bits):
-    """Shares modulo 2**ring_bits, their upper bits arbitrary, to shares modulo 2**64."""
+    """Shares modulo 2**ring_bits, upper bits arbitrary, to shares modulo 2**64."""
     rubbish = rng.generate_random_ring_element((len(values),)) << ring_bits
     share = _share(torch.tensor(values)) + rubbish
     with measure() as measured:
