@@ -16,7 +16,7 @@ everything: for tests and benchmarks only.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import crypten
 import crypten.communicator as comm
@@ -119,7 +119,7 @@ class ComposedEngine:
         text = "" if plan is None else plan.to_json()
         self.plan = Plan.from_json(comm.get().broadcast_obj(text, 0))
         self._weights = weights
-        self._link: Any = _Link(1 - self.rank)
+        self._link = cast(Any, _Link(1 - self.rank))
         provider = _ProcessDeals if crypten.mpc.ttp_required() else _RankZeroDeals
         self._provider = provider(self.plan, self.rank)
         self._opened = opened_weights(
