@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from crypten_espn.errors import CheckpointError, EspnError
-from crypten_espn.pillar.data import Normalization
+from crypten_espn.pillar.data import Normalization, fashion_sample
 from crypten_espn.pillar.networks import Architecture, fashion_resnet
+from crypten_espn.pillar.penalty import range_report
+from crypten_espn.pillar.recipes import RECIPES, Recipe, accuracy
 from crypten_espn.pillar.storage import load_network, load_weights, save_network
 from crypten_espn.pillar.surgery import Key, activations, replace_activations
 from crypten_espn.polynomial import Polynomial
@@ -115,3 +118,32 @@ def test_weights_of_another_network_or_class_count_are_named(tmp_path: Path) -> 
         load_weights(network, path)
     with pytest.raises(CheckpointError, match="cannot be read as a state_dict"):
         load_weights(network, tmp_path / "none.safetensors")
+
+
+BUNDLED = sorted(
+    (Path(__file__).parent.parent / "crypten_espn" / "data").glob("*_*.json")
+)
+
+
+@pytest.mark.parametrize("results", BUNDLED, ids=lambda path: path.stem)
+def test_bundled_networks_are_what_their_results_say(results: Path) -> None:
+    stated = json.loads(results.read_text())
+    path = results.with_suffix(".safetensors")
+    assert path.stat().st_size <= 2_000_000
+    network = load_network(path)
+    recipe = Recipe(**stated["recipe"])
+    assert network.architecture.name == recipe.network
+    assert network.notes is not None
+    for key in ("recipe", "epoch", "test_accuracy", "selection_rule"):
+        assert network.notes[key] == stated[key]
+    rows = results.with_suffix(".csv").read_text().splitlines()
+    assert len(rows) == 1 + recipe.epochs
+    assert recipe.name in RECIPES and recipe.name in stated["command"]
+    polynomial = recipe.activation == "polynomial"
+    assert bool(activations(network)) == polynomial
+    sample = fashion_sample()
+    # 256 images: three standard deviations around the accuracy over all 10,000.
+    spread = 3 * (stated["test_accuracy"] * (1 - stated["test_accuracy"]) / 256) ** 0.5
+    assert abs(accuracy(network, sample) - stated["test_accuracy"]) < spread
+    if polynomial:
+        assert range_report(network, sample.batches(64)).unsafe is None

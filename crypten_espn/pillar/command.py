@@ -32,6 +32,7 @@ _OVERRIDES = {
     "clip_norm": "largest gradient norm, batch-norm spared",
     "precision": "float32 or bfloat16",
     "held_out": "validation images",
+    "crop": "padding from which training crops are taken",
     "seed": "of weights and data order",
 }
 _KINDS: dict[str, type] = {
@@ -43,6 +44,7 @@ _KINDS: dict[str, type] = {
     "epochs": int,
     "batch_size": int,
     "held_out": int,
+    "crop": int,
     "seed": int,
 }
 
@@ -65,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, finetune: bool = False) ->
     parser.add_argument(
         "--out",
         metavar="DIR",
-        help="folder of log, state and network (default: out/RECIPE); a run found "
+        help="folder of log, state and network (default: out/RECIPE-KIND); a run found "
         "there is resumed",
     )
     parser.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
