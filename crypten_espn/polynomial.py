@@ -8,11 +8,13 @@ shares modulo 2**64, together with the derived error bound and the headroom.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cached_property
 
 import numpy as np
@@ -187,45 +189,38 @@ class Polynomial:
         approximate = self(torch.from_numpy(points)).numpy()
         return float(np.sqrt(np.mean((approximate - values) ** 2)))
 
-    def ring_form(
-        self, *, frac_bits: int, out_bits: int, power_bits: int | None = None
-    ) -> RingForm:
+    def ring_form(self, *, frac_bits: int, out_bits: int) -> RingForm:
         """The integers that two parties evaluate, for one input and output scale.
+
+        1. Powers of two and above see the input at a coarser scale S. A finer S makes
+           its rounding smaller and the top coefficients' larger: S need not be a power
+           of two, so take the one of least error bound.
+        2. Round every coefficient to the scale its term needs.
 
         Args:
             frac_bits: f, the input's fractional bits.
             out_bits: F, the result's fractional bits before its truncation.
-            power_bits: f', the input's fractional bits in powers of two and above;
-                the value of least error bound when None.
 
         Returns:
             A RingForm, checked for headroom.
 
         Raises:
             HeadroomError: the result's values on the interval do not fit the ring, or
-                no power_bits leaves every coefficient an integer.
+                F is below f.
         """
         if not 0 <= frac_bits <= out_bits:
             raise HeadroomError(
                 f"frac_bits={frac_bits}, out_bits={out_bits}: the result's scale must "
                 "be at least the input's, so 0 <= frac_bits <= out_bits"
             )
-        choices = [power_bits]
-        if power_bits is None:
-            choices = [b for b in range(frac_bits + 1) if b * self.degree <= out_bits]
-        forms = [
-            RingForm(self, frac_bits, bits, out_bits)
-            for bits in choices
-            if bits is not None
-        ]
-        best = min(forms, key=lambda form: form.error_bound)
-        if best.headroom_bits < 0:
+        form = _best_form(self, frac_bits, out_bits)
+        if form.headroom_bits < 0:
             raise HeadroomError(
                 f"|p| reaches {self.max_abs(*self.interval):.3g} on {self.interval}: "
-                f"out_bits={out_bits} needs {-best.headroom_bits:.1f} bits more than "
+                f"out_bits={out_bits} needs {-form.headroom_bits:.1f} bits more than "
                 f"the ring's {RING_BITS}; lower out_bits or the coefficients"
             )
-        return best
+        return form
 
     def widest_out_bits(self, frac_bits: int) -> int:
         """The largest F at which |p| on the interval leaves `SPARE_BITS` in the ring.
@@ -286,38 +281,40 @@ class Polynomial:
 class RingForm:
     """A polynomial in integers: Y = c_0 + c_1 X + sum_{k>=2} c_k P**k modulo 2**64.
 
-    X is the input at scale 2**frac_bits, P the same input truncated to scale
-    2**power_bits, Y the result at scale 2**out_bits. Intermediate values may wrap; only
-    the result has to fit.
+    X is the input at scale 2**frac_bits; P = X * factor >> shift is the same input at
+    the coarser `power_scale`; Y is the result at scale 2**out_bits. Intermediate values
+    may wrap; only the result has to fit.
 
-    Error: with |P / 2**power_bits - x| <= 2**-power_bits, the result differs from p(x)
+    Error: with |P / power_scale - x| <= 1 / power_scale, the result differs from p(x)
     by at most `error_bound` for x in the interval.
     """
 
     polynomial: Polynomial
     frac_bits: int
-    power_bits: int
+    factor: int
+    shift: int
     out_bits: int
+
+    @property
+    def power_scale(self) -> Fraction:
+        """S, the scale of P: 2**frac_bits * factor / 2**shift."""
+        return Fraction(self.factor << self.frac_bits, 1 << self.shift)
 
     @cached_property
     def coeffs(self) -> tuple[int, ...]:
         """c_k, constant first: p's coefficients at the scale each term needs."""
-        p = self.polynomial
-        scales = [self.out_bits, self.out_bits - self.frac_bits]
-        scales += [self.out_bits - k * self.power_bits for k in range(2, p.degree + 1)]
-        return tuple(
-            _shift(c, scales[k] - p.frac_bits) for k, c in enumerate(p.numerators)
-        )
+        numerators = self.polynomial.numerators
+        unit = Fraction(1 << self.out_bits, 1 << self.polynomial.frac_bits)
+        return tuple(round(c * unit / self._scale(k)) for k, c in enumerate(numerators))
+
+    def _scale(self, k: int) -> Fraction:
+        """The scale of what c_k multiplies."""
+        return Fraction(1 << (k * self.frac_bits)) if k < 2 else self.power_scale**k
 
     @property
     def degree(self) -> int:
         """The degree n; n - 1 products suffice in the one-round protocol."""
         return len(self.coeffs) - 1
-
-    @property
-    def shift(self) -> int:
-        """Bits dropped from the input before its powers are taken."""
-        return self.frac_bits - self.power_bits
 
     @property
     def headroom_bits(self) -> float:
@@ -329,34 +326,34 @@ class RingForm:
     def error_bound(self) -> float:
         """Largest |Y / 2**out_bits - p(x)| for x in the interval.
 
-        1. The powers see an input that is off by at most 2**-power_bits: the mean value
-           theorem bounds the effect by the largest slope of the terms of degree >= 2.
-        2. Each integer coefficient is off by at most half a unit of its scale.
+        1. The powers see an input that is off by at most 1 / power_scale: the mean
+           value theorem bounds the effect by the largest slope of the terms of degree
+           >= 2.
+        2. Each integer coefficient is off by what its rounding left.
         """
         p = self.polynomial
         low, high = p.interval
-        step = 2.0**-self.power_bits if self.shift else 0.0
+        step = float(1 / self.power_scale) if self.shift else 0.0
         low, high = low - step, high + step
-        slope = [k * c for k, c in enumerate(p.coeffs)][2:]
-        error = step * _max_abs([0.0, *slope], low, high) if slope else 0.0
+        error = step * _top_slope(p, low, high)
         reach = max(abs(low), abs(high))
-        for k, c in enumerate(self.coeffs):
-            scale = (0, self.frac_bits)[k] if k < 2 else k * self.power_bits
-            if c * 2**p.frac_bits != p.numerators[k] * _power(self.out_bits - scale):
-                error += 0.5 * 2.0 ** (scale - self.out_bits) * reach**k
+        for k, (c, numerator) in enumerate(zip(self.coeffs, p.numerators, strict=True)):
+            stands_for = c * self._scale(k) / (1 << self.out_bits)
+            rest = stands_for - Fraction(numerator, 1 << p.frac_bits)
+            error += abs(float(rest)) * reach**k
         return error
 
     def reduce(self, x: torch.Tensor) -> torch.Tensor:
-        """Truncate a value or one share from scale frac_bits to power_bits (floor)."""
-        return x >> self.shift if self.shift else x
+        """P of a public X: int64 of the same shape, rounded down."""
+        return x * self.factor >> self.shift
 
     def evaluate(self, x: torch.Tensor, powers_input: torch.Tensor) -> torch.Tensor:
         """Y modulo 2**64 for public ring elements.
 
         Args:
             x: int64, any shape, the input at scale 2**frac_bits.
-            powers_input: int64, same shape, P at scale 2**power_bits; the parties' P
-                is the sum of their truncated shares, one off floor(x) at times.
+            powers_input: int64, same shape, P at scale power_scale; the parties' P is
+                the sum of their truncated shares, one off floor(x) at times.
 
         Returns:
             int64 of the same shape at scale 2**out_bits. Exact modulo 2**64.
@@ -375,17 +372,37 @@ def as_int64(value: int) -> int:
     return (value + 2**63) % 2**64 - 2**63
 
 
-def _power(bits: int) -> float | int:
-    return 2**bits if bits >= 0 else 2.0**bits
+@functools.lru_cache(maxsize=256)
+def _best_form(polynomial: Polynomial, frac_bits: int, out_bits: int) -> RingForm:
+    """The form whose powers' scale gives the least error bound.
+
+    Factors have at most twelve bits: the input's truncation on shares fails a little more
+    often for a larger one.
+    """
+    exact = RingForm(polynomial, frac_bits, 1, 0, out_bits)
+    n = polynomial.degree
+    if n < 2 or exact.error_bound == 0:
+        return exact
+    factors, shifts = np.meshgrid(np.arange(2048, 4096), np.arange(1, frac_bits + 12))
+    scales = factors * 2.0 ** (frac_bits - shifts)
+    low, high = polynomial.interval
+    bounds = _top_slope(polynomial, low - 1, high + 1) / scales
+    for k, c in enumerate(polynomial.coeffs[2:], start=2):
+        wanted = c * 2.0**out_bits / scales**k
+        reach = max(abs(low), abs(high)) ** k
+        bounds += np.abs(np.rint(wanted) - wanted) * scales**k * 2.0**-out_bits * reach
+    best = np.unravel_index(np.argmin(bounds), bounds.shape)
+    factor, shift = int(factors[best]), int(shifts[best])
+    while factor % 2 == 0:
+        factor, shift = factor // 2, shift - 1
+    coarse = RingForm(polynomial, frac_bits, factor, shift, out_bits)
+    return min(exact, coarse, key=lambda form: form.error_bound)
 
 
-def _shift(value: int, bits: int) -> int:
-    """round(value * 2**bits), half to even as Python rounds."""
-    if bits >= 0:
-        return value << bits
-    quotient, rest = divmod(value, 1 << -bits)
-    half = 1 << (-bits - 1)
-    return quotient + (rest > half or (rest == half and quotient % 2 == 1))
+def _top_slope(polynomial: Polynomial, low: float, high: float) -> float:
+    """The largest slope on [low, high] of the terms of degree two and above."""
+    slope = [k * c for k, c in enumerate(polynomial.coeffs)][2:]
+    return _max_abs([0.0, *slope], low, high) if slope else 0.0
 
 
 def _checked_interval(interval: tuple[float, float]) -> tuple[float, float]:

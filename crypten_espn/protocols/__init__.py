@@ -153,7 +153,7 @@ def settings(
 def polyval(x: MPCTensor, polynomial: Polynomial) -> MPCTensor:
     """[p(x)] of a shared tensor, by the protocol and truncation in `crypten.cfg.espn`.
 
-    1. Truncate the shares of x to the powers' scale.
+    1. Bring the shares of x to the powers' scale: multiply, truncate.
     2. Evaluate the polynomial in the ring, one round (log2 n for beaver).
     3. Truncate the result back to the scale of x; one more round if exact.
 
@@ -167,8 +167,9 @@ def polyval(x: MPCTensor, polynomial: Polynomial) -> MPCTensor:
     Cost: `current_settings().cost(polynomial, elements)`.
 
     Error: at most the ring form's `error_bound` plus one unit of 2**-f for x in the
-    interval. The input's local truncation fails with probability |x| 2**(f - 64); local
-    truncation of the output as `truncation.failure_probability` says, exact never.
+    interval. The input's local truncation fails with probability below
+    |x| 2**(f - 52); local truncation of the output as
+    `truncation.failure_probability` says, exact never.
 
     Raises:
         ProtocolError, WorldSizeError: before anything is sent.
@@ -192,7 +193,8 @@ def polyval(x: MPCTensor, polynomial: Polynomial) -> MPCTensor:
     share = x.share
     # Shares of more than two parties pass the ring's end several times.
     reduce = truncation.exact if world_size > 2 else truncation.local
-    result = chosen.protocol.evaluate(share, reduce(share, form.shift), form)
+    powers_input = reduce(share * form.factor, form.shift)
+    result = chosen.protocol.evaluate(share, powers_input, form)
     shrink = truncation.exact if chosen.exact(world_size) else truncation.local
     result = shrink(result, form.out_bits - frac_bits)
     output = MPCTensor([])

@@ -44,7 +44,7 @@ def evaluate(x: torch.Tensor, p: torch.Tensor, form: RingForm) -> torch.Tensor:
 
     Args:
         x: int64 share of X at scale 2**form.frac_bits, any shape.
-        p: int64 share of P at scale 2**form.power_bits, same shape.
+        p: int64 share of P at scale form.power_scale, same shape.
         form: the polynomial's integers.
 
     Returns:
