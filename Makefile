@@ -40,6 +40,8 @@ $(STAMP): requirements.txt pyproject.toml
 	    [ $$now -lt $$((shown + 8)) ] || { echo "      $$now packages found"; shown=$$now; }; \
 	  done; \
 	  wait $$pip || { tail -n 25 $(LOG); echo "the whole log: $(LOG)"; exit 1; }
+	@# CrypTen's sources warn when they are compiled: once here, not in every test.
+	@$(BIN)/python -W ignore -m compileall -q $(VENV)/lib/python3*/site-packages/crypten
 	@touch $@
 	@echo "[3/3] installed"
 
@@ -55,14 +57,10 @@ test: lint
 	$(BIN)/python -m pytest
 
 bench: $(STAMP)
-	$(BIN)/python -m benchmarks.randomness --json out/randomness.json
-	$(BIN)/python -m benchmarks.activations --points 32768 \
-	  --protocols espn opened_mask crypten-relu --networks loopback wan \
-	  --json out/activations.json
+	$(BIN)/python -m benchmarks.report
 
-bench-full: bench
-	$(BIN)/python -m benchmarks.inference --json out/inference.json
-	$(BIN)/python -m benchmarks.accuracy --json out/accuracy.json
+bench-full: $(STAMP)
+	$(BIN)/python -m benchmarks.report --full
 
 clean:
 	rm -rf $(VENV) out build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache \

@@ -78,6 +78,7 @@ class MaskedSystem:
             self._plan, seed = Plan.from_json(text), bytes.fromhex(own)
             where = f"{self._address}:{control.receive()}"
             self._channel = connect_channel(where, timeout=600.0, peer="rank 0")
+        self._channel.pace()
         slow_down(self._channel)
         self._weights = weights
         opened = offline.opened_weights(

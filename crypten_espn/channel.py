@@ -209,6 +209,17 @@ class Channel:
             # which a long fast link needs.
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
+    def pace(self) -> None:
+        """Keep TCP's speed between messages, where the kernel offers BBR.
+
+        For messages that alternate: after a pause, loss-based congestion control starts
+        slowly again, which on a long path costs a round trip or more for every message.
+        Not for exchanges, where both directions fill at once and pacing delays them.
+        """
+        with contextlib.suppress(OSError, AttributeError):
+            option = socket.TCP_CONGESTION
+            self._sock.setsockopt(socket.IPPROTO_TCP, option, b"bbr")
+
     # -- ring elements
 
     def send(self, values: np.ndarray, *, bits: int, tag: int = 0) -> None:

@@ -46,7 +46,7 @@ from .masked.offline import (
     receive_deal,
     share_weights,
 )
-from .masked.online import query_one, run_shared, serve_one
+from .masked.online import pieces, query_one, run_shared, serve_one
 from .masked.plan import Plan, Weights, quantise
 from .masked.planner import HEADROOM, make_plan, parameters_of
 from .randomness import new_seed
@@ -498,6 +498,7 @@ class ModelServer:
                 )
             except PeerError:
                 continue
+            channel.pace()
             self._channels.append(channel)
             threading.Thread(target=self._answer, args=(channel,), daemon=True).start()
 
@@ -878,8 +879,11 @@ class Client:
         seconds = time.perf_counter() - start
         there = channel.messages_sent - messages
         back = channel.messages_received - received
-        # In shared mode both directions of an opening travel at once.
-        rounds = there + back if self.plan.mode == "owner" else there + 1
+        # In shared mode both directions of an opening travel at once; in owner mode the
+        # parts of a large batch do, between the input and the logits.
+        rounds = there + 1
+        if self.plan.mode == "owner":
+            rounds = 2 + (there + back - 2) // len(pieces(batch))
         with self._lock:
             self.online += Cost(rounds, channel.bytes_sent - sent, 0, seconds)
         return self.plan.decode(z)
@@ -937,6 +941,7 @@ def connect(
         if it holds another plan; MaterialError if stored material is not for it.
     """
     channel = connect_channel(address, timeout=timeout, tls=tls, peer="rank 0")
+    channel.pace()
     try:
         return Client(
             channel,
@@ -1113,7 +1118,8 @@ def simulate_many(
         )
     logits, costs = results[1]
     down, _ = model.plan.online_bytes(batch=len(x))
-    frame = 20 * len(model.plan.segments)
+    activations = len(model.plan.segments) - 1
+    frame = 20 * (1 + activations * len(pieces(len(x))))
     dealt = model.plan.dealer_bytes(batch=len(x))
     return [
         (

@@ -341,3 +341,15 @@ def test_direct_channel_needs_two_crypten_processes():
 
     with pytest.raises(PeerError, match=r"crypten\.init"), use_direct_channel():
         pass
+
+
+def test_pace_is_asked_for_and_never_fails() -> None:
+    with Listener("127.0.0.1:0") as listener:
+        client = connect_channel(listener.address, timeout=5, peer="rank 0")
+        server = listener.accept(timeout=5, peer_timeout=5, peer="rank 1")
+        for channel in (client, server):
+            channel.pace()
+        client.send_bytes(b"x" * 100_000)
+        assert server.receive_bytes() == b"x" * 100_000
+        client.close()
+        server.close()
