@@ -376,8 +376,8 @@ def as_int64(value: int) -> int:
 def _best_form(polynomial: Polynomial, frac_bits: int, out_bits: int) -> RingForm:
     """The form whose powers' scale gives the least error bound.
 
-    Factors have at most twelve bits: the input's truncation on shares fails a little more
-    often for a larger one.
+    Factors have at most twelve bits: the input's truncation on shares fails a little
+    more often for a larger one.
     """
     exact = RingForm(polynomial, frac_bits, 1, 0, out_bits)
     n = polynomial.degree
