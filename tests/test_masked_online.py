@@ -194,11 +194,44 @@ def test_every_opened_value_is_uniform(monkeypatch):
     materials = pair.prepare(0)
     sent[1].clear()  # offline halves
     pair.online(materials, torch.ones(64, 3, 8, 8))
-    for messages in (sent[0][:-1], sent[1]):  # not the logits
-        assert len(messages) == len(pair.plan.segments) - (messages is not sent[1])
-        for values, bits in messages:
-            flat = values.reshape(-1).astype(np.int64)
+    parts = len(online.pieces(64))
+    activations = len(pair.plan.segments) - 1
+    masked = [sent[1].pop(0)]
+    sent[0].pop()  # the logits
+    for messages in (masked, sent[0], sent[1]):
+        step = 1 if messages is masked else parts
+        assert len(messages) == step * (1 if messages is masked else activations)
+        for start in range(0, len(messages), step):
+            layer = messages[start : start + step]
+            flat = np.concatenate([values.reshape(-1) for values, _ in layer])
+            flat, bits = flat.astype(np.int64), layer[0][1]
             uniform(flat if bits == 64 else flat & (2**bits - 1), bits)
+    pair.close()
+
+
+@pytest.mark.parametrize("batch", [1, 7, 8, 11, 32, 33])
+def test_parts_cover_a_batch_in_order(batch):
+    parts = online.pieces(batch)
+    assert [i for part in parts for i in range(batch)[part]] == list(range(batch))
+    sizes = [part.stop - part.start for part in parts]
+    assert len(parts) == 1 if batch < 8 else max(sizes) <= 4 <= len(parts)
+
+
+@pytest.mark.parametrize("precision", ["fast", 25])
+def test_a_batch_in_parts_is_bit_exact_and_sends_what_is_declared(precision):
+    model, example = residual()
+    chosen, weights = planned(model, example, precision=precision)
+    pair = Pair(chosen, weights, batch=11)
+    x = torch.randn(11, 3, 8, 8)
+    materials = pair.prepare(0)
+    z = pair.online(materials, x)
+    _, trace = plan.simulate(chosen, weights, x, masks=pair.masks(0))
+    assert np.array_equal(centred(z, chosen), trace[-1])
+    sizes = online.message_sizes(chosen, batch=11)
+    for rank, channel in enumerate(pair.channels):
+        mine = [size for sender, size in sizes if sender == rank]
+        assert channel.messages_sent == len(mine)
+        assert channel.bytes_sent == sum(mine) + 20 * len(mine)
     pair.close()
 
 

@@ -85,6 +85,17 @@ def test_simulate_in_three_processes():
     assert cost.seconds > 0 and cost.offline.seconds > 0
 
 
+def test_a_large_batch_takes_no_more_rounds(pair):
+    server, dealer = pair
+    x = torch.randn(9, 3, 8, 8)
+    with session.connect(server.address, dealer=dealer.address, timeout=10) as client:
+        alone = client.predict(x[:1])
+        assert client.online.rounds == client.plan.messages
+        together = client.predict(x)
+        assert client.online.rounds == 2 * client.plan.messages
+    assert float((alone - together[:1]).abs().max()) < 0.01
+
+
 def test_simulate_checks_before_it_starts_a_process():
     network, example = residual()
     private = espn.convert(network, example)
@@ -120,7 +131,10 @@ def test_predict_over_sockets(mode, running):
         with pytest.raises(MaterialError, match="batches of 2"):
             client.predict(example[:3])
         assert client.predict(example[:2]).shape == (2, 5)
-        assert server.served == 5
+    deadline = time.monotonic() + 5  # rank 0 counts after rank 1 has its logits
+    while server.served < 5 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert server.served == 5
 
 
 def test_two_clients_at_once(pair):

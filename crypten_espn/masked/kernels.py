@@ -382,7 +382,9 @@ def pool_sum(
 
 
 @compiled
-def _polynomial_share(c, bits, values, shifts, degrees, public, constant, out):
+def _polynomial_share(
+    c, bits, values, shifts, degrees, public, constant, first_element, out
+):
     mask = np.int64(-1) if bits == 64 else (np.int64(1) << bits) - 1
     opened = np.empty(BLOCK, np.int64)
     reduced = np.empty(BLOCK, np.int64)
@@ -391,13 +393,14 @@ def _polynomial_share(c, bits, values, shifts, degrees, public, constant, out):
     total = out.shape[0]
     for start in range(0, total, BLOCK):
         size = min(BLOCK, total - start)
+        here = first_element + start
         for i in range(size):
             u = np.int64(c[start + i]) & mask
             opened[i] = u
             # All ones where the top bit is set: the logical case, values[0].
             top[i] = -((u >> (bits - 1)) & 1)
-        first = values[0, 0, start : start + size]
-        second = values[1, 0, start : start + size]
+        first = values[0, 0, here : here + size]
+        second = values[1, 0, here : here + size]
         result = out[start : start + size]
         for i in range(size):
             result[i] = second[i] ^ ((first[i] ^ second[i]) & top[i])
@@ -414,8 +417,8 @@ def _polynomial_share(c, bits, values, shifts, degrees, public, constant, out):
             # Horner in the opened value; values hold the rising powers 1, 2, ...
             for j in range(degree - 1, 0, -1):
                 coefficient = public[g, j]
-                first = values[0, index + j - 1, start : start + size]
-                second = values[1, index + j - 1, start : start + size]
+                first = values[0, index + j - 1, here : here + size]
+                second = values[1, index + j - 1, here : here + size]
                 for i in range(size):
                     v = second[i] ^ ((first[i] ^ second[i]) & top[i])
                     acc[i] = acc[i] * reduced[i] + coefficient + v
@@ -507,6 +510,7 @@ def polynomial_share(
     degrees: np.ndarray,
     public: np.ndarray,
     constant: int,
+    start: int = 0,
     out: np.ndarray,
 ) -> None:
     """One party's share of p(x) from the opened c, reading each operand once.
@@ -516,15 +520,24 @@ def polynomial_share(
 
     Args:
         opened: (n,) c modulo 2**bits, int32 or int64.
-        values: (2, V, n) this party's shares of the dealer's values; [0] where the top
+        values: (2, V, N) this party's shares of the dealer's values; [0] where the top
             bit of c is 1, [1] where it is 0.
         shifts, degrees: (groups,) int64; a group of degree d uses d - 1 values.
         public: (groups, max degree + 1) integer coefficients; zero for rank 1.
         constant: added to every element; zero for rank 1.
+        start: which of the N elements the first of the n is.
         out: (n,) int64, the share modulo 2**64.
     """
     _polynomial_share(
-        opened, bits, values, shifts, degrees, public, np.int64(constant), out
+        opened,
+        bits,
+        values,
+        shifts,
+        degrees,
+        public,
+        np.int64(constant),
+        start,
+        out,
     )
 
 

@@ -13,7 +13,9 @@ known to rank 0 and t to rank 1.
    the next D. Back to 2; the last layer's z goes to rank 1 instead.
 
 So one inference takes 2 messages per segment: the input and c's down, shares up, the
-logits. In shared mode both parties send their half of each opening at once.
+logits. In a large batch 2 to 4 run through the images in parts, so that neither party
+waits for the other. In shared mode both parties send their half of each opening at
+once.
 
 Who learns what. Rank 1 sees every c, uniform because r is uniform, used once and known
 to the dealer alone; its seed-drawn shares; W - B, uniform because B is rank 0's; and
@@ -57,10 +59,30 @@ def _last_use(plan: Plan) -> list[list[int]]:
     return done
 
 
+def pieces(batch: int) -> list[slice]:
+    """The parts of a batch that travel as messages of their own within a layer.
+
+    While rank 1 works on one part, rank 0 convolves the next, and a part's values stay
+    in the cache from one step to the next. Less than 8 images travel whole.
+    """
+    size = batch if batch < 8 else min(4, batch // 4)
+    return [slice(a, min(a + size, batch)) for a in range(0, batch, size)]
+
+
 def _share(
-    plan: Plan, number: int, opened: np.ndarray, values: np.ndarray | None, *, rank: int
+    plan: Plan,
+    number: int,
+    opened: np.ndarray,
+    values: np.ndarray | None,
+    *,
+    rank: int,
+    start: int = 0,
 ) -> np.ndarray:
-    """This party's share of a segment's polynomial, int64 (n,)."""
+    """This party's share of a segment's polynomial, int64 (n,).
+
+    Args:
+        opened: c of n elements, the first of them number `start` of the batch.
+    """
     act = plan.segments[number].activation
     if act is None or values is None:
         raise MaterialError("The material has no values for this layer.")
@@ -73,6 +95,7 @@ def _share(
         degrees=act.degrees,
         public=act.public if rank == 0 else np.zeros_like(act.public),
         constant=act.constant if rank == 0 else 0,
+        start=start,
         out=out,
     )
     return out
@@ -89,7 +112,8 @@ def serve_one(
         material: rank 0's, used up by this call (its arrays are overwritten).
         batch: inputs in this inference.
 
-    Cost: len(segments) messages sent, m bits per opened z; as many received.
+    Cost: len(segments) messages sent, m bits per opened z; as many received. In large
+        batches each message of a layer travels in parts, see `pieces`.
 
     Error: exact in each ring. Each truncation gives floor or floor + 1, never more.
     """
@@ -121,36 +145,49 @@ def serve_layers(
     Cost, Error: as `serve_one`, without its first message and its last.
     """
     tag = material.index
+    parts = pieces(batch)
     sources = {INPUT: data}
     done = _last_use(plan)
+    shares: list[np.ndarray] = []
     for number, segment in enumerate(plan.segments):
         opened = material.linear[number]
-        evaluate(
-            segment.root,
-            narrowed(sources, segment),
-            weights.integers,
-            ring=segment.ring,
-            batch=batch,
-            out=opened,
-        )
-        act = segment.activation
-        if act is None:
+        mine: list[np.ndarray] = []
+        if number > 0:
+            source = plan.sources[number]
+            sources[number] = np.empty(
+                (batch, *source.shape), dtype=kernels.ring_dtype(source.ring)
+            )
+        for place, part in enumerate(parts):
+            if number > 0:
+                before = plan.segments[number - 1].activation
+                assert before is not None
+                half = shares[place]
+                kernels.rescale(
+                    half,
+                    channel.receive(half.size, bits=before.value_ring, tag=tag),
+                    bits=before.value_ring,
+                    drop=before.drop,
+                    out=sources[number][part].reshape(-1),
+                )
+            evaluate(
+                segment.root,
+                narrowed({s: sources[s][part] for s in segment.sources}, segment),
+                weights.integers,
+                ring=segment.ring,
+                batch=part.stop - part.start,
+                out=opened[part],
+            )
+            if segment.activation is None:
+                continue
+            channel.send(opened[part], bits=segment.ring, tag=tag)
+            values = material.values[number]
+            start = part.start * segment.elements
+            mine.append(_share(plan, number, opened[part], values, rank=0, start=start))
+        if segment.activation is None:
             return opened
-        channel.send(opened, bits=segment.ring, tag=tag)
-        for source in done[number]:
-            del sources[source]
-        mine = _share(plan, number, opened, material.values[number], rank=0)
-        theirs = channel.receive(mine.size, bits=act.value_ring, tag=tag)
-        source_ring = plan.sources[number + 1].ring
-        revealed = np.empty(opened.shape, dtype=kernels.ring_dtype(source_ring))
-        kernels.rescale(
-            mine,
-            theirs,
-            bits=act.value_ring,
-            drop=act.drop,
-            out=revealed.reshape(-1),
-        )
-        sources[number + 1] = revealed
+        shares = mine
+        for dead in done[number]:
+            del sources[dead]
     raise MaterialError("The plan has no output segment.")
 
 
@@ -197,10 +234,13 @@ def query_layers(
         act = segment.activation
         if act is None:
             return material.linear[number]
-        count = batch * segment.elements
-        received = channel.receive(count, bits=segment.ring, tag=tag)
-        half = _share(plan, number, received, material.values[number], rank=1)
-        channel.send(half, bits=act.value_ring, tag=tag)
+        values = material.values[number]
+        for part in pieces(batch):
+            start = part.start * segment.elements
+            count = part.stop * segment.elements - start
+            received = channel.receive(count, bits=segment.ring, tag=tag)
+            half = _share(plan, number, received, values, rank=1, start=start)
+            channel.send(half, bits=act.value_ring, tag=tag)
     raise MaterialError("The plan has no output segment.")
 
 
@@ -274,11 +314,13 @@ def run_shared(
 
 def message_sizes(plan: Plan, *, batch: int) -> Sequence[tuple[int, int]]:
     """Sender and payload bytes of every online message in owner mode, in order."""
-    first = plan.sources[INPUT]
+    first, last = plan.sources[INPUT], plan.segments[-1]
     sizes = [(1, packed_bytes(batch * first.elements, first.ring))]
     for segment in plan.segments:
-        count = batch * segment.elements
-        sizes.append((0, packed_bytes(count, segment.ring)))
-        if segment.activation is not None:
-            sizes.append((1, packed_bytes(count, segment.activation.value_ring)))
-    return sizes
+        act = segment.activation
+        if act is None:
+            continue
+        counts = [(p.stop - p.start) * segment.elements for p in pieces(batch)]
+        sizes += [(0, packed_bytes(count, segment.ring)) for count in counts]
+        sizes += [(1, packed_bytes(count, act.value_ring)) for count in counts]
+    return [*sizes, (0, packed_bytes(batch * last.elements, last.ring))]

@@ -1,0 +1,273 @@
+"""Images a second of the masked engine: one at a time, batches, several in flight.
+
+    python -m benchmarks.throughput --models resnet18 --json FILE
+
+Both parties and the dealer run on this machine over loopback, each party held to one
+processor. Material is prepared before; only the online phase is timed. The ways to
+work take turns within one run, so that whatever else the machine does hits all.
+
+Beside each speed stands what it cost each party in processor time. The busier party
+sets the floor: no way of working can take less time an image than that, and one image
+after the other already costs little more where the parties' work overlaps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from crypten_espn.launch import run_parties
+from crypten_espn.session import (
+    Client,
+    DealerServer,
+    MaskedModel,
+    ModelServer,
+    connect,
+    masked_model,
+)
+
+from . import inference
+from .harness import Spread, columns, machine, write_atomically
+
+_TICK_S = 1.0 / os.sysconf("SC_CLK_TCK")
+_SERVER, _CLIENT, _DEALER = range(3)
+
+
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """One way to work through images.
+
+    Args:
+        name: what the table calls it.
+        batch: images in each inference.
+        in_flight: inferences at once.
+        inferences: how many one sample takes.
+    """
+
+    name: str
+    batch: int
+    in_flight: int
+    inferences: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Speed:
+    """What one way to work gave.
+
+    Args:
+        model, way: what was measured.
+        seconds: per image, over the samples.
+        ratio: images a second against one at a time, sample by sample.
+        busy: median processor seconds per image, of rank 0 and of rank 1.
+    """
+
+    model: str
+    way: str
+    seconds: Spread
+    ratio: Spread
+    busy: tuple[float, float]
+
+
+def ways(*, batch: int, in_flight: int) -> list[Way]:
+    """One image at a time first: the others are compared with it."""
+    return [
+        Way("one at a time", 1, 1, 2 * in_flight),
+        Way(f"{in_flight} in flight", 1, in_flight, 2 * in_flight),
+        Way(f"batch {batch}", batch, 1, 1),
+    ]
+
+
+def measure(
+    model: MaskedModel, x: torch.Tensor, compared: Sequence[Way], *, repeat: int
+) -> list[list[tuple[float, float, float]]]:
+    """Samples of (seconds, rank 0's and rank 1's processor seconds) an image, by way.
+
+    Args:
+        model: the planned network.
+        x: images, as many as the largest batch.
+        compared: the ways to work.
+        repeat: samples of each, after one that is not counted.
+    """
+    with tempfile.TemporaryDirectory(prefix="throughput-") as folder:
+        args = (model, x, list(compared), repeat, folder)
+        return run_parties(_party, world_size=3, args=args, timeout=1800)[_CLIENT]
+
+
+def _party(
+    model: MaskedModel, x: torch.Tensor, compared: list[Way], repeat: int, folder: str
+) -> Any:
+    rank, place = int(os.environ["RANK"]), Path(folder)
+    cores = sorted(os.sched_getaffinity(0))
+    if rank != _DEALER and len(cores) > 1:
+        os.sched_setaffinity(0, {cores[rank]})
+    if rank == _DEALER:
+        dealer = DealerServer("127.0.0.1:0", timeout=300)
+        return _serve(dealer, place, "dealer")
+    dealt = _await(place / "dealer").split()[0]
+    if rank == _SERVER:
+        server = ModelServer(model, "127.0.0.1:0", dealer=dealt, timeout=300)
+        return _serve(server, place, "server")
+    address, process = _await(place / "server").split()
+    try:
+        with connect(address, dealer=dealt, timeout=300) as client:
+            samples = [
+                [_sample(client, x, way, int(process)) for way in compared]
+                for _ in range(repeat + 1)
+            ]
+    finally:
+        (place / "done").touch()
+    return [list(column) for column in zip(*samples[1:], strict=True)]
+
+
+def _serve(server: DealerServer | ModelServer, place: Path, name: str) -> None:
+    import threading
+
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    partial = place / f"{name}.partial"
+    partial.write_text(f"{server.address} {os.getpid()}")
+    partial.rename(place / name)
+    while not (place / "done").exists():
+        time.sleep(0.1)
+    server.close()
+    thread.join(5)
+
+
+def _await(path: Path) -> str:
+    while not path.exists():
+        time.sleep(0.01)
+    return path.read_text()
+
+
+def _sample(
+    client: Client, x: torch.Tensor, way: Way, server: int
+) -> tuple[float, float, float]:
+    client.prepare(way.inferences, batch=way.batch)
+    inputs = [x[: way.batch]] * way.inferences
+    run: Callable[[], Any]
+    if way.in_flight > 1:
+
+        def run() -> None:
+            client.predict_many(inputs, in_flight=way.in_flight)
+
+    else:
+
+        def run() -> None:
+            for one in inputs:
+                client.predict(one)
+
+    there, here = _processor_seconds(server), time.process_time()
+    start = time.perf_counter()
+    run()
+    took = time.perf_counter() - start
+    here = time.process_time() - here
+    there = _processor_seconds(server) - there
+    images = way.inferences * way.batch
+    return took / images, there / images, here / images
+
+
+def _processor_seconds(process: int) -> float:
+    """User and system time of a process so far, in whole ticks."""
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) * _TICK_S
+
+
+def speeds(
+    model: str,
+    compared: Sequence[Way],
+    samples: Sequence[Sequence[tuple[float, float, float]]],
+) -> list[Speed]:
+    """Summaries; ratios are taken within each round of samples."""
+    alone = [seconds for seconds, _, _ in samples[0]]
+    result = []
+    for way, column in zip(compared, samples, strict=True):
+        pairs = zip(alone, column, strict=True)
+        busy = [Spread.of(sample[rank] for sample in column).median for rank in (1, 2)]
+        result.append(
+            Speed(
+                model,
+                way.name,
+                Spread.of(sample[0] for sample in column),
+                Spread.of(base / sample[0] for base, sample in pairs),
+                (busy[0], busy[1]),
+            )
+        )
+    return result
+
+
+def table(rows: Sequence[Speed]) -> str:
+    """The rows as text."""
+    lines = [
+        ["model", "way", "images/s", "ms an image", "ratio", "rank 0 ms", "rank 1 ms"]
+    ]
+    for row in rows:
+        seconds = row.seconds
+        lines.append(
+            [
+                row.model,
+                row.way,
+                f"{1 / seconds.median:.1f}",
+                f"{seconds.median * 1e3:.1f} "
+                f"[{seconds.min * 1e3:.1f}, {seconds.max * 1e3:.1f}]",
+                f"{row.ratio.median:.2f} [{row.ratio.min:.2f}, {row.ratio.max:.2f}]",
+                f"{row.busy[0] * 1e3:.1f}",
+                f"{row.busy[1] * 1e3:.1f}",
+            ]
+        )
+    return columns(lines, left=2)
+
+
+def plan_of(name: str) -> MaskedModel:
+    """The masked engine's plan and integers of one of the benchmarks' networks."""
+    import crypten_espn
+
+    _, network = inference.build(name)
+    example = inference.images(name, inference.CALIBRATION[name == "resnet50"])
+    return masked_model(crypten_espn.convert(network, example), example)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--models", nargs="+", choices=inference.MODELS, default=["resnet18"]
+    )
+    parser.add_argument("--batch", type=int, default=32, help="images of the batch")
+    parser.add_argument("--in-flight", type=int, default=8, help="inferences at once")
+    parser.add_argument("--repeat", type=int, default=5, help="samples of each way")
+    parser.add_argument("--json", type=Path, help="write the rows to this file")
+    options = parser.parse_args(arguments)
+    if min(options.batch, options.in_flight, options.repeat) < 1:
+        parser.error("--batch, --in-flight and --repeat start at 1")
+    torch.set_num_threads(1)
+    compared = ways(batch=options.batch, in_flight=options.in_flight)
+    rows: list[Speed] = []
+    for name in options.models:
+        model = plan_of(name)
+        x = inference.images(name, options.batch)
+        samples = measure(model, x, compared, repeat=options.repeat)
+        rows += speeds(name, compared, samples)
+    print(table(rows))
+    if options.json:
+        text = json.dumps(
+            {
+                "machine": machine(),
+                "rows": [dataclasses.asdict(row) for row in rows],
+            },
+            indent=2,
+        )
+        write_atomically(options.json, text + "\n")
+
+
+if __name__ == "__main__":
+    main()
