@@ -385,8 +385,9 @@ def test_options_override_the_recipe() -> None:
     tuned = command._overridden(
         find_recipe("cifar10-resnet18"), parsed("--start", "x", finetune=True)
     )
-    assert (tuned.epochs, tuned.replace_epochs) == (37, 18.5)
-    assert tuned.learning_rate == pytest.approx(0.013 / 5)
+    assert (tuned.epochs, tuned.replace_epochs) == (37, 9.25)
+    assert (tuned.penalty, tuned.beta) == ("boundary", 1e-4)
+    assert tuned.learning_rate == pytest.approx(0.013 * 0.4)
 
 
 def test_the_command_trains_and_reports(

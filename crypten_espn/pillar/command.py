@@ -83,7 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, finetune: bool = False) ->
         parser.add_argument(
             "--replace-epochs",
             type=float,
-            help="epochs over which the ReLUs give way (default: half of --epochs)",
+            help="epochs over which ReLUs give way (default: a quarter of --epochs)",
         )
     for name, text in _OVERRIDES.items():
         if finetune and name == "activation":
@@ -149,15 +149,17 @@ def _overridden(recipe: Recipe, args: argparse.Namespace) -> Recipe:
     recipe = replace(recipe, **given)
     if not args.finetune:
         return recipe
-    # A fine-tuning keeps what was learnt: a fifth of the epochs, a fifth of the rate.
-    # The inputs of a trained ReLU may be far outside the interval, where the gradient
-    # of a tenth power is overwhelming: the boundary penalty grows quadratically.
+    # A fine-tuning keeps what was learnt: fewer epochs, a lower rate. The inputs of a
+    # trained ReLU may be far outside the interval, where the gradient of a tenth power
+    # is overwhelming: the boundary penalty grows quadratically.
     if args.epochs is None:
         recipe = replace(recipe, epochs=max(recipe.epochs // 5, 1))
     if args.learning_rate is None:
-        recipe = replace(recipe, learning_rate=recipe.learning_rate / 5)
+        recipe = replace(recipe, learning_rate=recipe.learning_rate * 0.4)
     if args.penalty is None:
         recipe = replace(recipe, penalty="boundary")
+    if args.beta is None and recipe.penalty == "boundary":
+        recipe = replace(recipe, beta=1e-4)
     if args.clip_norm is None:
         recipe = replace(recipe, clip_norm=1.0)
     replaced = args.replace_epochs
@@ -166,5 +168,5 @@ def _overridden(recipe: Recipe, args: argparse.Namespace) -> Recipe:
         activation="polynomial",
         warmup_epochs=min(recipe.warmup_epochs, recipe.epochs / 10),
         stage_epochs=min(recipe.stage_epochs, recipe.epochs / 16),
-        replace_epochs=recipe.epochs / 2 if replaced is None else replaced,
+        replace_epochs=recipe.epochs / 4 if replaced is None else replaced,
     )
