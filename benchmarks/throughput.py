@@ -7,8 +7,8 @@ processor. Material is prepared before; only the online phase is timed. The ways
 work take turns within one run, so that whatever else the machine does hits all.
 
 Beside each speed stands what it cost each party in processor time. The busier party
-sets the floor: no way of working can take less time an image than that, and one image
-after the other already costs little more where the parties' work overlaps.
+sets the floor: no way of working can take less time an image than that. Peak memory
+counts both phases, with the material of all of one sample's inferences.
 """
 
 from __future__ import annotations
@@ -18,12 +18,14 @@ import dataclasses
 import json
 import os
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import distributed
 
 from crypten_espn.launch import run_parties
 from crypten_espn.session import (
@@ -79,27 +81,36 @@ class Speed:
 
 def ways(*, batch: int, in_flight: int) -> list[Way]:
     """One image at a time first: the others are compared with it."""
-    return [
-        Way("one at a time", 1, 1, 2 * in_flight),
-        Way(f"{in_flight} in flight", 1, in_flight, 2 * in_flight),
-        Way(f"batch {batch}", batch, 1, 1),
-    ]
+    found = [Way("one at a time", 1, 1, in_flight)]
+    if in_flight > 1:
+        found.append(Way(f"{in_flight} in flight", 1, in_flight, in_flight))
+    if batch > 1:
+        found.append(Way(f"batch {batch}", batch, 1, 1))
+    return found
 
 
 def measure(
     model: MaskedModel, x: torch.Tensor, compared: Sequence[Way], *, repeat: int
-) -> list[list[tuple[float, float, float]]]:
-    """Samples of (seconds, rank 0's and rank 1's processor seconds) an image, by way.
+) -> tuple[list[list[tuple[float, float, float]]], float, list[int]]:
+    """Run the parties and the dealer; both phases of every sample.
 
     Args:
         model: the planned network.
         x: images, as many as the largest batch.
         compared: the ways to work.
         repeat: samples of each, after one that is not counted.
+
+    Returns: samples of (seconds, rank 0's and rank 1's processor seconds) an image, by
+        way; seconds of a round trip of an empty message between the parties; the most
+        bytes that rank 0, rank 1 and the dealer ever had in memory.
     """
     with tempfile.TemporaryDirectory(prefix="throughput-") as folder:
         args = (model, x, list(compared), repeat, folder)
-        return run_parties(_party, world_size=3, args=args, timeout=1800)[_CLIENT]
+        server, client, dealer = run_parties(
+            _party, world_size=3, args=args, timeout=1800
+        )
+    samples, trip, most = client
+    return samples, trip, [server, most, dealer]
 
 
 def _party(
@@ -112,6 +123,7 @@ def _party(
     if rank == _DEALER:
         dealer = DealerServer("127.0.0.1:0", timeout=300)
         return _serve(dealer, place, "dealer")
+    trip = _round_trip(rank)
     dealt = _await(place / "dealer").split()[0]
     if rank == _SERVER:
         server = ModelServer(model, "127.0.0.1:0", dealer=dealt, timeout=300)
@@ -125,12 +137,34 @@ def _party(
             ]
     finally:
         (place / "done").touch()
-    return [list(column) for column in zip(*samples[1:], strict=True)]
+    columns = [list(column) for column in zip(*samples[1:], strict=True)]
+    return columns, trip, _most_memory()
 
 
-def _serve(server: DealerServer | ModelServer, place: Path, name: str) -> None:
-    import threading
+def _round_trip(rank: int) -> float:
+    """Median seconds for a byte there and back: how soon a waiting party wakes."""
+    trips = []
+    for _ in range(50):
+        start = time.perf_counter()
+        one = torch.zeros(1)
+        for sender in (0, 1):
+            if rank == sender:
+                distributed.send(one, 1 - rank)
+            else:
+                distributed.recv(one, 1 - rank)
+        trips.append(time.perf_counter() - start)
+    return Spread.of(trips).median
 
+
+def _most_memory() -> int:
+    """The most bytes this process ever had in memory."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def _serve(server: DealerServer | ModelServer, place: Path, name: str) -> int:
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     partial = place / f"{name}.partial"
@@ -140,6 +174,7 @@ def _serve(server: DealerServer | ModelServer, place: Path, name: str) -> None:
         time.sleep(0.1)
     server.close()
     thread.join(5)
+    return _most_memory()
 
 
 def _await(path: Path) -> str:
@@ -252,16 +287,31 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)
     compared = ways(batch=options.batch, in_flight=options.in_flight)
     rows: list[Speed] = []
+    runs: dict[str, Any] = {}
     for name in options.models:
         model = plan_of(name)
         x = inference.images(name, options.batch)
-        samples = measure(model, x, compared, repeat=options.repeat)
+        samples, trip, most = measure(model, x, compared, repeat=options.repeat)
         rows += speeds(name, compared, samples)
+        runs[name] = {"round_trip_s": trip, "peak_bytes": most}
     print(table(rows))
+    for name, run in runs.items():
+        most = run["peak_bytes"]
+        each = ", ".join(f"{size / 1e9:.2f}" for size in most)
+        print(
+            f"{name}: peak memory {sum(most) / 1e9:.2f} GB (rank 0, rank 1, dealer: "
+            f"{each}); a message there and back {run['round_trip_s'] * 1e6:.0f} us"
+        )
+        if run["round_trip_s"] > 1e-3:
+            print(
+                "  The processors are busy with something else: waiting parties wake "
+                "late, which slows one image at a time most and flatters the ratios."
+            )
     if options.json:
         text = json.dumps(
             {
                 "machine": machine(),
+                "runs": runs,
                 "rows": [dataclasses.asdict(row) for row in rows],
             },
             indent=2,
