@@ -143,13 +143,15 @@ class MaskedSystem:
                 )
             )
         messages = channel.messages_sent + channel.messages_received
+        # The parts of a large batch travel at once, between the input and the logits.
+        rounds = 2 + (messages - 2) // len(online.pieces(self._batch))
         sent, _ = _payload(channel)
         self._material = None
 
         def finish() -> Result:
             checked = None if logits is None else self._check(logits)
             error, agreement = checked or (None, None)
-            return Result(messages, sent, error, agreement)
+            return Result(rounds, sent, error, agreement)
 
         return finish
 
