@@ -71,7 +71,7 @@ def steps(*, full: bool) -> list[Step]:
             Step("accuracy", "accuracy", ("--images", "256")),
         ]
     two = ("--models", "minionn", "resnet18")
-    systems = ("--protocols", "masked", "espn", "opened_mask", "crypten-relu")
+    systems = ("--protocols", "masked", "espn", "crypten-relu")
     return [
         Step("activations", "activations", (*layer, "--repeat", "7")),
         Step(
