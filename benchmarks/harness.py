@@ -196,7 +196,7 @@ def machine() -> dict[str, Any]:
     return {
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)),
-        "kernel": f"{platform.system()} {platform.release()}",
+        "kernel": " ".join([platform.system(), *platform.release().split("-")[:1]]),
         "python": platform.python_version(),
         **versions,
         "commit": commit,
