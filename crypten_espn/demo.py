@@ -19,23 +19,11 @@ from tqdm import tqdm
 from .convert import PrivateNetwork, convert
 from .cost import measure
 from .launch import run_parties
-from .pillar.data import Images, fashion_sample
+from .pillar.data import FASHION_CLASSES, Images, fashion_sample
 from .pillar.recipes import load_network
 from .session import masked_model, simulate, simulate_many
 
 DATA = Path(__file__).with_name("data")
-NAMES = (
-    "T-shirt",
-    "trouser",
-    "pullover",
-    "dress",
-    "coat",
-    "sandal",
-    "shirt",
-    "sneaker",
-    "bag",
-    "boot",
-)
 BATCH = 32
 # CrypTen's ReLU takes about as long for these as the polynomials for all 256.
 RELU_BATCHES = 2
@@ -293,6 +281,10 @@ def _contact_sheet(sample: Images, predictions: torch.Tensor, path: Path) -> Non
         axes.set_axis_off()
         predicted, truth = int(predictions[index]), int(sample.labels[index])
         right = predicted == truth
-        title = NAMES[predicted] if right else f"{NAMES[predicted]}\n({NAMES[truth]})"
+        title = (
+            FASHION_CLASSES[predicted]
+            if right
+            else f"{FASHION_CLASSES[predicted]}\n({FASHION_CLASSES[truth]})"
+        )
         axes.set_title(title, fontsize=8, color="black" if right else "crimson")
     figure.savefig(path, dpi=120)

@@ -343,6 +343,11 @@ class RingForm:
             error += abs(float(rest)) * reach**k
         return error
 
+    def linear_share(self, x: torch.Tensor, rank: int) -> torch.Tensor:
+        """A party's share of c_0 + c_1 X from its share of X; party 0 adds c_0."""
+        result = x * as_int64(self.coeffs[1]) if self.degree else torch.zeros_like(x)
+        return result + as_int64(self.coeffs[0]) if rank == 0 else result
+
     def reduce(self, x: torch.Tensor) -> torch.Tensor:
         """P of a public X: int64 of the same shape, rounded down."""
         return x * self.factor >> self.shift

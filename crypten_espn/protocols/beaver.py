@@ -43,9 +43,7 @@ def evaluate(x: torch.Tensor, p: torch.Tensor, form: RingForm) -> torch.Tensor:
     Error: exact modulo 2^64.
     """
     n = form.degree
-    result = x * as_int64(form.coeffs[1]) if n >= 1 else torch.zeros_like(x)
-    if comm.get().get_rank() == 0:
-        result += as_int64(form.coeffs[0])
+    result = form.linear_share(x, comm.get().get_rank())
     if n < 2:
         return result
 

@@ -57,9 +57,7 @@ def evaluate(x: torch.Tensor, p: torch.Tensor, form: RingForm) -> torch.Tensor:
     """
     rank = comm.get().get_rank()
     n = form.degree
-    result = x * as_int64(form.coeffs[1]) if n >= 1 else torch.zeros_like(x)
-    if rank == 0:
-        result += as_int64(form.coeffs[0])
+    result = form.linear_share(x, rank)
     if n < 2:
         return result
 
