@@ -25,8 +25,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numba import njit
 
+from .compiled import compiled
 from .errors import PeerError, PlanMismatchError
 
 PROTOCOL_VERSION = 1
@@ -39,14 +39,6 @@ MAX_BYTES_MESSAGE = 1 << 31
 
 
 # ---------------------------------------------------------------- packing
-
-
-def compiled(function):
-    """Compile with an on-disk cache where one can be written, without it elsewhere."""
-    try:
-        return njit(cache=True, nogil=True, error_model="numpy")(function)
-    except RuntimeError:  # numba: no writable place for the cache
-        return njit(nogil=True, error_model="numpy")(function)
 
 
 @compiled

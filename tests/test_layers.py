@@ -13,6 +13,8 @@ PACKAGE = ROOT / "crypten_espn"
 ORDER = [
     "errors",
     "polynomial",
+    "compiled",
+    "pillar.elementwise",
     "pillar.surgery",
     "pillar.penalty",
     "pillar.data",
@@ -42,6 +44,8 @@ ORDER = [
     "masked.composed",
     "masked",
     "convert",
+    "simulator",
+    "projection",
     "session",
     "patches",
     "doctor",

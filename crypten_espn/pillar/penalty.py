@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from ..errors import RangeError
 from ..polynomial import RING_BITS, Polynomial
-from .surgery import PolynomialActivation, activations, chunks
+from . import elementwise
+from .surgery import PolynomialActivation, activations
 
 
 @dataclass(frozen=True)
@@ -151,74 +152,38 @@ def _mean_over_layers(model: nn.Module, reduction: str, penalty: Any) -> Tensor:
 
 
 class _PowerSum(torch.autograd.Function):
-    """sum |x / gamma|^power for an even power, float32 inside."""
+    """sum |x / gamma|^power for an even power."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gamma: float, power: int) -> Tensor:
         ctx.save_for_backward(x)
         ctx.gamma, ctx.power = gamma, power
-        total = x.new_zeros((), dtype=torch.float64)
-        for (part,) in chunks(x):
-            total += _even_power(part.float(), power).sum()
-        return (total / gamma**power).float()
+        return (elementwise.power_sum(x, power) / gamma**power).float()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         (x,) = ctx.saved_tensors
         scale = gradients[0].double() * (ctx.power / ctx.gamma**ctx.power)
-        out = torch.empty_like(x)
-        for part, result in chunks(x, out):
-            value = part.float()
-            result.copy_(_even_power(value, ctx.power - 2).mul_(value).mul_(scale))
-        return out, None, None
+        return elementwise.power_slope(x, ctx.power, scale), None, None
 
 
 class _BoundarySum(torch.autograd.Function):
-    """sum max(|x - c| / r - margin, 0)^2 / (1 - margin)^2, float32 inside."""
+    """sum max(|x - c| / r - margin, 0)^2 / (1 - margin)^2."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, low: float, high: float, margin: float) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.centre, ctx.radius = (low + high) / 2, (high - low) / 2
-        ctx.margin = margin
-        total = x.new_zeros((), dtype=torch.float64)
-        for (part,) in chunks(x):
-            total += _excess(part, ctx).square_().sum()
-        return (total / (1 - margin) ** 2).float()
+        ctx.form = (low + high) / 2, (high - low) / 2, margin
+        return (elementwise.excess_sum(x, *ctx.form) / (1 - margin) ** 2).float()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
         (x,) = ctx.saved_tensors
-        scale = gradients[0] * (2 / ctx.radius / (1 - ctx.margin) ** 2)
-        out = torch.empty_like(x)
-        for part, result in chunks(x, out):
-            side = (part.float() - ctx.centre).sign_()
-            result.copy_(_excess(part, ctx).mul_(side).mul_(scale))
-        return out, None, None, None
-
-
-def _excess(x: Tensor, ctx: Any) -> Tensor:
-    return (
-        (x.float() - ctx.centre).abs_().div_(ctx.radius).sub_(ctx.margin).clamp_(min=0)
-    )
-
-
-def _even_power(x: Tensor, power: int) -> Tensor:
-    """Return x^power in a new tensor, power even, by repeated squaring."""
-    if power == 0:
-        return torch.ones_like(x)
-    square = x * x
-    result = None
-    exponent = power // 2
-    while True:
-        if exponent & 1:
-            result = square if result is None else result * square
-        exponent >>= 1
-        if not exponent:
-            return square if result is None else result
-        square = square * square
+        _, radius, margin = ctx.form
+        scale = gradients[0] * (2 / radius / (1 - margin) ** 2)
+        return elementwise.excess_slope(x, *ctx.form, scale), None, None, None
 
 
 @dataclass(frozen=True)

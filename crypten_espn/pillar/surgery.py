@@ -13,7 +13,7 @@ import fnmatch
 import functools
 import inspect
 import textwrap
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -23,9 +23,7 @@ from torch.nn import functional
 
 from ..errors import ConversionError
 from ..polynomial import Polynomial
-
-# Elements handled at a time on a CPU, so that intermediate results stay in cache.
-CHUNK = 1 << 15
+from . import elementwise
 
 Key = type[nn.Module] | Callable[..., Tensor] | str
 
@@ -137,31 +135,18 @@ class _Evaluate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, polynomial: Polynomial, clip: bool) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.polynomial, ctx.clip = polynomial, clip
-        out = torch.empty_like(x)
-        for part, result in chunks(x, out):
-            value = _widened(part)
-            if clip:
-                value = value.clamp(*polynomial.interval)
-            result.copy_(_horner(polynomial.coeffs, value))
-        return out
+        ctx.polynomial = polynomial
+        ctx.interval = polynomial.interval if clip else None
+        return elementwise.polynomial(x, polynomial.coeffs, ctx.interval)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         (x,), (gradient,) = ctx.saved_tensors, gradients
-        low, high = ctx.polynomial.interval
-        slope = ctx.polynomial.derivative().coeffs
-        out = torch.empty_like(x)
         if gradient.stride() != x.stride():
             gradient = torch.empty_like(x).copy_(gradient)
-        for part, incoming, result in chunks(x, gradient, out):
-            value = _widened(part)
-            passed = _widened(incoming)
-            if ctx.clip:
-                passed = torch.ops.aten.hardtanh_backward(passed, value, low, high)
-            result.copy_(_horner(slope, value).mul_(passed))
-        return out, None, None
+        slope = ctx.polynomial.derivative().coeffs
+        return elementwise.slope(x, gradient, slope, ctx.interval), None, None
 
     @staticmethod
     def symbolic(g: Any, x: Any, polynomial: Polynomial, clip: bool) -> Any:
@@ -173,50 +158,6 @@ class _Evaluate(torch.autograd.Function):
             interval_f=list(polynomial.interval),
             requested_degree_i=polynomial.requested_degree,
         ).setType(x.type())
-
-
-def _widened(x: Tensor) -> Tensor:
-    return x if x.dtype in (torch.float32, torch.float64) else x.float()
-
-
-def _horner(coeffs: tuple[float, ...], x: Tensor) -> Tensor:
-    """Return sum coeffs[k] x^k in a new tensor; x is left alone."""
-    if len(coeffs) == 1:
-        return torch.full_like(x, coeffs[0])
-    result = x * coeffs[-1]
-    for power in range(len(coeffs) - 2, -1, -1):
-        if coeffs[power]:
-            result.add_(coeffs[power])
-        if power:
-            result.mul_(x)
-    return result
-
-
-def chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Yield tensors of one shape in matching pieces, in the order of their memory.
-
-    In one piece where that is small, not on a processor, or not laid out alike.
-    """
-    first = tensors[0]
-    whole = (
-        # A trace records sizes as tensors, and splitting would depend on one.
-        torch.jit.is_tracing()
-        or first.device.type != "cpu"
-        or first.numel() <= CHUNK
-        or not _dense(first)
-        or any(x.stride() != first.stride() for x in tensors)
-    )
-    if whole:
-        yield tensors
-        return
-    flat = [x.as_strided((x.numel(),), (1,)).split(CHUNK) for x in tensors]
-    yield from zip(*flat, strict=True)
-
-
-def _dense(x: Tensor) -> bool:
-    return x.is_contiguous() or (
-        x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
-    )
 
 
 def replace_activations(

@@ -1,0 +1,311 @@
+"""A polynomial, its slope and the penalties, each in one pass over the memory.
+
+On a processor, tensors of float32 and bfloat16 go through compiled loops that widen,
+compute and round block by block in the first-level cache; every other tensor goes
+through torch operations with the same meaning. Values are float32 inside either way,
+float64 for a float64 tensor. Nothing here knows gradients.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numba.extending import overload
+from torch import Tensor
+
+from ..compiled import compiled
+
+_BLOCK = 1024  # elements whose intermediate values stay in the first-level cache
+_COMPILED = {torch.float32: np.float32, torch.bfloat16: np.uint16}
+
+
+def polynomial(
+    x: Tensor, coeffs: Sequence[float], interval: tuple[float, float] | None
+) -> Tensor:
+    """Return p(x), or p(clip(x)) if an interval is given, of the type of x.
+
+    Args:
+        x: any shape.
+        coeffs: coeffs[k] multiplies x^k; at least one.
+        interval: where to clip x.
+    """
+    low, high = interval or (-math.inf, math.inf)
+    flat = _flat(x)
+    if flat is None:
+        return _horner(coeffs, _widened(x).clamp(low, high)).to(x.dtype)
+    out = torch.empty_like(x)
+    _polynomial(flat[0], _flat(out)[0], _float32(coeffs), *_float32((low, high)))
+    return out
+
+
+def slope(
+    x: Tensor,
+    gradient: Tensor,
+    coeffs: Sequence[float],
+    interval: tuple[float, float] | None,
+) -> Tensor:
+    """Return gradient * q(x), zero where x is not inside the interval.
+
+    Args:
+        x: any shape.
+        gradient: of the shape of x.
+        coeffs: of q, as in `polynomial`.
+        interval: outside it, and at its ends, a clip passes no gradient.
+    """
+    low, high = interval or (-math.inf, math.inf)
+    flat = _flat(x, gradient)
+    if flat is None:
+        value, passed = _widened(x), _widened(gradient)
+        product = _horner(coeffs, value).mul_(passed)
+        return product.masked_fill_((value <= low) | (value >= high), 0).to(x.dtype)
+    out = torch.empty_like(x)
+    _slope(*flat, _flat(out)[0], _float32(coeffs), *_float32((low, high)))
+    return out
+
+
+def power_sum(x: Tensor, power: int) -> Tensor:
+    """Return the sum of x^power, power even, as a float64 scalar."""
+    flat = _flat(x)
+    if flat is None:
+        return _widened(x).pow(power).sum(dtype=torch.float64)
+    return torch.tensor(_power_sum(flat[0], power // 2), dtype=torch.float64)
+
+
+def power_slope(x: Tensor, power: int, scale: Tensor) -> Tensor:
+    """Return scale * x^(power - 1), power even, of the type of x."""
+    flat = _flat(x)
+    if flat is None:
+        return _widened(x).pow(power - 1).mul_(scale).to(x.dtype)
+    out = torch.empty_like(x)
+    _power_slope(flat[0], _flat(out)[0], power // 2 - 1, np.float32(float(scale)))
+    return out
+
+
+def excess_sum(x: Tensor, centre: float, radius: float, margin: float) -> Tensor:
+    """Return the sum of max(|x - centre| / radius - margin, 0)^2, a float64 scalar."""
+    flat = _flat(x)
+    if flat is None:
+        t = _widened(x).sub(centre).abs_().div_(radius).sub_(margin)
+        return t.clamp_(min=0).square_().sum(dtype=torch.float64)
+    total = _excess_sum(flat[0], *_float32((centre, 1 / radius, margin)))
+    return torch.tensor(total, dtype=torch.float64)
+
+
+def excess_slope(
+    x: Tensor, centre: float, radius: float, margin: float, scale: Tensor
+) -> Tensor:
+    """Return scale * max(|t| - margin, 0) * sign(t), t = (x - centre) / radius."""
+    flat = _flat(x)
+    if flat is None:
+        t = _widened(x).sub(centre).div_(radius)
+        return (t - t.clamp(-margin, margin)).mul_(scale).to(x.dtype)
+    out = torch.empty_like(x)
+    numbers = _float32((centre, 1 / radius, margin, float(scale)))
+    _excess_slope(flat[0], _flat(out)[0], *numbers)
+    return out
+
+
+def _flat(*tensors: Tensor) -> list[np.ndarray] | None:
+    """Return the elements of tensors laid out alike, in the order of their memory.
+
+    None where compiled loops cannot read them: on a device, of another type, with
+    gaps, laid out differently, or without values, as in a trace.
+    """
+    first = tensors[0]
+    if (
+        first.device.type != "cpu"
+        or first.dtype not in _COMPILED
+        or any(type(x) is not Tensor for x in tensors)
+        or any(
+            x.stride() != first.stride() or x.dtype != first.dtype for x in tensors[1:]
+        )
+        or not _dense(first)
+        or torch.jit.is_tracing()
+        or torch.compiler.is_compiling()
+    ):
+        return None
+    whole = [x.detach().as_strided((x.numel(),), (1,)) for x in tensors]
+    if first.dtype == torch.bfloat16:
+        return [x.view(torch.int16).numpy().view(np.uint16) for x in whole]
+    return [x.numpy() for x in whole]
+
+
+def _dense(x: Tensor) -> bool:
+    return x.is_contiguous() or (
+        x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    )
+
+
+def _float32(values: Sequence[float]) -> np.ndarray:
+    return np.array(values, dtype=np.float32)
+
+
+def _widened(x: Tensor) -> Tensor:
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def _horner(coeffs: Sequence[float], x: Tensor) -> Tensor:
+    """Return sum coeffs[k] x^k in a new tensor; x is left alone."""
+    result = torch.full_like(x, coeffs[-1])
+    for coeff in reversed(coeffs[:-1]):
+        result.mul_(x).add_(coeff)
+    return result
+
+
+def _read(part, bits):  # type: ignore[no-untyped-def]
+    """Put a block of elements, widened to float32, into the memory of bits."""
+
+
+@overload(_read)
+def _(part, bits):  # type: ignore[no-untyped-def]
+    if part.dtype.name == "uint16":
+
+        def read(part, bits):
+            for k in range(part.size):
+                bits[k] = np.uint32(part[k]) << np.uint32(16)
+
+    else:
+
+        def read(part, bits):
+            value = bits.view(np.float32)
+            for k in range(part.size):
+                value[k] = part[k]
+
+    return read
+
+
+def _write(bits, part):  # type: ignore[no-untyped-def]
+    """Put float32 values into a block of elements, rounded to nearest, ties even."""
+
+
+@overload(_write)
+def _(bits, part):  # type: ignore[no-untyped-def]
+    if part.dtype.name == "uint16":
+
+        def write(bits, part):
+            for k in range(part.size):
+                odd = (bits[k] >> np.uint32(16)) & np.uint32(1)
+                part[k] = np.uint16(
+                    (bits[k] + np.uint32(0x7FFF) + odd) >> np.uint32(16)
+                )
+
+    else:
+
+        def write(bits, part):
+            value = bits.view(np.float32)
+            for k in range(part.size):
+                part[k] = value[k]
+
+    return write
+
+
+@compiled
+def _polynomial(x, out, coeffs, low, high):
+    bits, sums = np.empty(_BLOCK, np.uint32), np.empty(_BLOCK, np.uint32)
+    value, total = bits.view(np.float32), sums.view(np.float32)
+    for start in range(0, x.size, _BLOCK):
+        part = x[start : start + _BLOCK]
+        _read(part, bits)
+        for k in range(part.size):
+            v = value[k]
+            v = low if v < low else v
+            value[k] = high if v > high else v
+        total[: part.size] = coeffs[-1]
+        for power in range(coeffs.size - 2, -1, -1):
+            coeff = coeffs[power]  # the compiler cannot know that it stays the same
+            for k in range(part.size):
+                total[k] = total[k] * value[k] + coeff
+        _write(sums, out[start : start + _BLOCK])
+
+
+@compiled
+def _slope(x, gradient, out, coeffs, low, high):
+    bits, sums = np.empty(_BLOCK, np.uint32), np.empty(_BLOCK, np.uint32)
+    incoming = np.empty(_BLOCK, np.uint32)
+    value, total = bits.view(np.float32), sums.view(np.float32)
+    passed = incoming.view(np.float32)
+    for start in range(0, x.size, _BLOCK):
+        part = x[start : start + _BLOCK]
+        _read(part, bits)
+        _read(gradient[start : start + _BLOCK], incoming)
+        total[: part.size] = coeffs[-1]
+        for power in range(coeffs.size - 2, -1, -1):
+            coeff = coeffs[power]  # the compiler cannot know that it stays the same
+            for k in range(part.size):
+                total[k] = total[k] * value[k] + coeff
+        for k in range(part.size):
+            stopped = value[k] <= low or value[k] >= high
+            total[k] = np.float32(0) if stopped else total[k] * passed[k]
+        _write(sums, out[start : start + _BLOCK])
+
+
+@compiled
+def _power_sum(x, half):
+    bits, products = np.empty(_BLOCK, np.uint32), np.empty(_BLOCK, np.float32)
+    value = bits.view(np.float32)
+    total = 0.0
+    for start in range(0, x.size, _BLOCK):
+        part = x[start : start + _BLOCK]
+        _read(part, bits)
+        products[: part.size] = 1
+        for _ in range(half):
+            for k in range(part.size):
+                products[k] *= value[k] * value[k]
+        subtotal = np.float32(0)
+        for k in range(part.size):
+            subtotal += products[k]
+        total += subtotal
+    return total
+
+
+@compiled
+def _power_slope(x, out, half, scale):
+    bits, sums = np.empty(_BLOCK, np.uint32), np.empty(_BLOCK, np.uint32)
+    value, product = bits.view(np.float32), sums.view(np.float32)
+    for start in range(0, x.size, _BLOCK):
+        part = x[start : start + _BLOCK]
+        _read(part, bits)
+        for k in range(part.size):
+            product[k] = value[k] * scale
+        for _ in range(half):
+            for k in range(part.size):
+                product[k] *= value[k] * value[k]
+        _write(sums, out[start : start + _BLOCK])
+
+
+@compiled
+def _excess_sum(x, centre, inverse, margin):
+    bits = np.empty(_BLOCK, np.uint32)
+    value = bits.view(np.float32)
+    total = 0.0
+    for start in range(0, x.size, _BLOCK):
+        part = x[start : start + _BLOCK]
+        _read(part, bits)
+        subtotal = np.float32(0)
+        for k in range(part.size):
+            excess = abs(value[k] - centre) * inverse - margin
+            excess = np.float32(0) if excess < 0 else excess
+            subtotal += excess * excess
+        total += subtotal
+    return total
+
+
+@compiled
+def _excess_slope(x, out, centre, inverse, margin, scale):
+    bits = np.empty(_BLOCK, np.uint32)
+    value = bits.view(np.float32)
+    for start in range(0, x.size, _BLOCK):
+        part = x[start : start + _BLOCK]
+        _read(part, bits)
+        for k in range(part.size):
+            t = (value[k] - centre) * inverse
+            if t < -margin:
+                value[k] = (t + margin) * scale
+            elif t > margin:
+                value[k] = (t - margin) * scale
+            else:
+                value[k] = t * np.float32(0)
+        _write(bits, out[start : start + _BLOCK])
