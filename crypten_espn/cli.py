@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from . import doctor
+from . import doctor, projection
 from .channel import TLS
 from .convert import check, convert
 from .demo import run as run_demo
@@ -82,6 +82,22 @@ def _parser() -> argparse.ArgumentParser:
         "--shape",
         type=_shape,
         help="one input's shape without the batch, such as 3,32,32 (.onnx only)",
+    )
+
+    estimator = _command(
+        commands,
+        "estimate",
+        projection.run,
+        "what private inference would cost: rounds, bytes, seconds, capacity, money",
+        [
+            "crypten-espn estimate resnet18 --rtt 20 --bandwidth 1000",
+            "crypten-espn estimate resnet50 --shape 3,224,224 --classes 1000 --macs 40",
+            "crypten-espn estimate model.onnx --shape 3,224,224 --clients 1000",
+        ],
+    )
+    projection.add_arguments(estimator)
+    estimator.add_argument(
+        "--shape", type=_shape, help="one input's shape without the batch: 3,32,32"
     )
 
     _session_commands(commands)

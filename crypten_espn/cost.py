@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +11,9 @@ from dataclasses import dataclass, field, replace
 from .errors import EspnError
 
 RING_BYTES = 8
+PAYLOAD = 1448 / 1500  # TCP payload of an Ethernet packet, with time stamps
+GLOO_DELAYS = 4  # its all_reduce of two ranks makes two round trips
+_FIRST_WINDOW = 10 * 1448  # bytes TCP sends before it has seen an acknowledgement
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,56 @@ class Cost:
             )
         wire = 8 * self.bytes_sent / bits_per_second
         return self.seconds + self.rounds * rtt_s / 2 + wire
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What two parties send each other in one phase, and how.
+
+    Args:
+        rounds: sequential messages.
+        bytes_sent: payload of rank 0 and of rank 1.
+        alternating: one message after another and paced, as in the masked engine's
+            sessions; else a message travels both ways at once, as CrypTen's openings.
+        delays: one-way delays a round takes: 1, or GLOO_DELAYS.
+    """
+
+    rounds: int
+    bytes_sent: tuple[int, int]
+    alternating: bool
+    delays: int = 1
+
+    def seconds_at(
+        self, *, rtt_s: float, bits_per_second: float, seconds: float = 0.0
+    ) -> float:
+        """Predicted seconds: computation, delays, and the bytes at the line's rate.
+
+        Args:
+            rtt_s: round-trip time in seconds.
+            bits_per_second: rate of the line each way, TCP's headers included.
+            seconds: of computation.
+
+        Raises:
+            EspnError: as `Cost.seconds_at`.
+        """
+        total = sum if self.alternating else max
+        cost = Cost(
+            rounds=self.delays * self.rounds,
+            bytes_sent=total(self.bytes_sent),
+            seconds=seconds,
+        )
+        return cost.seconds_at(rtt_s=rtt_s, bits_per_second=PAYLOAD * bits_per_second)
+
+    def slow_start_s(self, *, rtt_s: float, bits_per_second: float) -> float:
+        """Seconds to add when the connection was silent before.
+
+        TCP then doubles its window once a round trip, from ten packets to what fills
+        the path or holds all there is to send. Paced messages keep their rate.
+        """
+        if self.alternating or rtt_s <= 0:
+            return 0.0
+        window = min(bits_per_second * rtt_s / 8, max(self.bytes_sent))
+        return rtt_s * max(0, math.floor(math.log2(max(1, window) / _FIRST_WINDOW)))
 
 
 @dataclass
