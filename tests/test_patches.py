@@ -642,3 +642,22 @@ def test_encoder_range_lets_everything_else_pass() -> None:
     assert encoder.encode(3) == 3 * 2**16
     whole = torch.tensor([2**63 - 1, -(2**63)])
     assert torch.equal(FixedPointEncoder(precision_bits=0).encode(whole), whole)
+
+
+@pytest.mark.parametrize("bits", [8, 12, 16, 20])
+def test_decode_negative(bits: int) -> None:
+    encoder = FixedPointEncoder(precision_bits=bits)
+    ends = torch.arange(-9, 10)[:, None] * 2**bits + torch.arange(-20, 20)
+    exact = ends.double() / 2**bits
+    assert (encoder.decode(ends) - exact).abs().max() < 1e-6
+    assert encoder.decode(ends).dtype == torch.float32
+    with without("decode_negative"):
+        wrong = (encoder.decode(ends) - exact).abs() > 0.9
+        # k - 1 of the values next to each -k, here up to 9.
+        assert int(wrong.sum()) == sum(range(9))
+        assert bool((exact[wrong] < -1).all())
+
+
+def test_decode_negative_leaves_integers_alone() -> None:
+    values = torch.tensor([-5, -1, 0, 7])
+    assert FixedPointEncoder(precision_bits=0).decode(values).tolist() == [-5, -1, 0, 7]
