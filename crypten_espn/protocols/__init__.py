@@ -43,6 +43,7 @@ PROTOCOLS: dict[str, Protocol] = {
 TRUNCATIONS = ("local", "exact")
 # local truncation fails with this probability, 2**-29, per element of magnitude 1.
 FAILURE_BITS = 29
+_FIELDS = ("protocol", "truncation", "failure_bits")
 
 crypten.cfg.config = OmegaConf.merge(
     crypten.cfg.config,
@@ -100,22 +101,24 @@ def current_settings() -> Settings:
             1 to 48 bits.
     """
     chosen = crypten.cfg.espn
-    if chosen.protocol not in PROTOCOLS:
+    return _checked(**{name: chosen[name] for name in _FIELDS})
+
+
+def _checked(protocol: str, truncation: str, failure_bits: int) -> Settings:
+    if protocol not in PROTOCOLS:
         raise ProtocolError(
-            f"protocol {chosen.protocol!r}: choose one of {', '.join(PROTOCOLS)}"
+            f"protocol {protocol!r}: choose one of {', '.join(PROTOCOLS)}"
         )
-    if chosen.truncation not in TRUNCATIONS:
+    if truncation not in TRUNCATIONS:
         raise ProtocolError(
-            f"truncation {chosen.truncation!r}: choose one of {', '.join(TRUNCATIONS)}"
+            f"truncation {truncation!r}: choose one of {', '.join(TRUNCATIONS)}"
         )
-    if not 1 <= chosen.failure_bits <= 48:
+    if not 1 <= failure_bits <= 48:
         raise ProtocolError(
-            f"failure_bits {chosen.failure_bits!r}: local truncation fails with "
+            f"failure_bits {failure_bits!r}: local truncation fails with "
             "probability 2**-failure_bits; choose 1 to 48"
         )
-    return Settings(
-        PROTOCOLS[chosen.protocol], chosen.truncation, int(chosen.failure_bits)
-    )
+    return Settings(PROTOCOLS[protocol], truncation, int(failure_bits))
 
 
 @contextmanager
@@ -139,15 +142,25 @@ def settings(
     Raises:
         ProtocolError: an unknown name or a failure target out of range.
     """
-    chosen = {
-        "espn.protocol": protocol,
-        "espn.truncation": truncation,
-        "espn.failure_bits": failure_bits,
+    given = {
+        "protocol": protocol,
+        "truncation": truncation,
+        "failure_bits": failure_bits,
     }
-    with crypten.cfg.temp_override(
-        {key: value for key, value in chosen.items() if value is not None}
-    ):
-        yield current_settings()
+    before = {name: crypten.cfg.espn[name] for name in _FIELDS}
+    chosen = {n: before[n] if value is None else value for n, value in given.items()}
+    result = _checked(**chosen)
+    changed = [name for name in _FIELDS if chosen[name] != before[name]]
+    # In place, which takes microseconds: cfg.temp_override copies the whole
+    # configuration, milliseconds at every activation. Read anew at the end: the block
+    # may have replaced the configuration.
+    try:
+        for name in changed:
+            crypten.cfg.espn[name] = chosen[name]
+        yield result
+    finally:
+        for name in changed:
+            crypten.cfg.espn[name] = before[name]
 
 
 def polyval(x: MPCTensor, polynomial: Polynomial) -> MPCTensor:
