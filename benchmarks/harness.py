@@ -415,11 +415,36 @@ def compare(old: Results, new: Results) -> tuple[list[str], list[str]]:
     return changes, lonely
 
 
+# Medians of two runs on a quiet machine are this close, as a share of the older one.
+QUIET = 0.15
+
+
+def drift(old: Results, new: Results) -> list[tuple[str, float]]:
+    """How far each cell's online median moved: (cell, new / old - 1), farthest first."""
+    before = {row.key: row.online_s.median for row in old.rows}
+    moved = [
+        (" ".join(map(str, row.key)), row.online_s.median / before[row.key] - 1)
+        for row in new.rows
+        if row.key in before
+    ]
+    return sorted(moved, key=lambda cell: -abs(cell[1]))
+
+
 def report_comparison(old: str | Path, new: Results) -> int:
-    """Print the comparison with the file `old`; 1 if anything on the wire changed."""
-    changes, lonely = compare(Results.read(old), new)
+    """Print the comparison with the file `old`; 1 if anything on the wire changed.
+
+    Medians that moved by more than `QUIET` are shown, and are no failure: time is the
+    machine's.
+    """
+    before = Results.read(old)
+    changes, lonely = compare(before, new)
     for line in lonely:
         print(line)
+    moved = drift(before, new)
+    far = [f"{cell}: {share:+.0%}" for cell, share in moved if abs(share) > QUIET]
+    for line in far:
+        print(f"slower or faster: {line}")
+    print(f"online medians: {len(moved) - len(far)} of {len(moved)} within {QUIET:.0%}")
     for line in changes:
         print(f"CHANGED {line}")
     if not changes:

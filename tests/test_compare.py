@@ -70,6 +70,8 @@ def test_time_alone_may_change(
     assert harness.main(["--compare", old, new]) == 0
     out = capsys.readouterr().out
     assert "rounds and bytes are those of" in out
+    assert "slower or faster: resnet18 espn crypten+direct wan 1: +800%" in out
+    assert "online medians: 0 of 1 within 15%" in out
     assert (
         "only in the new run: ('resnet18', 'espn', 'crypten+direct', 'wan', 8)" in out
     )
