@@ -53,11 +53,18 @@ def steps(*, full: bool) -> list[Step]:
     """The runs of `make bench`, or of `make bench-full`."""
     layer = ("--points", "32768", "--networks", *activations.NETWORKS)
     warm = ("--networks", "wan", "--channels", "direct", "--warm")
+    one_round = ("--protocols", "espn", "opened_mask", "--channels", "direct")
+    warm_layer = Step(
+        "layer",
+        "activations",
+        ("--networks", "loopback", "100ms", *one_round, "--warm", "--repeat", "15"),
+    )
     if full:
         everything = ("--models", *inference.MODELS, "--limit-s", "1800")
         polynomial = ("--protocols", "masked", *inference.POLYNOMIAL_PROTOCOLS)
         return [
             Step("activations", "activations", (*layer, "wan", "--repeat", "21")),
+            warm_layer,
             Step(
                 "inference",
                 "inference",
@@ -74,6 +81,7 @@ def steps(*, full: bool) -> list[Step]:
     systems = ("--protocols", "masked", "espn", "crypten-relu")
     return [
         Step("activations", "activations", (*layer, "--repeat", "7")),
+        warm_layer,
         Step(
             "inference",
             "inference",
@@ -88,6 +96,8 @@ def steps(*, full: bool) -> list[Step]:
     ]
 
 
+# The steps whose results are rows of the harness.
+RUNS = ("activations", "layer", "inference", "warm")
 MAINS: Mapping[str, Callable[[Sequence[str]], int]] = {
     "activations": activations.main,
     "inference": inference.main,
@@ -157,7 +167,7 @@ def render(folder: Path) -> list[Path]:
     files: list[Path] = []
     runs = {
         name: Results.read(folder / f"{name}.json")
-        for name in ("activations", "inference", "warm")
+        for name in RUNS
         if (folder / f"{name}.json").exists()
     }
     if not runs:
@@ -241,6 +251,7 @@ def _page(
             parts += ["<h2>The paths, as measured</h2>", _html_table(head, lines)]
     titles = {
         "activations": "One activation layer",
+        "layer": "One activation layer, no slow start after idle",
         "inference": "Whole networks",
         "warm": "Whole networks, no slow start after idle",
     }
@@ -393,7 +404,7 @@ def _accuracy_columns(line: Mapping[str, str]) -> dict[str, str]:
 def compare(old: Path, new: Path) -> int:
     """Compare every results file that is in both folders; 1 if the wire changed."""
     status, compared = 0, 0
-    for name in ("activations", "inference", "warm"):
+    for name in RUNS:
         before, after = old / f"{name}.json", new / f"{name}.json"
         if before.exists() and after.exists():
             compared += 1
