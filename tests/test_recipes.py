@@ -388,6 +388,11 @@ def test_options_override_the_recipe() -> None:
     assert (tuned.epochs, tuned.replace_epochs) == (37, 9.25)
     assert (tuned.penalty, tuned.beta) == ("boundary", 1e-4)
     assert tuned.learning_rate == pytest.approx(0.013 * 0.4)
+    tuned = command._overridden(
+        find_recipe("fashion-resnet"),
+        parsed("--start", "x", "--epochs", "8", "--beta", "3e-4", finetune=True),
+    )
+    assert (tuned.epochs, tuned.replace_epochs, tuned.beta) == (8, 2, 3e-4)
 
 
 def test_the_command_trains_and_reports(

@@ -13,7 +13,7 @@ import torch
 
 from .data import load_dataset
 from .penalty import range_report
-from .recipes import RECIPES, Recipe, find_recipe, train
+from .recipes import RECIPES, Recipe, find_recipe, fine_tuning, train
 from .storage import load_network
 
 # Fields that the command line may override, with their help.
@@ -146,27 +146,9 @@ def _overridden(recipe: Recipe, args: argparse.Namespace) -> Recipe:
         for name in _OVERRIDES
         if getattr(args, name, None) is not None
     }
-    recipe = replace(recipe, **given)
     if not args.finetune:
-        return recipe
-    # A fine-tuning keeps what was learnt: fewer epochs, a lower rate. The inputs of a
-    # trained ReLU may be far outside the interval, where the gradient of a tenth power
-    # is overwhelming: the boundary penalty grows quadratically.
-    if args.epochs is None:
-        recipe = replace(recipe, epochs=max(recipe.epochs // 5, 1))
-    if args.learning_rate is None:
-        recipe = replace(recipe, learning_rate=recipe.learning_rate * 0.4)
-    if args.penalty is None:
-        recipe = replace(recipe, penalty="boundary")
-    if args.beta is None and recipe.penalty == "boundary":
-        recipe = replace(recipe, beta=1e-4)
-    if args.clip_norm is None:
-        recipe = replace(recipe, clip_norm=1.0)
-    replaced = args.replace_epochs
+        return replace(recipe, **given)
     return replace(
-        recipe,
-        activation="polynomial",
-        warmup_epochs=min(recipe.warmup_epochs, recipe.epochs / 10),
-        stage_epochs=min(recipe.stage_epochs, recipe.epochs / 16),
-        replace_epochs=recipe.epochs / 4 if replaced is None else replaced,
+        fine_tuning(recipe, epochs=args.epochs, replace_epochs=args.replace_epochs),
+        **given,
     )

@@ -19,7 +19,6 @@ from torch import Tensor
 from ..compiled import compiled
 
 _BLOCK = 1024  # elements whose intermediate values stay in the first-level cache
-_COMPILED = {torch.float32: np.float32, torch.bfloat16: np.uint16}
 
 
 def polynomial(
@@ -33,11 +32,10 @@ def polynomial(
         interval: where to clip x.
     """
     low, high = interval or (-math.inf, math.inf)
-    flat = _flat(x)
-    if flat is None:
+    if not _readable(x):
         return _horner(coeffs, _widened(x).clamp(low, high)).to(x.dtype)
     out = torch.empty_like(x)
-    _polynomial(flat[0], _flat(out)[0], _float32(coeffs), *_float32((low, high)))
+    _polynomial(_elements(x), _elements(out), _float32(coeffs), *_float32((low, high)))
     return out
 
 
@@ -56,41 +54,43 @@ def slope(
         interval: outside it, and at its ends, a clip passes no gradient.
     """
     low, high = interval or (-math.inf, math.inf)
-    flat = _flat(x, gradient)
-    if flat is None:
+    if not _readable(x, gradient):
         value, passed = _widened(x), _widened(gradient)
         product = _horner(coeffs, value).mul_(passed)
         return product.masked_fill_((value <= low) | (value >= high), 0).to(x.dtype)
     out = torch.empty_like(x)
-    _slope(*flat, _flat(out)[0], _float32(coeffs), *_float32((low, high)))
+    _slope(
+        _elements(x),
+        _elements(gradient),
+        _elements(out),
+        _float32(coeffs),
+        *_float32((low, high)),
+    )
     return out
 
 
 def power_sum(x: Tensor, power: int) -> Tensor:
     """Return the sum of x^power, power even, as a float64 scalar."""
-    flat = _flat(x)
-    if flat is None:
+    if not _readable(x):
         return _widened(x).pow(power).sum(dtype=torch.float64)
-    return torch.tensor(_power_sum(flat[0], power // 2), dtype=torch.float64)
+    return torch.tensor(_power_sum(_elements(x), power // 2), dtype=torch.float64)
 
 
 def power_slope(x: Tensor, power: int, scale: Tensor) -> Tensor:
     """Return scale * x^(power - 1), power even, of the type of x."""
-    flat = _flat(x)
-    if flat is None:
+    if not _readable(x):
         return _widened(x).pow(power - 1).mul_(scale).to(x.dtype)
     out = torch.empty_like(x)
-    _power_slope(flat[0], _flat(out)[0], power // 2 - 1, np.float32(float(scale)))
+    _power_slope(_elements(x), _elements(out), power // 2 - 1, np.float32(float(scale)))
     return out
 
 
 def excess_sum(x: Tensor, centre: float, radius: float, margin: float) -> Tensor:
     """Return the sum of max(|x - centre| / radius - margin, 0)^2, a float64 scalar."""
-    flat = _flat(x)
-    if flat is None:
+    if not _readable(x):
         t = _widened(x).sub(centre).abs_().div_(radius).sub_(margin)
         return t.clamp_(min=0).square_().sum(dtype=torch.float64)
-    total = _excess_sum(flat[0], *_float32((centre, 1 / radius, margin)))
+    total = _excess_sum(_elements(x), *_float32((centre, 1 / radius, margin)))
     return torch.tensor(total, dtype=torch.float64)
 
 
@@ -98,39 +98,40 @@ def excess_slope(
     x: Tensor, centre: float, radius: float, margin: float, scale: Tensor
 ) -> Tensor:
     """Return scale * max(|t| - margin, 0) * sign(t), t = (x - centre) / radius."""
-    flat = _flat(x)
-    if flat is None:
+    if not _readable(x):
         t = _widened(x).sub(centre).div_(radius)
         return (t - t.clamp(-margin, margin)).mul_(scale).to(x.dtype)
     out = torch.empty_like(x)
     numbers = _float32((centre, 1 / radius, margin, float(scale)))
-    _excess_slope(flat[0], _flat(out)[0], *numbers)
+    _excess_slope(_elements(x), _elements(out), *numbers)
     return out
 
 
-def _flat(*tensors: Tensor) -> list[np.ndarray] | None:
-    """Return the elements of tensors laid out alike, in the order of their memory.
+def _readable(*tensors: Tensor) -> bool:
+    """Whether compiled loops can read tensors side by side.
 
-    None where compiled loops cannot read them: on a device, of another type, with
-    gaps, laid out differently, or without values, as in a trace.
+    They cannot where tensors are on a device, of another type, with gaps, laid out
+    differently, or without values, as in a trace.
     """
     first = tensors[0]
-    if (
-        first.device.type != "cpu"
-        or first.dtype not in _COMPILED
-        or any(type(x) is not Tensor for x in tensors)
-        or any(
-            x.stride() != first.stride() or x.dtype != first.dtype for x in tensors[1:]
-        )
-        or not _dense(first)
-        or torch.jit.is_tracing()
-        or torch.compiler.is_compiling()
-    ):
-        return None
-    whole = [x.detach().as_strided((x.numel(),), (1,)) for x in tensors]
-    if first.dtype == torch.bfloat16:
-        return [x.view(torch.int16).numpy().view(np.uint16) for x in whole]
-    return [x.numpy() for x in whole]
+    return (
+        first.device.type == "cpu"
+        and first.dtype in (torch.float32, torch.bfloat16)
+        and all(type(x) is Tensor for x in tensors)
+        and all(x.stride() == first.stride() for x in tensors[1:])
+        and all(x.dtype == first.dtype for x in tensors[1:])
+        and _dense(first)
+        and not torch.jit.is_tracing()
+        and not torch.compiler.is_compiling()
+    )
+
+
+def _elements(x: Tensor) -> np.ndarray:
+    """Return the elements in the order of their memory; bfloat16 as its 16 bits."""
+    flat = x.detach().as_strided((x.numel(),), (1,))
+    if x.dtype == torch.bfloat16:
+        return flat.view(torch.int16).numpy().view(np.uint16)
+    return flat.numpy()
 
 
 def _dense(x: Tensor) -> bool:
@@ -155,12 +156,12 @@ def _horner(coeffs: Sequence[float], x: Tensor) -> Tensor:
     return result
 
 
-def _read(part, bits):  # type: ignore[no-untyped-def]
+def _read(part, bits):
     """Put a block of elements, widened to float32, into the memory of bits."""
 
 
 @overload(_read)
-def _(part, bits):  # type: ignore[no-untyped-def]
+def _(part, bits):
     if part.dtype.name == "uint16":
 
         def read(part, bits):
@@ -177,12 +178,12 @@ def _(part, bits):  # type: ignore[no-untyped-def]
     return read
 
 
-def _write(bits, part):  # type: ignore[no-untyped-def]
+def _write(bits, part):
     """Put float32 values into a block of elements, rounded to nearest, ties even."""
 
 
 @overload(_write)
-def _(bits, part):  # type: ignore[no-untyped-def]
+def _(bits, part):
     if part.dtype.name == "uint16":
 
         def write(bits, part):
@@ -257,7 +258,7 @@ def _power_sum(x, half):
         subtotal = np.float32(0)
         for k in range(part.size):
             subtotal += products[k]
-        total += subtotal
+        total += float(subtotal)
     return total
 
 
@@ -289,7 +290,7 @@ def _excess_sum(x, centre, inverse, margin):
             excess = abs(value[k] - centre) * inverse - margin
             excess = np.float32(0) if excess < 0 else excess
             subtotal += excess * excess
-        total += subtotal
+        total += float(subtotal)
     return total
 
 

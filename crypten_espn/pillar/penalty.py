@@ -181,9 +181,10 @@ class _BoundarySum(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
         (x,) = ctx.saved_tensors
-        _, radius, margin = ctx.form
+        centre, radius, margin = ctx.form
         scale = gradients[0] * (2 / radius / (1 - margin) ** 2)
-        return elementwise.excess_slope(x, *ctx.form, scale), None, None, None
+        slope = elementwise.excess_slope(x, centre, radius, margin, scale)
+        return slope, None, None, None
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import os
 import random
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -286,6 +286,35 @@ def find_recipe(name: str) -> Recipe:
     if name not in RECIPES:
         raise TrainingError(f"unknown recipe {name!r}; known are {', '.join(RECIPES)}")
     return RECIPES[name]
+
+
+def fine_tuning(
+    recipe: Recipe, *, epochs: int | None = None, replace_epochs: float | None = None
+) -> Recipe:
+    """Return the recipe that makes a trained network of ReLUs polynomial.
+
+    It keeps what was learnt: fewer epochs, a lower rate, ReLUs giving way one by one.
+    Inputs of a trained ReLU may be far outside the interval, where the gradient of a
+    tenth power is overwhelming; the boundary penalty's grows linearly.
+
+    Args:
+        recipe: that of training from scratch.
+        epochs: a fifth of the recipe's by default.
+        replace_epochs: a quarter of the epochs by default.
+    """
+    epochs = max(recipe.epochs // 5, 1) if epochs is None else epochs
+    return replace(
+        recipe,
+        activation="polynomial",
+        epochs=epochs,
+        learning_rate=recipe.learning_rate * 0.4,
+        warmup_epochs=min(recipe.warmup_epochs, epochs / 10),
+        penalty="boundary",
+        beta=1e-4,
+        clip_norm=1.0,
+        stage_epochs=min(recipe.stage_epochs, epochs / 16),
+        replace_epochs=epochs / 4 if replace_epochs is None else replace_epochs,
+    )
 
 
 @dataclass(frozen=True)

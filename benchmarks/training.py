@@ -1,0 +1,200 @@
+"""Trained networks: polynomials against ReLU under the same budget, over seeds.
+
+Follows recipes of the package once per seed and kind, and compares the test accuracies.
+A run takes tens of minutes on a core; each is resumed where it stopped, and one that
+has ended is not repeated.
+
+    python -m benchmarks.training --recipes fashion-minionn --seeds 1 2 3
+    python -m benchmarks.training --recipes fashion-resnet32 --kinds polynomial relu
+    python -m benchmarks.training --recipes fashion-resnet --kinds finetuned
+    python -m benchmarks.training --table
+
+Kinds: polynomial and relu differ in nothing but the activation and its penalty;
+finetuned starts from the relu run of the same seed and has a fifth of its epochs.
+Results: RECIPE-KIND-SEED.json and its log .csv in --out, and training.csv beside that
+folder, from every file there. Running states are kept in --runs. The test set is read
+once, after the epoch was chosen on validation images.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from crypten_espn.errors import EspnError
+from crypten_espn.pillar.recipes import RECIPES, Recipe, find_recipe, fine_tuning, train
+
+from . import harness
+from .harness import ResultsError
+
+KINDS = ("polynomial", "relu", "finetuned")
+RESULTS = Path("benchmarks/results/training")
+RUNS = Path("out/training")
+
+
+def recipe_of(name: str, kind: str, seed: int) -> Recipe:
+    """The recipe that one run follows."""
+    recipe = replace(find_recipe(name), seed=seed)
+    if kind == "finetuned":
+        return fine_tuning(recipe)
+    return replace(recipe, activation=kind)
+
+
+def follow(
+    name: str, kind: str, seed: int, *, runs: Path, out: Path, data: Path, quiet: bool
+) -> str:
+    """Finish one run unless it has ended, put its results into `out`; one line."""
+    recipe = recipe_of(name, kind, seed)
+    title = f"{name}-{kind}-{seed}"
+    folder = runs / title
+    if not _ended(folder, recipe):
+        start = None
+        if kind == "finetuned":
+            start = runs / f"{name}-relu-{seed}" / "network.safetensors"
+            if not start.exists():
+                raise ResultsError(
+                    f"{title} starts from {start}, which does not exist; run with "
+                    "--kinds relu finetuned"
+                )
+        train(recipe, out=folder, data=data, start=start, progress=not quiet)
+    result = json.loads((folder / "result.json").read_text())
+    del result["path"]
+    record = {"kind": kind, "machine": harness.machine(), **result}
+    out.mkdir(parents=True, exist_ok=True)
+    harness.write_atomically(out / f"{title}.json", json.dumps(record, indent=1) + "\n")
+    shutil.copyfile(folder / "log.csv", out / f"{title}.csv")
+    return f"{title}: test accuracy {result['test_accuracy']:.2%}"
+
+
+def _ended(folder: Path, recipe: Recipe) -> bool:
+    path = folder / "result.json"
+    return path.exists() and json.loads(path.read_text())["recipe"] == asdict(recipe)
+
+
+def summary(folder: Path) -> list[dict[str, str]]:
+    """One row for each recipe and kind in a folder of results.
+
+    Raises:
+        ResultsError: there is none, or a file is not a result.
+    """
+    cells: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for path in sorted(folder.glob("*.json")):
+        try:
+            record = json.loads(path.read_text())
+            key = record["recipe"]["name"], record["kind"]
+            cells.setdefault(key, []).append(record)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ResultsError(f"{path}: not a training result ({error!r})") from error
+    if not cells:
+        raise ResultsError(f"{folder}: no results there; run the benchmark first")
+    return [
+        _row(records, kind, cells.get((name, "relu"), []))
+        for (name, kind), records in sorted(
+            cells.items(), key=lambda cell: (cell[0][0], KINDS.index(cell[0][1]))
+        )
+    ]
+
+
+def _row(
+    records: Sequence[dict[str, Any]], kind: str, relu: Sequence[dict[str, Any]]
+) -> dict[str, str]:
+    recipe = records[0]["recipe"]
+    points = {r["recipe"]["seed"]: 100 * r["test_accuracy"] for r in records}
+    against = {r["recipe"]["seed"]: 100 * r["test_accuracy"] for r in relu}
+    paired = [points[seed] - against[seed] for seed in points if seed in against]
+    machine = records[-1]["machine"]
+    return {
+        "recipe": recipe["name"],
+        "network": recipe["network"],
+        "activation": {
+            "relu": "ReLU",
+            "polynomial": f"degree {recipe['degree']}",
+            "finetuned": f"degree {recipe['degree']}, fine-tuned",
+        }[kind],
+        "epochs": str(recipe["epochs"]),
+        "seeds": " ".join(map(str, sorted(points))),
+        "test accuracy": f"{statistics.mean(points.values()):.2f}",
+        "range": f"{min(points.values()):.2f} to {max(points.values()):.2f}",
+        "against ReLU": f"{statistics.mean(paired):+.2f}"
+        if paired and kind != "relu"
+        else "",
+        "minutes": f"{statistics.mean(r['seconds'] for r in records) / 60:.0f}",
+        **{name: str(machine[name]) for name in ("commit", "date", "processor")},
+    }
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line's options."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.training",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--recipes",
+        nargs="+",
+        metavar="NAME",
+        choices=tuple(RECIPES),
+        default=["fashion-minionn", "fashion-resnet32"],
+        help="default: %(default)s",
+    )
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS[:2])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1])
+    parser.add_argument("--data", type=Path, default=Path("data"), help="data set")
+    parser.add_argument("--runs", type=Path, default=RUNS, help="running states")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="results")
+    parser.add_argument("--threads", type=int, help="processor threads of torch")
+    parser.add_argument("--table", action="store_true", help="train nothing")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; see the module's text for examples."""
+    options = make_parser().parse_args(arguments)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    try:
+        cells = [
+            (name, kind, seed)
+            for name in options.recipes
+            for seed in options.seeds
+            for kind in sorted(options.kinds, key=("relu", *KINDS).index)
+        ]
+        for name, kind, seed in [] if options.table else cells:
+            line = follow(
+                name,
+                kind,
+                seed,
+                runs=options.runs,
+                out=options.out,
+                data=options.data,
+                quiet=options.quiet,
+            )
+            print(line, flush=True)
+        rows = summary(options.out)
+    except (EspnError, ResultsError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command continues", file=sys.stderr)
+        return 130
+    harness.write_atomically(
+        options.out.parent / "training.csv", harness.csv_text(rows)
+    )
+    shown = [name for name in rows[0] if name not in ("commit", "date", "processor")]
+    print(harness.columns([shown, *([r[c] for c in shown] for r in rows)], left=3))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
