@@ -25,7 +25,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import accuracy, activations, costmodel, harness, inference, wan
+from . import accuracy, activations, costmodel, figures, harness, inference, wan
 from .harness import Results, ResultsError, write_atomically
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -76,6 +76,7 @@ def steps(*, full: bool) -> list[Step]:
                 (*everything, *polynomial, *warm, "--repeat", "5"),
             ),
             Step("accuracy", "accuracy", ("--images", "256")),
+            Step("figures", "figures", ("--full", "--fresh")),
         ]
     two = ("--models", "minionn", "resnet18")
     systems = ("--protocols", "masked", "espn", "crypten-relu")
@@ -102,6 +103,7 @@ MAINS: Mapping[str, Callable[[Sequence[str]], int]] = {
     "activations": activations.main,
     "inference": inference.main,
     "accuracy": accuracy.main,
+    "figures": figures.main,
 }
 
 
@@ -113,7 +115,7 @@ def run(chosen: Sequence[Step], folder: Path, *, fallback: bool) -> list[str]:
     problems = _measure_paths(folder)
     for step in chosen:
         arguments = [*step.arguments, "--json", str(folder / f"{step.name}.json")]
-        if fallback and step.module != "accuracy":
+        if fallback and step.module in ("activations", "inference"):
             arguments.append("--fallback")
         print(f"\n== {step.command}", flush=True)
         try:
@@ -273,6 +275,11 @@ def _page(
         parts += ["<h2>Accuracy</h2>", _command(commands.get("accuracy"))]
         parts.append(_figure(folder / "accuracy.svg"))
         parts.append(_html_table(accuracy.COLUMNS, map(accuracy.cells, tested[1])))
+    drawn = figures.pictures(folder)
+    if drawn:
+        parts += ["<h2>Training</h2>", _command("python -m benchmarks.figures")]
+    for caption, path in drawn:
+        parts += [f"<p>{_text(caption)}</p>", _figure(path)]
     return "\n".join(parts) + "</body></html>\n"
 
 
@@ -348,7 +355,7 @@ def markdown(folder: Path, name: str) -> str:
     if not lines:
         raise ResultsError(f"{path}: no rows; run the benchmarks")
     try:
-        columns = _accuracy_columns if name == "accuracy" else _row_columns
+        columns = _COLUMNS.get(name, _row_columns)
         body = [columns(line) for line in lines]
     except KeyError as error:
         raise ResultsError(f"{path}: no column {error}; run the benchmarks") from error
@@ -396,6 +403,13 @@ def _accuracy_columns(line: Mapping[str, str]) -> dict[str, str]:
         "same answer": f"{float(line['agreement']):.2%}",
         "s/image": _three_digits(line["total_s"]),
     }
+
+
+def _training_columns(line: Mapping[str, str]) -> dict[str, str]:
+    return {k: v for k, v in line.items() if k not in ("commit", "date", "processor")}
+
+
+_COLUMNS = {"accuracy": _accuracy_columns, "training": _training_columns}
 
 
 # ----------------------------------------------------------------------- command line
