@@ -95,10 +95,13 @@ def _parser() -> argparse.ArgumentParser:
             "crypten-espn estimate model.onnx --shape 3,224,224 --clients 1000",
         ],
     )
-    projection.add_arguments(estimator)
     estimator.add_argument(
-        "--shape", type=_shape, help="one input's shape without the batch: 3,32,32"
+        "--shape",
+        type=_shape,
+        help="one input's shape without the batch, such as 3,32,32 (default: the "
+        "network's own)",
     )
+    projection.add_arguments(estimator)
 
     _session_commands(commands)
 

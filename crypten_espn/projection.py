@@ -949,7 +949,7 @@ def _text(
     ]  # fmt: skip
     limits: list[tuple[str, ...]] = [("engine", *_PARTS, "images/s, held by")]
     bills: list[tuple[str, ...]] = [
-        ("engine", "server TB", "client GB", "core hours", "egress TB", "price")
+        ("engine", "server TB", "client TB", "core hours", "egress TB", "price")
     ]
     for line in rows:
         down, up = line["bytes_sent"]
@@ -961,26 +961,26 @@ def _text(
                 line["engine"],
                 str(line["rounds"]),
                 *(f"{size / 1e6:.2f}" for size in sizes),
-                *(f"{value:.3g}" for value in seconds),
+                *map(_short, seconds),
             )
         )
         capacity, least = line["images_per_s"], line["bottleneck"]
         limits.append(
             (
                 line["engine"],
-                *(f"{capacity[part]:.3g}" for part in _PARTS),
-                f"{capacity[least]:.3g}, {least}",
+                *(_short(capacity[part]) for part in _PARTS),
+                f"{_short(capacity[least])}, {least}",
             )
         )
         bill = line["per_million"]
         bills.append(
             (
                 line["engine"],
-                f"{bill['server_bytes'] / 1e12:.3g}",
-                f"{bill['client_bytes'] / 1e9:.3g}",
-                f"{bill['core_hours']:.3g}",
-                f"{bill['egress_bytes'] / 1e12:.3g}",
-                f"{bill['price']:.3g}",
+                _short(bill["server_bytes"] / 1e12),
+                _short(bill["client_bytes"] / 1e12),
+                _short(bill["core_hours"]),
+                _short(bill["egress_bytes"] / 1e12),
+                _short(bill["price"]),
             )
         )
     lines += [
@@ -996,13 +996,19 @@ def _text(
         "",
         f"A million images, at assumed prices of {d.core_hour:g} a core hour, "
         f"{d.gigabyte_egress:g} a GB sent by server or dealer and "
-        f"{d.gigabyte_month:g} a GB month, material kept {d.storage_days:g} days:",
+        f"{d.gigabyte_month:g} a GB month, {d.storage_days:g} days of it:",
         *_table(bills),
     ]
     return "\n".join(lines)
 
 
 _PARTS = ("clients", "server cores", "server line", "dealer cores", "dealer line")
+
+
+def _short(value: float) -> str:
+    """Three digits, without an exponent."""
+    text = f"{value:.3g}"
+    return f"{float(text):,.0f}" if value >= 1000 else text
 
 
 def _table(rows: list[tuple[str, ...]]) -> Iterator[str]:

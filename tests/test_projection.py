@@ -5,6 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
+import shlex
+import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -333,3 +337,18 @@ def test_command_refuses_with_a_cure(capsys, tmp_path):
     options = ["--macs", "40", "--engines", "espn", "--json", missing]
     assert cli.main(["estimate", "minionn", *options]) == 2
     assert "name a file in a folder that exists" in capsys.readouterr().err
+
+
+README = Path(__file__).resolve().parent.parent / "benchmarks" / "README.md"
+SHOWN = re.compile(
+    r"^    \$ crypten-espn (estimate .*?)\n((?:    .*\n|\n(?=    ))+)", re.M
+)
+
+
+def test_projections_in_the_benchmarks_readme_are_what_the_command_prints(capsys):
+    text = README.read_text().replace("\\\n", "")
+    blocks = SHOWN.findall(text)
+    assert len(blocks) == 2
+    for arguments, expected in blocks:
+        assert cli.main(shlex.split(arguments)) == 0
+        assert capsys.readouterr().out == textwrap.dedent(expected)
