@@ -420,7 +420,7 @@ QUIET = 0.15
 
 
 def drift(old: Results, new: Results) -> list[tuple[str, float]]:
-    """How far each cell's online median moved: (cell, new / old - 1), far ones first."""
+    """How far each cell's online median moved, new / old - 1; far ones first."""
     before = {row.key: row.online_s.median for row in old.rows}
     moved = [
         (" ".join(map(str, row.key)), row.online_s.median / before[row.key] - 1)
