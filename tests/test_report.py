@@ -9,7 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import accuracy, activations, costmodel, harness, inference, report
+from benchmarks import (
+    accuracy,
+    activations,
+    costmodel,
+    figures,
+    harness,
+    inference,
+    report,
+)
 from benchmarks.harness import Results, ResultsError, Row, Spread
 
 LOOPBACK = Row(
@@ -126,7 +134,7 @@ def test_prediction_adds_delays_bytes_and_computation() -> None:
 def test_every_step_is_a_command_its_benchmark_accepts(full: bool) -> None:
     steps = report.steps(full=full)
     assert {step.name for step in steps} >= {*report.RUNS, "accuracy"}
-    parsers = {"activations": activations, "inference": inference}
+    parsers = {"activations": activations, "inference": inference, "figures": figures}
     for step in steps:
         benchmark = parsers.get(step.module, accuracy)
         benchmark.make_parser().parse_args(step.arguments)
