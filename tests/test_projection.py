@@ -34,6 +34,7 @@ from crypten_espn.projection import (
     per_million,
     workload,
 )
+from crypten_espn.session import SessionCost
 
 POLYNOMIAL = espn.Polynomial.fit(torch.relu, degree=4)
 WAN = Deployment(rtt_s=0.1, bits_per_second=100e6)
@@ -67,9 +68,9 @@ def small(tmp_path_factory):
     relu = Small().eval()
     path = tmp_path_factory.mktemp("small") / "small.onnx"
     path.write_bytes(export(relu, torch.zeros(1, 3, 8, 8)))
-    twin = Small()
-    twin.load_state_dict(relu.state_dict())
-    twin = espn.replace_activations(twin, {nn.ReLU: POLYNOMIAL}).eval()
+    same = Small()
+    same.load_state_dict(relu.state_dict())
+    twin = espn.replace_activations(same, {nn.ReLU: POLYNOMIAL}).eval()
     return path, relu, twin
 
 
@@ -174,6 +175,7 @@ def test_masked_engine_in_a_session(small):
     cost = costs(workload(str(path), input_shape=(3, 8, 8)))["masked"]
     x = torch.randn(1, 3, 8, 8)
     _, measured = espn.simulate(espn.convert(twin, x), x)
+    assert isinstance(measured, SessionCost)
     frame = 20 * cost.traffic.rounds // 2
     assert measured.rounds == cost.traffic.rounds
     assert measured.bytes_sent - frame == cost.traffic.bytes_sent[1]
