@@ -8,13 +8,19 @@ and in how many images the private answer is the one in the clear.
 
     python -m benchmarks.accuracy --json out/accuracy.json --plot out/accuracy
     python -m benchmarks.accuracy --networks my.safetensors --images 64 --batch 32
-    python -m benchmarks.accuracy --data data --images 1000
+    python -m benchmarks.accuracy --images 1000 --batch 100 --systems masked espn \\
+        --precision-bits 16 12
 
-Without --networks, every bundled network is measured. Images are the bundled 256 of
-Fashion-MNIST's test set, or with --data the first of a whole data set's. Times are of
-both phases together, per image at the batch size given, in processes started for the
-purpose; `benchmarks.inference` measures phases and networks apart. Networks with ReLU
-run on CrypTen only.
+Without --networks, every bundled network is measured. Up to 256 images are the bundled
+ones of Fashion-MNIST's test set; more, or any with --data, are the first of a whole
+data set's. Times are of both phases together, per image at the batch size given, in
+processes started for the purpose; `benchmarks.inference` measures phases and networks
+apart. Networks with ReLU run on CrypTen only.
+
+Precision: b bits are the encoder's fractional bits on CrypTen. The masked engine
+chooses scales per layer from its linear ring; a ring of 2 b + 8 bits leaves about b to
+weights and b to activations, so 12 is its precision "fast" (32 bits) and 16 its "high"
+(40). Without --precision-bits: CrypTen's 16, and "fast".
 """
 
 from __future__ import annotations
@@ -23,6 +29,7 @@ import argparse
 import dataclasses
 import json
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,12 +37,21 @@ from typing import Any
 import torch
 
 import crypten_espn
+from crypten_espn.cost import Cost, measure
 from crypten_espn.errors import EspnError
+from crypten_espn.launch import run_parties
 from crypten_espn.masked import plan as masked_plan
 from crypten_espn.pillar import data
 from crypten_espn.pillar.storage import load_network
 from crypten_espn.pillar.surgery import activations
-from crypten_espn.session import masked_model, simulate, simulate_many
+from crypten_espn.protocols import TRUNCATIONS
+from crypten_espn.session import (
+    DealerServer,
+    MaskedModel,
+    ModelServer,
+    connect,
+    masked_model,
+)
 
 from . import harness
 from .harness import write_atomically
@@ -44,6 +60,8 @@ BUNDLED = Path(crypten_espn.__file__).parent / "data"
 CALIBRATION = 64  # images the masked engine takes its bounds from
 SYSTEMS = ("masked", "espn", "opened_mask", "crypten-relu")
 WAN_RTT_S, WAN_BITS_PER_S = 0.1, 1e8
+# What a private network must keep: agreement, and accuracy within 0.2 points.
+LEAST_AGREEMENT, MOST_LOST = 0.995, 0.002
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +78,8 @@ class Accuracy:
         total_s: both phases, measured per image over loopback.
         wan_s: total_s and the online messages' delay and bytes at 100 ms round trip
             and 100 Mbit/s, predicted.
+        precision_bits: of the encoding, see above.
+        truncation: local or exact, of CrypTen's protocols.
     """
 
     model: str
@@ -74,6 +94,14 @@ class Accuracy:
     max_abs_error: float
     total_s: float
     wan_s: float
+    precision_bits: int | None = None
+    truncation: str | None = None
+
+    @property
+    def holds(self) -> bool:
+        """Whether the private network is as good as the one in the clear."""
+        lost = abs(self.private - self.clear)
+        return self.agreement >= LEAST_AGREEMENT and lost <= MOST_LOST + 1e-9
 
 
 def bundled_networks() -> list[Path]:
@@ -88,10 +116,27 @@ def bundled_networks() -> list[Path]:
     return found
 
 
-def measure(
-    path: Path, images: torch.Tensor, labels: torch.Tensor, *, batch: int
+def measure_network(
+    path: Path,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    batch: int,
+    systems: Sequence[str] = SYSTEMS,
+    precision_bits: Sequence[int] | None = None,
+    truncation: str = "local",
 ) -> Iterator[Accuracy]:
-    """Every system that runs this network, one row each."""
+    """Every system that runs this network at every precision, one row each.
+
+    Args:
+        path: the network's file.
+        images: (n, channels, height, width) as the network takes them.
+        labels: (n,).
+        batch: images at once.
+        systems: which of SYSTEMS.
+        precision_bits: see above; None for each system's own choice.
+        truncation: of CrypTen's protocols.
+    """
     network = load_network(path)
     with torch.no_grad():
         clear = torch.cat([network(part) for part in images.split(batch)])
@@ -99,33 +144,38 @@ def measure(
     kind = "relu"
     if polynomials:
         kind = f"polynomial, degree {polynomials[0].polynomial.degree}"
-    for system in SYSTEMS:
+    for system in systems:
         if (system == "crypten-relu") != (not polynomials):
             continue
-        quantised = None
-        if system == "masked":
-            private, cost, integers = _masked(network, images, batch)
-            quantised = _share(integers.argmax(1) == labels)
-        else:
-            protocol = "espn" if system == "crypten-relu" else system
-            private, cost = _on_crypten(network, images, batch, protocol)
-        waits = crypten_espn.Cost(cost.rounds, cost.bytes_sent, 0, cost.seconds)
-        wan_s = waits.seconds_at(rtt_s=WAN_RTT_S, bits_per_second=WAN_BITS_PER_S)
-        count = len(images)
-        yield Accuracy(
-            model=path.stem,
-            activation=kind,
-            system=system,
-            images=count,
-            batch=batch,
-            clear=_share(clear.argmax(1) == labels),
-            quantised=quantised,
-            private=_share(private.argmax(1) == labels),
-            agreement=_share(private.argmax(1) == clear.argmax(1)),
-            max_abs_error=float((private - clear).abs().max()),
-            total_s=cost.seconds / count,
-            wan_s=wan_s / count,
-        )
+        for bits in precision_bits or (12 if system == "masked" else 16,):
+            quantised = None
+            if system == "masked":
+                private, cost, integers = _masked(network, images, batch, bits)
+                quantised = _share(integers.argmax(1) == labels)
+            else:
+                protocol = "espn" if system == "crypten-relu" else system
+                private, cost = _on_crypten(
+                    network, images, batch, protocol, bits, truncation
+                )
+            waits = Cost(cost.rounds, cost.bytes_sent, 0, cost.seconds)
+            wan_s = waits.seconds_at(rtt_s=WAN_RTT_S, bits_per_second=WAN_BITS_PER_S)
+            count = len(images)
+            yield Accuracy(
+                model=path.stem,
+                activation=kind,
+                system=system,
+                images=count,
+                batch=batch,
+                clear=_share(clear.argmax(1) == labels),
+                quantised=quantised,
+                private=_share(private.argmax(1) == labels),
+                agreement=_share(private.argmax(1) == clear.argmax(1)),
+                max_abs_error=float((private - clear).abs().max()),
+                total_s=cost.seconds / count,
+                wan_s=wan_s / count,
+                precision_bits=bits,
+                truncation=truncation if system in ("espn", "opened_mask") else None,
+            )
 
 
 def _share(right: torch.Tensor) -> float:
@@ -133,39 +183,94 @@ def _share(right: torch.Tensor) -> float:
 
 
 def _masked(
-    network: Any, images: torch.Tensor, batch: int
-) -> tuple[torch.Tensor, Any, torch.Tensor]:
+    network: Any, images: torch.Tensor, batch: int, bits: int
+) -> tuple[torch.Tensor, Cost, torch.Tensor]:
     """Logits of the parties, their cost, and logits of the integers in the clear."""
     example = images[:CALIBRATION]
-    model = masked_model(crypten_espn.convert(network, example), example)
-    logits, integers, total = [], [], crypten_espn.Cost()
-    for part in images.split(batch):
-        # the second time nothing is compiled any more
-        private, cost = simulate_many(model, part, repeat=2)[1]
-        logits.append(private)
-        integers.append(masked_plan.simulate(model.plan, model.weights, part)[0])
-        both = cost.bytes_sent + cost.peer_bytes_sent  # its messages alternate
-        seconds = cost.seconds + cost.offline.seconds
-        total += crypten_espn.Cost(cost.rounds, both, 0, seconds)
-    return torch.cat(logits), total, torch.cat(integers)
+    private = crypten_espn.convert(network, example)
+    model = masked_model(private, example, precision=2 * bits + 8)
+    parts = images.split(batch)
+    logits, total = run_parties(_masked_party, world_size=2, args=(model, parts))[1]
+    integers = [
+        masked_plan.simulate(model.plan, model.weights, part)[0] for part in parts
+    ]
+    return logits, total, torch.cat(integers)
+
+
+def _masked_party(
+    model: MaskedModel, parts: Sequence[torch.Tensor]
+) -> tuple[torch.Tensor, Cost] | None:
+    """One of two processes: rank 0 serves and deals, rank 1 asks for every part."""
+    import crypten.communicator as comm
+
+    party = comm.get()
+    if party.get_rank() == 0:
+        dealer = DealerServer("127.0.0.1:0")
+        server = ModelServer(model, "127.0.0.1:0", dealer=dealer.address)
+        for service in (dealer, server):
+            threading.Thread(target=service.run, daemon=True).start()
+        party.broadcast_obj([server.address, dealer.address], 0)
+        party.barrier()
+        server.close()
+        dealer.close()
+        return None
+    address, dealing = party.broadcast_obj(None, 0)
+    logits, total = [], Cost()
+    with connect(address, dealer=dealing) as client:
+        client.predict(parts[0][:1])  # from here on nothing is compiled any more
+        for part in parts:
+            client.online = client.offline = Cost()
+            client.prepare(1, batch=len(part))
+            logits.append(client.predict(part))
+            down, up = model.plan.online_bytes(batch=len(part))
+            # The messages of the two alternate.
+            seconds = client.online.seconds + client.offline.seconds
+            total += Cost(client.online.rounds, down + up, 0, seconds)
+    party.barrier()
+    return torch.cat(logits), total
 
 
 def _on_crypten(
-    network: Any, images: torch.Tensor, batch: int, protocol: str
-) -> tuple[torch.Tensor, Any]:
-    private = crypten_espn.convert(network, images[:1], protocol=protocol)
-    logits, total = [], crypten_espn.Cost()
-    for part in images.split(batch):
-        result, cost = simulate(private, part)
-        logits.append(result)
-        total += crypten_espn.Cost(cost.rounds, cost.bytes_sent, 0, cost.seconds)
-    return torch.cat(logits), total
+    network: Any,
+    images: torch.Tensor,
+    batch: int,
+    protocol: str,
+    bits: int,
+    truncation: str,
+) -> tuple[torch.Tensor, Cost]:
+    import crypten
+
+    private = crypten_espn.convert(
+        network, images[:1], protocol=protocol, truncation=truncation
+    )
+    with crypten.cfg.temp_override({"encoder.precision_bits": bits}):
+        parties = run_parties(
+            _crypten_party, world_size=2, args=(private, images.split(batch))
+        )
+    return parties[1]
+
+
+def _crypten_party(
+    private: Any, parts: Sequence[torch.Tensor]
+) -> tuple[torch.Tensor | None, Cost]:
+    """One of two CrypTen parties; weights are shared once, then every part is run."""
+    import crypten
+
+    encrypted = private.encrypt(src=0)
+    logits = []
+    with measure() as measured, crypten.no_grad():
+        for part in parts:
+            shared = crypten.cryptensor(part, src=1)
+            logits.append(encrypted(shared).get_plain_text(dst=1))
+    known = crypten.communicator.get().get_rank() == 1
+    return torch.cat(logits) if known else None, measured.cost
 
 
 # ------------------------------------------------------------------ tables and plots
 
 COLUMNS = (
-    *("model", "activation", "system", "images", "clear", "quantised", "private"),
+    *("model", "activation", "system", "bits", "images"),
+    *("clear", "quantised", "private"),
     *("agree", "error", "s/image", "at 100 ms, 100 Mbit/s"),
 )
 
@@ -175,7 +280,8 @@ def cells(row: Accuracy) -> tuple[str, ...]:
     return (
         row.model,
         row.activation,
-        row.system,
+        row.system + (" (exact)" if row.truncation == "exact" else ""),
+        "" if row.precision_bits is None else str(row.precision_bits),
         str(row.images),
         f"{row.clear:.2%}",
         "" if row.quantised is None else f"{row.quantised:.2%}",
@@ -219,10 +325,9 @@ def write(path: Path, machine: dict[str, Any], rows: Sequence[Accuracy]) -> None
 
 def _images(directory: str | None, name: str, count: int) -> tuple[Any, Any]:
     """Normalised images and labels: of the bundled sample, or of a data set's test."""
-    if directory is None:
-        split: Any = data.fashion_sample()
-    else:
-        split = data.load_dataset(name, directory=directory).test()
+    split: Any = data.fashion_sample()
+    if directory is not None or name != "fashion-mnist" or count > len(split):
+        split = data.load_dataset(name, directory=directory or "data").test()
     parts, labels = [], []
     for images, truth in split.batches(min(count, 500)):
         parts.append(images)
@@ -244,6 +349,20 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--dataset", default="fashion-mnist", help="its name")
     parser.add_argument("--images", type=int, default=256)
     parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS))
+    parser.add_argument(
+        "--precision-bits",
+        nargs="+",
+        type=int,
+        metavar="BITS",
+        help="of the encodings, such as 16 12; see above (default: each system's own)",
+    )
+    parser.add_argument(
+        "--truncation",
+        choices=TRUNCATIONS,
+        default="local",
+        help="of CrypTen's protocols (default: %(default)s)",
+    )
     parser.add_argument("--json", metavar="FILE", type=Path)
     parser.add_argument("--plot", metavar="STEM", type=Path)
     return parser
@@ -264,7 +383,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print("no network is bundled; give --networks FILE", file=sys.stderr)
             return 2
         for path in paths:
-            for row in measure(path, images, labels, batch=options.batch):
+            for row in measure_network(
+                path,
+                images,
+                labels,
+                batch=options.batch,
+                systems=options.systems,
+                precision_bits=options.precision_bits,
+                truncation=options.truncation,
+            ):
                 rows.append(row)
                 print("  ".join(cells(row)), flush=True)
                 if options.json:
@@ -276,7 +403,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("interrupted; finished rows are kept", file=sys.stderr)
         return 130
     print(harness.columns([COLUMNS, *map(cells, rows)], left=3))
-    if options.plot:
+    short = [row for row in rows if not row.holds]
+    print(
+        f"{len(rows) - len(short)} of {len(rows)} rows agree in at least "
+        f"{LEAST_AGREEMENT:.1%} and lose at most {100 * MOST_LOST:g} points"
+    )
+    if options.plot and rows:
         plot(rows, options.plot)
     return 0
 

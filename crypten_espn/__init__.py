@@ -22,6 +22,7 @@ from .polynomial import Polynomial  # noqa: E402
 from .protocols import polyval, settings  # noqa: E402
 from .protocols.truncation import failure_probability  # noqa: E402
 from .session import connect, deal, serve, simulate  # noqa: E402
+from .simulator import compare_precisions, explain  # noqa: E402
 
 __version__ = "0.1.0"
 
@@ -31,9 +32,11 @@ __all__ = [
     "PolynomialActivation",
     "PrivateNetwork",
     "check",
+    "compare_precisions",
     "connect",
     "convert",
     "deal",
+    "explain",
     "failure_probability",
     "measure",
     "patches",

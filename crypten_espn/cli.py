@@ -12,13 +12,15 @@ import torch
 
 from . import doctor, projection
 from .channel import TLS
-from .convert import check, convert
+from .convert import MASKED, check, convert
 from .demo import run as run_demo
 from .errors import DataError, EspnError
 from .masked.material import material_info
 from .pillar import command as training
 from .pillar.recipes import load_network
+from .protocols import PROTOCOLS, TRUNCATIONS
 from .session import MaskedModel, connect, deal, masked_model, serve
+from .simulator import compare_precisions, explain
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -103,6 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     projection.add_arguments(estimator)
 
+    _explain_command(commands)
     _session_commands(commands)
 
     trainer = _command(
@@ -125,6 +128,62 @@ def _parser() -> argparse.ArgumentParser:
     )
     training.add_arguments(tuner, finetune=True)
     return parser
+
+
+def _explain_command(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser],
+) -> None:
+    explainer = _command(
+        commands,
+        "explain",
+        _explain,
+        "why a private result differs: every layer's error, headroom and overflow",
+        [
+            "crypten-espn explain network.safetensors --input images.npy",
+            "crypten-espn explain network.safetensors --input images.npy "
+            "--protocol espn --precision-bits 12",
+            "crypten-espn explain network.safetensors --input images.npy "
+            "--protocol espn --precision-bits 8 12 16 20 24",
+        ],
+    )
+    explainer.add_argument(
+        "network", type=Path, help="a trained .safetensors, or .onnx"
+    )
+    explainer.add_argument(
+        "--input",
+        type=Path,
+        required=True,
+        help=".npy of inputs as the network takes them, (n, channels, height, width)",
+    )
+    explainer.add_argument(
+        "--protocol",
+        choices=(MASKED, *PROTOCOLS),
+        help="what computes it (default: masked, with --precision-bits espn)",
+    )
+    explainer.add_argument(
+        "--truncation",
+        choices=TRUNCATIONS,
+        help="of CrypTen's protocols (default: local)",
+    )
+    explainer.add_argument(
+        "--precision-bits",
+        type=int,
+        nargs="+",
+        metavar="BITS",
+        help="fractional bits of CrypTen's encoder; several are compared",
+    )
+    explainer.add_argument(
+        "--precision",
+        nargs="+",
+        choices=("fast", "high"),
+        help="of the masked engine; several are compared",
+    )
+    explainer.add_argument(
+        "--calibration",
+        type=Path,
+        help=".npy of inputs that bound the masked engine's layers (default: the "
+        "input)",
+    )
 
 
 def _session_commands(
@@ -291,6 +350,39 @@ def _deal(args: argparse.Namespace) -> int:
     print(f"dealing on {args.address}; Ctrl-C ends", flush=True)
     deal(args.address, tls=_tls(args))
     return 0
+
+
+def _explain(args: argparse.Namespace) -> int:
+    inputs = _array(args.input)
+    bits, chosen = args.precision_bits, args.precision
+    protocol = args.protocol or ("espn" if bits else MASKED)
+    if (bits if protocol == MASKED else chosen or args.calibration) is not None:
+        raise EspnError(
+            "--precision-bits and --truncation belong to CrypTen's protocols, "
+            f"--precision and --calibration to the masked engine; {protocol} was chosen"
+        )
+    onnx = args.network.suffix == ".onnx"
+    example = inputs if args.calibration is None else _array(args.calibration)
+    private = convert(
+        args.network if onnx else load_network(args.network),
+        example,
+        protocol=protocol,
+        truncation=args.truncation,
+    )
+    if len(bits or chosen or ()) > 1:
+        if protocol == MASKED:
+            print(compare_precisions(private, inputs, precision=chosen))
+        else:
+            print(compare_precisions(private, inputs, precision_bits=bits))
+        return 0
+    found = explain(
+        private,
+        inputs,
+        precision_bits=bits[0] if bits else None,
+        precision=chosen[0] if chosen else "fast",
+    )
+    print(found)
+    return 0 if found.overflow is None else 1
 
 
 def _material(args: argparse.Namespace) -> int:

@@ -138,6 +138,8 @@ class PrivateNetwork(crypten_nn.Graph):
         protocol, truncation: what its activations use; None follows crypten.cfg.espn.
     """
 
+    encrypted: bool
+
     def __init__(
         self,
         graph: NetworkGraph,

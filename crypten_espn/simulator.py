@@ -3,7 +3,7 @@
 `explain` computes a converted network with the integers the parties would hold and
 says, layer by layer, how far they are from the real network, how much of that is added
 there, how far two private runs differ from each other, and what is left of the ring.
-`compare` does so for several precisions, side by side.
+`compare_precisions` does so for several precisions, side by side.
 
 CrypTen's protocols: both shares of every value are simulated, with rank 0's drawn from
 a keystream where the protocols draw it. Truncation works on shares, so it rounds as
@@ -86,7 +86,8 @@ class LayerError:
         added: what this layer added itself, root mean square; NaN where it is not
             measured (the masked engine states it as the plan's noise).
         rounding: what two private runs may differ by here: twice the largest difference
-            between any two simulated runs, and at least two units. An estimate.
+            between any two simulated runs, and at least two units. An estimate; NaN
+            when one run was simulated.
         headroom_bits: what the largest integer leaves in the ring.
         failures: expected failed truncations for one input.
     """
@@ -207,7 +208,7 @@ class Explanation:
         if self.failures > _RARE:
             worst = max(self.layers, key=lambda layer: layer.failures)
             if worst.operation == "PolynomialActivation":
-                return 'truncation="exact", or lower cfg.espn.failure_bits\' opposite'
+                return 'truncation="exact", or raise cfg.espn.failure_bits'
             return "lower cfg.encoder.precision_bits, or use the masked engine"
         if self.agreement == 1.0:
             return "none needed"
@@ -240,17 +241,17 @@ class Explanation:
                     f"{layer.max_error:.2g}",
                     f"{layer.mean_error:.2g}",
                     f"{layer.mean_error_units:.2g}",
-                    "" if math.isnan(layer.added) else f"{layer.added:.2g}",
-                    f"{layer.rounding:.2g}",
+                    _number(layer.added),
+                    _number(layer.rounding),
                     f"{layer.headroom_bits:.1f}",
                     f"{layer.failures:.1g}" if layer.failures else "0",
                 )
             )
         lines = [f"{self.protocol}; {len(self.clear)} inputs", *_table(rows, left=2)]
-        lines.append(
-            f"logits: largest error {self.max_error:.3g}, two private runs differ by "
-            f"up to {self.rounding:.2g}"
-        )
+        logits = f"logits: largest error {self.max_error:.2g}"
+        if not math.isnan(self.rounding):
+            logits += f", two private runs differ by up to {self.rounding:.2g}"
+        lines.append(logits)
         if self.failure is not None and self.overflow is None:
             lines.append(f"seen: {self.failure}")
         lines += [f"verdict: {self.verdict}", f"cure: {self.cure}"]
@@ -280,7 +281,7 @@ class Comparison:
                 (
                     str(precision),
                     f"{found.max_error:.2g}",
-                    f"{found.rounding:.2g}",
+                    _number(found.rounding),
                     f"{found.agreement:.2%}",
                     f"{least.headroom_bits:.1f} bits, {least.layer}",
                     f"{found.failures:.1g}",
@@ -316,7 +317,7 @@ def explain(
         example: calibration inputs for the masked engine; those of the conversion when
             None.
         runs: simulated runs with shares of their own; their differences give the
-            declared rounding.
+            declared rounding, so one run declares none.
         draws: rank 0's shares, in the order of use; a keystream of a fixed seed when
             None, so that a call can be repeated. Only values in the clear are at stake.
 
@@ -361,7 +362,7 @@ def explain(
             return _explain_shares(private, x, encoder, chosen, runs, draws)
 
 
-def compare(
+def compare_precisions(
     private: PrivateNetwork,
     x: torch.Tensor,
     *,
@@ -712,15 +713,16 @@ def _order(private: PrivateNetwork) -> Iterator[str]:
     done = set(private.input_names)
     waiting = dict(private._graph)
     while waiting:
-        ready = [n for n, inputs in waiting.items() if done.issuperset(inputs)]
-        if not ready:
+        before = len(waiting)
+        for name, inputs in list(waiting.items()):
+            if done.issuperset(inputs):
+                del waiting[name]
+                done.add(name)
+                yield name
+        if len(waiting) == before:
             raise ConversionError(
                 f"{layer_title(next(iter(waiting)))}: nothing computes its input"
             )
-        for name in ready:
-            del waiting[name]
-            done.add(name)
-            yield name
 
 
 def _explain_shares(
@@ -763,7 +765,7 @@ def _explain_shares(
             tally.max_error,
             tally.sum_error / tally.count,
             math.sqrt(tally.sum_added / tally.count),
-            2 * max(tally.difference, unit),
+            2 * max(tally.difference, unit) if runs > 1 else math.nan,
             tally.headroom_bits,
             tally.failures / (len(x) * runs),
         )
@@ -774,13 +776,13 @@ def _explain_shares(
         layers,
         torch.cat(logits),
         torch.cat(clear),
-        _first(name_and_fault=[(n, t.overflow) for n, t in kept.items()]),
-        _first(name_and_fault=[(n, t.failure) for n, t in kept.items()]),
+        _first([(name, tally.overflow) for name, tally in kept.items()]),
+        _first([(name, tally.failure) for name, tally in kept.items()]),
     )
 
 
-def _first(*, name_and_fault: list[tuple[str, Fault | None]]) -> Fault | None:
-    for name, fault in name_and_fault:
+def _first(faults: list[tuple[str, Fault | None]]) -> Fault | None:
+    for name, fault in faults:
         if fault is not None:
             return dataclasses.replace(fault, layer=layer_title(name))
     return None
@@ -907,7 +909,7 @@ def _explain_masked(
                 float(error.max()),
                 float(error.mean()),
                 math.nan,
-                2 * max(span, unit),
+                2 * max(span, unit) if runs > 1 else math.nan,
                 fault[1],
                 0.0,
             )
@@ -998,6 +1000,10 @@ def _real(private: PrivateNetwork, x: torch.Tensor) -> torch.Tensor:
             inputs = [values[i] for i in private._graph[name]]
             values[name] = _layer(private._modules[name], inputs, _Reals())
     return values[private.output_names[0]]
+
+
+def _number(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:.2g}"
 
 
 def _table(rows: Sequence[tuple[str, ...]], *, left: int) -> list[str]:

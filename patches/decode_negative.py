@@ -36,8 +36,8 @@ def _install() -> Callable[[], None]:
 
 PATCH = Patch(
     name="decode_negative",
-    broke="get_plain_text: -2.9995 is read as -3.9995; of negative values near -k, k in "
-    "2**precision_bits are one too small",
+    broke="get_plain_text: -2.9995 is read as -3.9995; of the 2**precision_bits values "
+    "just above -k, k - 1 come out one too small",
     seen_on="crypten 0.4.1, any torch",
     delete_when="FixedPointEncoder.decode divides by the scale, not by scale - 1",
     probe=_probe,

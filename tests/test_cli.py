@@ -25,7 +25,7 @@ def test_every_command_has_help_with_examples(capsys):
         cli.main(["--help"])
     assert ended.value.code == 0
     text = capsys.readouterr().out
-    commands = ("demo", "doctor", "check", "train", "finetune")
+    commands = ("demo", "doctor", "check", "explain", "train", "finetune")
     for command in commands:
         assert command in text
         with pytest.raises(SystemExit) as ended:

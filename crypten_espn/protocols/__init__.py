@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import crypten
 import crypten.communicator as comm
@@ -148,7 +149,9 @@ def settings(
         "failure_bits": failure_bits,
     }
     before = {name: crypten.cfg.espn[name] for name in _FIELDS}
-    chosen = {n: before[n] if value is None else value for n, value in given.items()}
+    chosen: dict[str, Any] = {
+        n: before[n] if value is None else value for n, value in given.items()
+    }
     result = _checked(**chosen)
     changed = [name for name in _FIELDS if chosen[name] != before[name]]
     # In place, which takes microseconds: cfg.temp_override copies the whole
