@@ -174,7 +174,7 @@ def test_masked_engine_in_a_session(small):
     path, _, twin = small
     cost = costs(workload(str(path), input_shape=(3, 8, 8)))["masked"]
     x = torch.randn(1, 3, 8, 8)
-    _, measured = espn.simulate(espn.convert(twin, x), x)
+    _, measured = espn.simulate(espn.convert(twin, x), x, timeout=250)
     assert isinstance(measured, SessionCost)
     frame = 20 * cost.traffic.rounds // 2
     assert measured.rounds == cost.traffic.rounds
