@@ -60,6 +60,7 @@ BUNDLED = Path(crypten_espn.__file__).parent / "data"
 CALIBRATION = 64  # images the masked engine takes its bounds from
 SYSTEMS = ("masked", "espn", "opened_mask", "crypten-relu")
 WAN_RTT_S, WAN_BITS_PER_S = 0.1, 1e8
+PATIENCE_S = 600.0  # a large batch takes long on a busy machine
 # What a private network must keep: agreement, and accuracy within 0.2 points.
 LEAST_AGREEMENT, MOST_LOST = 0.995, 0.002
 
@@ -205,8 +206,10 @@ def _masked_party(
 
     party = comm.get()
     if party.get_rank() == 0:
-        dealer = DealerServer("127.0.0.1:0")
-        server = ModelServer(model, "127.0.0.1:0", dealer=dealer.address)
+        dealer = DealerServer("127.0.0.1:0", timeout=PATIENCE_S)
+        server = ModelServer(
+            model, "127.0.0.1:0", dealer=dealer.address, timeout=PATIENCE_S
+        )
         for service in (dealer, server):
             threading.Thread(target=service.run, daemon=True).start()
         party.broadcast_obj([server.address, dealer.address], 0)
@@ -216,7 +219,7 @@ def _masked_party(
         return None
     address, dealing = party.broadcast_obj(None, 0)
     logits, total = [], Cost()
-    with connect(address, dealer=dealing) as client:
+    with connect(address, dealer=dealing, timeout=PATIENCE_S) as client:
         client.predict(parts[0][:1])  # from here on nothing is compiled any more
         for part in parts:
             client.online = client.offline = Cost()

@@ -8,6 +8,7 @@ import json
 import pytest
 
 from benchmarks import accuracy
+from crypten_espn import launch
 from crypten_espn.pillar.data import FASHION_SYSTEM_FOLDER
 from crypten_espn.pillar.storage import load_network
 from crypten_espn.pillar.surgery import activations
@@ -21,7 +22,8 @@ def test_every_bundled_network_is_found():
     assert names == on_disk - {"fashion_sample"}
 
 
-def test_a_network_at_two_precisions_over_both_engines(tmp_path, capsys):
+def test_a_network_at_two_precisions_over_both_engines(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(launch, "timeout_s", 280)
     path = accuracy.BUNDLED / "fashion_resnet_poly.safetensors"
     assert activations(load_network(path))
     file = tmp_path / "rows.json"
