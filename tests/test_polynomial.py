@@ -10,7 +10,7 @@ from typing import cast
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from crypten_espn.errors import (
@@ -18,7 +18,7 @@ from crypten_espn.errors import (
     HeadroomError,
     PolynomialError,
 )
-from crypten_espn.polynomial import GRID_POINTS, Polynomial
+from crypten_espn.polynomial import FLOOR, GRID_POINTS, Polynomial
 from tests import oracle
 
 FUNCTIONS = [
@@ -30,11 +30,14 @@ FUNCTIONS = [
 ]
 
 
-def squared_error(numerators, frac_bits, function, interval=(-5.0, 5.0)):
+def squared_error(
+    numerators, frac_bits, function, interval=(-5.0, 5.0), spread=math.inf
+):
     x = np.linspace(interval[0], interval[1], GRID_POINTS)
     y = function(torch.from_numpy(x)).numpy()
     p = sum(c / 2**frac_bits * x**k for k, c in enumerate(numerators))
-    return float(((p - y) ** 2).sum())
+    density = np.exp(-((x / spread) ** 2) / 2) + FLOOR
+    return float((density / (1 + FLOOR) * (p - y) ** 2).sum())
 
 
 def fit_quietly(function, **arguments):
@@ -56,13 +59,34 @@ def test_fit_is_no_worse_than_the_published_coefficients(frac_bits, published):
 
 @pytest.mark.parametrize("function", FUNCTIONS)
 @pytest.mark.parametrize("degree", [1, 2, 3])
-def test_fit_is_optimal_among_all_neighbours(function, degree):
-    p = fit_quietly(function, degree=degree, frac_bits=6)
-    best = squared_error(p.numerators, 6, function)
+@pytest.mark.parametrize("spread", [None, 0.8])
+def test_fit_is_optimal_among_all_neighbours(function, degree, spread):
+    p = fit_quietly(function, degree=degree, frac_bits=6, spread=spread)
+
+    def error(numerators):
+        return squared_error(numerators, 6, function, spread=spread or math.inf)
+
+    best = error(p.numerators)
     padded = [*p.numerators, *[0] * (degree - p.degree)]
     for move in itertools.product(range(-4, 5), repeat=degree + 1):
         moved = [c + d for c, d in zip(padded, move, strict=True)]
-        assert squared_error(moved, 6, function) >= best - 1e-9
+        assert error(moved) >= best - 1e-9
+
+
+def test_a_spread_is_worth_two_degrees_where_inputs_crowd():
+    form = {"interval": (-3.0, 3.0), "frac_bits": 14}
+    even = Polynomial.fit(torch.relu, degree=6, **form)
+    dense = Polynomial.fit(torch.relu, degree=4, spread=0.6, **form)
+    x = torch.randn(100_000, generator=torch.Generator().manual_seed(3)) * 0.6
+    errors = [float((p(x) - x.relu()).square().mean()) for p in (even, dense)]
+    assert errors[1] < 1.1 * errors[0]
+    assert dense.rmse(torch.relu) > 1.5 * even.rmse(torch.relu)  # at the ends
+
+
+@pytest.mark.parametrize("spread", [0.0, -1.0, math.nan, math.inf])
+def test_a_spread_that_is_none_is_refused(spread):
+    with pytest.raises(PolynomialError, match="spread="):
+        Polynomial.fit(torch.relu, degree=4, spread=spread)
 
 
 def test_fit_beats_rounding_the_real_solution():
@@ -116,6 +140,7 @@ def test_float_evaluation_and_gradient():
 
 
 @settings(deadline=None, max_examples=60)
+@example(numerators=[0, 0, 0, 1, 0, 1], frac_bits=8, out_bits=40, values=[3, -5])
 @given(
     numerators=st.lists(st.integers(-2000, 2000), min_size=1, max_size=11),
     frac_bits=st.sampled_from([8, 12, 16]),

@@ -57,6 +57,7 @@ class Recipe:
         degree: of the polynomial fitted to ReLU.
         frac_bits: fractional bits of its coefficients.
         radius: the interval is [-radius, radius].
+        spread: of the inputs that the fit expects; 0 weighs the interval evenly.
         penalty: "sum" (the paper's), "mean" (per element) or "boundary".
         gamma: where the power penalty of one input reaches 1.
         beta: weight of the penalty.
@@ -91,6 +92,7 @@ class Recipe:
     degree: int = 4
     frac_bits: int = 10
     radius: float = 5.0
+    spread: float = 0.0
     penalty: str = "sum"
     gamma: float = 4.8
     beta: float = 5e-5
@@ -122,6 +124,7 @@ class Recipe:
             degree=self.degree,
             interval=(-self.radius, self.radius),
             frac_bits=self.frac_bits,
+            spread=self.spread or None,
         )
 
     def checked(self) -> Recipe:
@@ -140,6 +143,7 @@ class Recipe:
             "beta": 0 <= self.beta < math.inf,
             "gamma": 0 < self.gamma < math.inf,
             "radius": 0 < self.radius < math.inf,
+            "spread": 0 <= self.spread < math.inf,
             "average": 0 <= self.average < 1,
             "replace_epochs": 0 <= self.replace_epochs <= self.epochs
             and not (self.replace_epochs and self.average),
