@@ -8,6 +8,7 @@
     python -m benchmarks.figures                        # 10 to 20 minutes on two cores
     python -m benchmarks.figures --figure 3 4 --jobs 1
     python -m benchmarks.figures --seeds 1 2 3          # trains what is missing
+    python -m benchmarks.figures --figure 3 4 --learning-rate 0.1
     python -m benchmarks.figures --full                 # all images, 3 seeds: hours
     python -m benchmarks.figures --dataset cifar10 --data data
 
@@ -720,9 +721,12 @@ TITLES = {
 }
 
 
-def stem(figure: int, dataset: str, folder: Path) -> Path:
+def stem(figure: int, recipe: Recipe, folder: Path) -> Path:
     """Where a figure's files are, without what follows the name."""
-    return folder / f"figure{figure}-{dataset}"
+    name = f"figure{figure}-{recipe.dataset}"
+    if recipe.learning_rate != LEARNING_RATE:
+        name += f"-rate{recipe.learning_rate:g}"
+    return folder / name
 
 
 def pictures(folder: Path) -> list[tuple[str, Path]]:
@@ -740,10 +744,10 @@ def draw(figure: int, budget: Budget, finished: Finished, folder: Path) -> list[
     All runs of the figure are finished.
     """
     drawn = cells(figure, budget)
-    name = stem(figure, budget.recipe.dataset, folder)
+    name = stem(figure, budget.recipe, folder)
     files = []
     for suffix, lines in tables(figure, drawn, finished).items():
-        files.append(name.with_name(f"{name.name}{suffix}.csv"))
+        files.append(folder / f"{name.name}{suffix}.csv")
         write_atomically(files[-1], harness.csv_text(lines))
     plot = {3: _plot_degrees, 4: _plot_escapes, 5: _plot_betas, 11: _plot_fits}
     picture = plot[figure](drawn, finished, budget)
