@@ -28,6 +28,7 @@ from crypten_espn.pillar.recipes import (
     RECIPES,
     Recipe,
     _mixed,
+    _Run,
     accuracy,
     find_recipe,
     train,
@@ -168,6 +169,7 @@ class Stopped(Exception):
         replace(TINY, activation="relu", precision="bfloat16"),
         replace(TINY, penalty="boundary", average=0.5, mixup=0.2, cutmix=1.0),
         replace(TINY, replace_epochs=3.0, clip_norm=1.0),
+        replace(TINY, relu_epochs=1.5, replace_epochs=1.0, spread=1.0),
     ],
 )
 def test_a_stopped_run_ends_as_one_that_was_not(
@@ -350,6 +352,26 @@ def test_finetuning_replaces_one_relu_after_the_other(tmp_path: Path) -> None:
     other = replace(recipe, network="fashion_resnet")
     with pytest.raises(CheckpointError, match=r"needs Architecture.*fashion_resnet"):
         train(other, out=tmp_path / "other", start=start.path, progress=False)
+
+
+def test_relus_give_way_after_their_epochs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    original = _Run._replace_gradually
+
+    def watched(run: _Run) -> None:
+        original(run)
+        seen.append(len(activations(run.model)))
+
+    monkeypatch.setattr(_Run, "_replace_gradually", watched)
+    recipe = replace(TINY, relu_epochs=1.0, replace_epochs=1.0)
+    train(recipe, out=tmp_path, progress=False)
+    assert seen == [0] * 8 + [1] * 4 + [2] * 20
+    with pytest.raises(TrainingError, match="relu_epochs"):
+        replace(recipe, relu_epochs=-1.0).checked()
+    with pytest.raises(TrainingError, match="replace_epochs"):
+        replace(recipe, relu_epochs=3.5).checked()
 
 
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])

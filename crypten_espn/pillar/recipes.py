@@ -78,7 +78,9 @@ class Recipe:
         precision: "float32" or "bfloat16" for the forward pass in training.
         escape: largest |input| of an activation, in units of the radius, at which
             training stops; checked after the penalty's warm-up.
-        replace_epochs: fine-tuning: ReLUs give way one by one over so many epochs.
+        relu_epochs: epochs with ReLU in place, before the first gives way.
+        replace_epochs: ReLUs give way one by one over so many epochs; all of them at
+            once, before the first step, if both are 0.
         held_out: validation images; None is the data set's own number.
         crop: padding from which training crops are taken; None is the data set's own.
         train_size: height and width of ImageNet's training crops.
@@ -111,6 +113,7 @@ class Recipe:
     average: float = 0.0
     precision: str = "float32"
     escape: float = 1e4
+    relu_epochs: float = 0.0
     replace_epochs: float = 0.0
     held_out: int | None = None
     crop: int | None = None
@@ -126,6 +129,11 @@ class Recipe:
             frac_bits=self.frac_bits,
             spread=self.spread or None,
         )
+
+    @property
+    def gradual(self) -> bool:
+        """Whether training starts with ReLUs."""
+        return self.relu_epochs > 0 or self.replace_epochs > 0
 
     def checked(self) -> Recipe:
         """Return the recipe itself.
@@ -145,8 +153,10 @@ class Recipe:
             "radius": 0 < self.radius < math.inf,
             "spread": 0 <= self.spread < math.inf,
             "average": 0 <= self.average < 1,
-            "replace_epochs": 0 <= self.replace_epochs <= self.epochs
-            and not (self.replace_epochs and self.average),
+            "relu_epochs": self.relu_epochs >= 0,
+            "replace_epochs": self.replace_epochs >= 0
+            and self.relu_epochs + self.replace_epochs <= self.epochs
+            and not (self.gradual and self.average),
         }
         bad = [
             f"{name}={getattr(self, name)!r}" for name in allowed if not allowed[name]
@@ -318,6 +328,7 @@ def fine_tuning(
         beta=1e-4,
         clip_norm=1.0,
         stage_epochs=min(recipe.stage_epochs, epochs / 16),
+        relu_epochs=0.0,
         replace_epochs=epochs / 4 if replace_epochs is None else replace_epochs,
     )
 
@@ -500,7 +511,7 @@ class _Run:
         self.relus = [
             name for name, m in self.model.named_modules() if type(m) is nn.ReLU
         ]
-        if self.polynomial is not None and not recipe.replace_epochs:
+        if self.polynomial is not None and not recipe.gradual:
             replace_activations(self.model, {nn.ReLU: self.polynomial})
         self.model.to(self.device)
         # mypy's view of Module.to lacks the memory format alone.
@@ -576,12 +587,13 @@ class _Run:
         return recipe.learning_rate * 0.5 * (1 + math.cos(math.pi * share))
 
     def _replace_gradually(self) -> None:
-        """Fine-tuning: make polynomial the ReLUs whose turn has come, first to last."""
+        """Make polynomial the ReLUs whose turn has come, first to last."""
         recipe = self.recipe
-        if self.polynomial is None or not recipe.replace_epochs:
+        if self.polynomial is None or not recipe.gradual:
             return
-        share = (self.step + 1) / (recipe.replace_epochs * self.steps_per_epoch)
-        due = self.relus[: math.ceil(min(share, 1.0) * len(self.relus))]
+        since = self.step + 1 - recipe.relu_epochs * self.steps_per_epoch
+        share = since / max(recipe.replace_epochs * self.steps_per_epoch, 1)
+        due = self.relus[: math.ceil(min(max(share, 0.0), 1.0) * len(self.relus))]
         left = {n for n, m in self.model.named_modules() if type(m) is nn.ReLU}
         now = left.intersection(due)
         if now:
@@ -695,7 +707,7 @@ class _Run:
 
     def _loss_weight(self, stage: PenaltyStage) -> float:
         # A network that is trained already must not forget; one of ReLUs has no ranges.
-        if self.polynomial is None or self.started_from is not None:
+        if self.polynomial is None or self.started_from or self.recipe.gradual:
             return 1.0
         return stage.loss_weight
 
@@ -854,7 +866,7 @@ class _Run:
         if not self.best:
             raise TrainingError(
                 f"{self.recipe.name} ended before its last ReLU was replaced; "
-                "train for more epochs than replace_epochs"
+                "train for more epochs than relu_epochs and replace_epochs together"
             )
         self.model.load_state_dict(self.best)
         self.model.eval()
