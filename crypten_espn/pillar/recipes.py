@@ -635,8 +635,10 @@ class _Run:
             rate = self._learning_rate()
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
+            # The inputs of trained ReLUs are wide: their penalty warms up anew.
             stage = warmup_stage(
-                self.step / self.steps_per_epoch, stage_epochs=recipe.stage_epochs
+                max(self.step / self.steps_per_epoch - recipe.relu_epochs, 0.0),
+                stage_epochs=recipe.stage_epochs,
             )
             with torch.autocast(
                 self.device.type,
