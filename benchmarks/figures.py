@@ -68,6 +68,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 FIGURES = (3, 4, 5, 11)
 DEGREES = range(2, 10)
 ESCAPING_DEGREE = 6
+ZOOM = 30
 BETAS = tuple(10.0**-k for k in range(1, 9))
 # (degree, bits) at which figure 11 trains; bits over which it compares fits.
 TRAINED_FITS = ((4, 8), (4, 10), (6, 12), (6, 14))
@@ -264,11 +265,12 @@ def train(run: Run, data: Dataset, *, tick: Callable[[int], None]) -> Outcome:
             seen.reset()
             logits = network(images.to(memory_format=torch.channels_last))
             loss = _loss(network, functional.cross_entropy(logits, labels), run, step)
-            if not (math.isfinite(seen.largest) and bool(torch.isfinite(loss))):
+            if math.isfinite(seen.largest):
+                inputs.append(float(f"{seen.largest:.4g}"))
+            if len(inputs) == step or not bool(torch.isfinite(loss)):
                 tick(run.steps - step)
                 took = round(time.perf_counter() - began, 1)
                 return Outcome(None, step + 1, None, None, tuple(inputs), took)
-            inputs.append(float(f"{seen.largest:.4g}"))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -656,7 +658,8 @@ def tables(
                 "beta": row.settings["beta"],
             }
             values: list[float] = [*row.outcome.inputs]
-            values += [math.inf] * (row.outcome.diverged_at is not None)
+            if (row.outcome.diverged_at or 0) > len(values):
+                values.append(math.inf)
             for step, value in enumerate(values, start=1):
                 steps.append({**known, "step": step, "largest_input": value})
         return {"": steps, "-runs": [line(c, finished[c.run]) for c in drawn]}
@@ -850,7 +853,8 @@ def _plot_degrees(drawn: Sequence[Cell], finished: Finished, budget: Budget) -> 
     if relu:
         mean = sum(relu) / len(relu)
         axes.axhline(mean, color="#444444", linewidth=1, label="ReLU")
-    axes.plot([], [], "x", color="#444444", markeredgewidth=2, label="diverged")
+    if any(finished[cell.run].outcome.diverged_at for cell in drawn):
+        axes.plot([], [], "x", color="#444444", markeredgewidth=2, label="diverged")
     axes.set(
         xlabel="degree asked for (hollow: the polynomial is that of a lower degree)",
         ylabel="accuracy on held-out images, %",
@@ -870,7 +874,10 @@ def _plot_degrees(drawn: Sequence[Cell], finished: Finished, budget: Budget) -> 
 
 
 def _plot_escapes(drawn: Sequence[Cell], finished: Finished, budget: Budget) -> Any:
-    figure, panels = harness.new_figure(height=5.4, panels=2)
+    top = max(max(finished[cell.run].outcome.inputs, default=0.0) for cell in drawn)
+    # Where one line dwarfs the others, the others once more by themselves.
+    count = 2 if top > ZOOM else 1
+    figure, panels = harness.new_figure(height=1.4 + 2.2 * count, panels=count)
     for index, series in enumerate((NEITHER, CLIP, PENALTY, BOTH)):
         colour, _, style = harness.STYLES[(5, 1, 2, 0)[index]]
         for number, cell in enumerate(c for c in drawn if c.series == series):
@@ -899,24 +906,27 @@ def _plot_escapes(drawn: Sequence[Cell], finished: Finished, budget: Budget) -> 
                     )
     radius = budget.recipe.radius
     for axes in panels:
-        axes.axhline(radius, color="#444444", linewidth=0.8)
+        end = f"end of the interval, {radius:g}"
+        axes.axhline(radius, color="#444444", linewidth=0.8, label=end)
         axes.set(yscale="log", ylabel="largest |activation input|")
-    panels[1].set(ylim=(1, 30), xlabel="training step")
-    panels[1].yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    panels[1].yaxis.set_minor_formatter(lambda value, _: "")
-    panels[1].set_title("the same below 30", fontsize=8, loc="left")
-    panels[1].annotate(
-        f"end of the interval, {radius:g}",
-        (1, radius),
-        xycoords=panels[1].get_yaxis_transform(),
-        xytext=(0, 3),
-        textcoords="offset points",
-        fontsize=7,
-        ha="right",
-        color="#444444",
-    )
+    if top > ZOOM:
+        panels[1].set_ylim(1, ZOOM)
+        panels[1].set_title(f"the same below {ZOOM}", fontsize=8, loc="left")
+    _label_log(panels[-1])
+    panels[-1].set_xlabel("training step")
     panels[0].legend(frameon=False, fontsize=8)
     return figure
+
+
+def _label_log(axes: Any) -> None:
+    """Plain numbers at 1, 2, 3 and 5 times the powers of ten."""
+
+    def text(value: float, _: Any) -> str:
+        return f"{value:g}" if f"{value:.0e}"[0] in "1235" else ""
+
+    axes.yaxis.set_major_formatter(text)
+    axes.yaxis.set_minor_formatter(text)
+    axes.tick_params(axis="y", which="minor", labelsize=7)
 
 
 def _plot_betas(drawn: Sequence[Cell], finished: Finished, budget: Budget) -> Any:
@@ -946,7 +956,8 @@ def _plot_betas(drawn: Sequence[Cell], finished: Finished, budget: Budget) -> An
         axes.xaxis.set_minor_formatter(lambda value, _: "")
         axes.margins(y=0.15)
     panels[0].set_ylabel("accuracy, %")
-    panels[0].set_title("cross: diverged", fontsize=8, loc="left")
+    if any(finished[cell.run].outcome.diverged_at for cell in drawn):
+        panels[0].set_title("cross: diverged", fontsize=8, loc="left")
     panels[1].set_ylabel("inputs outside, %")
     panels[1].set_yscale("symlog", linthresh=1e-3)
     panels[1].set_ylim(bottom=-2e-4)
@@ -954,9 +965,7 @@ def _plot_betas(drawn: Sequence[Cell], finished: Finished, budget: Budget) -> An
         ylabel="largest |input|", yscale="log", xlabel="beta, weight of the penalty"
     )
     panels[2].axhline(budget.recipe.radius, color="#444444", linewidth=0.8)
-    panels[2].yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    panels[2].yaxis.set_minor_formatter(lambda value, _: f"{value:g}")
-    panels[2].tick_params(axis="y", which="minor", labelsize=7)
+    _label_log(panels[2])
     return figure
 
 
@@ -1011,7 +1020,9 @@ def _plot_fits(drawn: Sequence[Cell], finished: Finished, budget: Budget) -> Any
     axes.set_xlim(-0.5, len(TRAINED_FITS) - 0.5)
     axes.margins(y=0.15)
     axes.set_ylabel("accuracy, %")
-    axes.set_title("after training (cross: diverged)", fontsize=8, loc="left")
+    crosses = any(finished[cell.run].outcome.diverged_at for cell in drawn)
+    title = "after training" + " (cross: diverged)" * crosses
+    axes.set_title(title, fontsize=8, loc="left")
     return figure
 
 
