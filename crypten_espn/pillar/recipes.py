@@ -253,8 +253,9 @@ RECIPES: dict[str, Recipe] = _named(
         degree=6,
         frac_bits=12,
         radius=3.0,
+        spread=0.6,
         penalty="boundary",
-        beta=2e-3,
+        beta=1e-3,
         stage_epochs=0.05,
         crop=0,
         epochs=6,
@@ -262,6 +263,7 @@ RECIPES: dict[str, Recipe] = _named(
         warmup_epochs=0.5,
         clip_norm=1.0,
         precision="bfloat16",
+        relu_epochs=2.0,
     ),
     Recipe(
         "fashion-resnet32",
