@@ -59,6 +59,7 @@ def steps(*, full: bool) -> list[Step]:
         "activations",
         ("--networks", "loopback", "100ms", *one_round, "--warm", "--repeat", "15"),
     )
+    whole = ("--images", "1000", "--batch", "100", "--systems", "masked", "espn")
     if full:
         everything = ("--models", *inference.MODELS, "--limit-s", "1800")
         polynomial = ("--protocols", "masked", *inference.POLYNOMIAL_PROTOCOLS)
@@ -75,7 +76,7 @@ def steps(*, full: bool) -> list[Step]:
                 "inference",
                 (*everything, *polynomial, *warm, "--repeat", "5"),
             ),
-            Step("accuracy", "accuracy", ("--images", "256")),
+            Step("accuracy", "accuracy", (*whole, "--precision-bits", "16", "12")),
             Step("figures", "figures", ("--full", "--fresh")),
         ]
     two = ("--models", "minionn", "resnet18")
@@ -395,12 +396,14 @@ def _accuracy_columns(line: Mapping[str, str]) -> dict[str, str]:
     return {
         "network": line["model"],
         "activation": line["activation"],
-        "protocol": line["system"],
+        "protocol": " ".join(filter(None, (line["system"], line["truncation"]))),
+        "bits": line["precision_bits"],
         "images": line["images"],
         "clear": f"{float(line['clear']):.2%}",
         "quantised": f"{float(quantised):.2%}" if quantised else "",
         "private": f"{float(line['private']):.2%}",
         "same answer": f"{float(line['agreement']):.2%}",
+        "logit error": f"{float(line['max_abs_error']):.3f}",
         "s/image": _three_digits(line["total_s"]),
     }
 

@@ -74,9 +74,11 @@ def test_fit_is_optimal_among_all_neighbours(function, degree, spread):
 
 
 def test_a_spread_is_worth_two_degrees_where_inputs_crowd():
-    form = {"interval": (-3.0, 3.0), "frac_bits": 14}
-    even = Polynomial.fit(torch.relu, degree=6, **form)
-    dense = Polynomial.fit(torch.relu, degree=4, spread=0.6, **form)
+    ends = (-3.0, 3.0)
+    even = Polynomial.fit(torch.relu, degree=6, interval=ends, frac_bits=14)
+    dense = Polynomial.fit(
+        torch.relu, degree=4, interval=ends, frac_bits=14, spread=0.6
+    )
     x = torch.randn(100_000, generator=torch.Generator().manual_seed(3)) * 0.6
     errors = [float((p(x) - x.relu()).square().mean()) for p in (even, dense)]
     assert errors[1] < 1.1 * errors[0]
