@@ -5,7 +5,7 @@
      5  weight of the penalty: accuracy, and inputs that leave the interval
     11  quantisation-aware fit against truncated coefficients
 
-    python -m benchmarks.figures                        # 10 to 20 minutes on two cores
+    python -m benchmarks.figures                        # some minutes on two cores
     python -m benchmarks.figures --figure 3 4 --jobs 1
     python -m benchmarks.figures --seeds 1 2 3          # trains what is missing
     python -m benchmarks.figures --figure 3 4 --learning-rate 0.1
