@@ -404,6 +404,8 @@ def test_options_override_the_recipe() -> None:
         parsed("--epochs", "1", "--beta", "1e-3", "--activation", "relu"),
     )
     assert (recipe.epochs, recipe.beta, recipe.activation) == (1, 1e-3, "relu")
+    short = command._overridden(find_recipe("fashion-minionn"), parsed("--epochs", "3"))
+    assert (short.checked().epochs, short.relu_epochs) == (3, 1)
     tuned = command._overridden(
         find_recipe("cifar10-resnet18"), parsed("--start", "x", finetune=True)
     )

@@ -147,7 +147,9 @@ def _overridden(recipe: Recipe, args: argparse.Namespace) -> Recipe:
         if getattr(args, name, None) is not None
     }
     if not args.finetune:
-        return replace(recipe, **given)
+        # The share of the run that is spent with ReLUs stays.
+        share = given.get("epochs", recipe.epochs) / recipe.epochs
+        return replace(recipe, relu_epochs=recipe.relu_epochs * share, **given)
     return replace(
         fine_tuning(recipe, epochs=args.epochs, replace_epochs=args.replace_epochs),
         **given,
