@@ -30,7 +30,7 @@ from .convert import PrivateNetwork
 from .cost import GLOO_DELAYS, PAYLOAD, RING_BYTES, Cost, Traffic
 from .errors import ConversionError, EspnError, PlanError, ShapeError
 from .masked import kernels
-from .masked.material import _layout, _record_bytes
+from .masked.material import record_bytes
 from .masked.online import message_sizes
 from .masked.plan import Plan
 from .masked.planner import make_plan
@@ -624,7 +624,7 @@ def _masked(work: Workload, plan: Plan, batch: int) -> EngineCost:
     # A share of each value, and per opening a mask and the linear part's share.
     drawn = 2 * values + 2 * batch * sum(s.elements for s in plan.segments)
     online = Load(macs32=macs, values=values, stream=down + up, messages=plan.messages)
-    server, client = (_record_bytes(_layout(plan, rank, batch)) for rank in (0, 1))
+    server, client = (record_bytes(plan, rank, batch) for rank in (0, 1))
     return EngineCost(
         MASKED,
         batch,

@@ -105,8 +105,9 @@ def _layout(plan: Plan, rank: int, batch: int) -> list[_Part]:
     return parts
 
 
-def _record_bytes(parts: list[_Part]) -> int:
-    size = sum(part.room for part in parts) + _LENGTH.size
+def record_bytes(plan: Plan, rank: int, batch: int) -> int:
+    """Bytes of one inference's record on the disk of a party, whole pages."""
+    size = sum(part.room for part in _layout(plan, rank, batch)) + _LENGTH.size
     return (size + _PAGE - 1) // _PAGE * _PAGE
 
 
@@ -156,7 +157,7 @@ class MaterialWriter:
                     "it up, delete it, or name another directory."
                 )
         self._parts = _layout(plan, rank, batch)
-        self._size = _record_bytes(self._parts)
+        self._size = record_bytes(plan, rank, batch)
         self._count = count
         self._first = first
         self._added = 0
@@ -360,7 +361,7 @@ class MaterialStore:
                     f"{wanted[:16]}. Prepare material for this {what}."
                 )
         self._parts = _layout(plan, rank, self.batch)
-        if _record_bytes(self._parts) != self._header["record"]:
+        if record_bytes(plan, rank, self.batch) != self._header["record"]:
             raise MaterialError(f"{self._folder}: records of an unexpected size.")
         self._rank = rank
 
