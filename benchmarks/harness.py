@@ -338,14 +338,10 @@ def table(results: Results) -> str:
 
 def columns(lines: Sequence[Sequence[str]], *, left: int) -> str:
     """Lines of pieces as aligned text; the first `left` columns to the left."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(
-            text.ljust(width) if index < left else text.rjust(width)
-            for index, (text, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    )
+    # Importing the package takes seconds; a comparison of two files prints no table.
+    from crypten_espn.table import aligned
+
+    return "\n".join(aligned(lines, left=left))
 
 
 def machine_line(header: Mapping[str, Any]) -> str:

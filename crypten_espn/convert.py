@@ -223,6 +223,19 @@ class PrivateNetwork(crypten_nn.Graph):
             )
         self._engine.prepare(count, batch=batch)
 
+    def check_shape(self, shape: tuple[int, ...]) -> None:
+        """Refuse an input that is not (batch, *input_shape).
+
+        Raises:
+            ShapeError: with both shapes and the cure.
+        """
+        if shape[1:] != self.input_shape or len(shape) != len(self.input_shape) + 1:
+            raise ShapeError(
+                f"the input has shape {shape}, the network takes "
+                f"(batch, {', '.join(map(str, self.input_shape))}); reshape or resize "
+                "the input, or convert again with an example of the right size"
+            )
+
     def forward(self, x: Any) -> Any:
         """Logits for a batch, encrypted once `.encrypt(src=0)` was called.
 
@@ -232,13 +245,7 @@ class PrivateNetwork(crypten_nn.Graph):
             ProtocolError: plain tensors with protocol "masked".
             All before anything is sent.
         """
-        shape = tuple(x.size())
-        if shape[1:] != self.input_shape or len(shape) != len(self.input_shape) + 1:
-            raise ShapeError(
-                f"the input has shape {shape}, the network takes "
-                f"(batch, {', '.join(map(str, self.input_shape))}); reshape or resize "
-                "the input, or convert again with an example of the right size"
-            )
+        self.check_shape(tuple(x.size()))
         if self.protocol == MASKED:
             if self._engine is None:
                 raise ProtocolError(

@@ -30,6 +30,7 @@ from .masked.planner import layer_title, make_plan, parameters_of
 from .polynomial import RING_BITS, RingForm, as_int64
 from .protocols import Settings, settings
 from .randomness import SEED_BYTES, Keystream
+from .table import aligned
 
 # Inputs at once; bounds memory, not results.
 _CHUNK = 32
@@ -247,7 +248,7 @@ class Explanation:
                     f"{layer.failures:.1g}" if layer.failures else "0",
                 )
             )
-        lines = [f"{self.protocol}; {len(self.clear)} inputs", *_table(rows, left=2)]
+        lines = [f"{self.protocol}; {len(self.clear)} inputs", *aligned(rows, left=2)]
         logits = f"logits: largest error {self.max_error:.2g}"
         if not math.isnan(self.rounding):
             logits += f", two private runs differ by up to {self.rounding:.2g}"
@@ -288,7 +289,7 @@ class Comparison:
                     "none" if found.overflow is None else found.overflow.layer,
                 )
             )
-        return "\n".join(_table(rows, left=1))
+        return "\n".join(aligned(rows, left=1))
 
 
 def explain(
@@ -394,12 +395,9 @@ def compare_precisions(
 
 def _check(private: PrivateNetwork, x: torch.Tensor) -> None:
     """Refuse what would only be noticed as garbage in the end."""
-    shape = private.input_shape
-    if tuple(x.shape[1:]) != tuple(shape) or x.dim() != len(shape) + 1 or not len(x):
-        raise ShapeError(
-            f"the input has shape {tuple(x.shape)}, the network takes (batch, "
-            f"{', '.join(map(str, shape))})"
-        )
+    private.check_shape(tuple(x.shape))
+    if not len(x):
+        raise ShapeError("the input has no rows; give at least one")
     if not bool(torch.isfinite(x).all()):
         raise RangeError("the input holds NaN or infinity; clean the data")
     for name, array in parameters_of(private).items():
@@ -1004,15 +1002,3 @@ def _real(private: PrivateNetwork, x: torch.Tensor) -> torch.Tensor:
 
 def _number(value: float) -> str:
     return "" if math.isnan(value) else f"{value:.2g}"
-
-
-def _table(rows: Sequence[tuple[str, ...]], *, left: int) -> list[str]:
-    """Rows as aligned lines; the first `left` columns to the left."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return [
-        "  ".join(
-            cell.ljust(width) if i < left else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]

@@ -12,6 +12,7 @@ PACKAGE = ROOT / "crypten_espn"
 # The order in which the README's picture presents the files.
 ORDER = [
     "errors",
+    "table",
     "polynomial",
     "compiled",
     "pillar.elementwise",

@@ -31,6 +31,7 @@ import torch
 
 from ..channel import packed_bytes
 from ..errors import PlanError, RangeError, ShapeError
+from ..table import aligned
 from . import kernels
 
 RING_LIMITS = (20, 56)
@@ -416,13 +417,7 @@ class Plan:
                     f"{segment.noise:.1e}",
                 )
             )
-        widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-        lines = [
-            "  ".join(
-                cell.ljust(width) for cell, width in zip(row, widths, strict=True)
-            )
-            for row in rows
-        ]
+        lines = aligned(rows, left=len(head))
         down, up = self.online_bytes()
         lines.append(
             f"{self.messages} messages, {down + up:,} bytes online "
