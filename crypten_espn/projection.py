@@ -34,12 +34,14 @@ from .masked.material import record_bytes
 from .masked.online import message_sizes
 from .masked.plan import Plan
 from .masked.planner import make_plan
-from .onnx_graph import POLYNOMIAL_OP, NetworkGraph, Node, layer_name, read
+from .nn import PolynomialActivation
+from .onnx_graph import POLYNOMIAL_OP, NetworkGraph, layer_name, read
 from .pillar.networks import NETWORKS
 from .pillar.storage import load_network
 from .polynomial import Polynomial
 from .protocols import PROTOCOLS, TRUNCATIONS, settings
 from .randomness import Keystream
+from .table import aligned
 
 MASKED, RELU = "masked", "crypten-relu"
 GLOO = f"{RELU}-gloo"
@@ -158,7 +160,11 @@ def workload(
     _without_relu(graph, relu)
     linear = tuple(_linear_layers(graph))
     nonlinear = tuple(
-        Nonlinear(layer_name(node), _elements(graph, node.output), _polynomial(node))
+        Nonlinear(
+            layer_name(node),
+            _elements(graph, node.output),
+            PolynomialActivation.from_onnx(node.attributes).polynomial,
+        )
         for node in graph.nodes
         if node.op == POLYNOMIAL_OP
     )
@@ -251,13 +257,6 @@ def _linear_layers(graph: NetworkGraph) -> Iterator[Linear]:
 
 def _elements(graph: NetworkGraph, value: str) -> int:
     return math.prod(graph.shapes[value][1:])
-
-
-def _polynomial(node: Node) -> Polynomial:
-    given = node.attributes
-    low, high = given["interval"]
-    numerators = tuple(int(c) for c in given["numerators"])
-    return Polynomial(numerators, int(given["frac_bits"]), (float(low), float(high)))
 
 
 # ------------------------------------------------------------------- this processor
@@ -985,19 +984,19 @@ def _text(
         )
     lines += [
         "",
-        *_table(phases),
+        *aligned(phases, left=1),
         "Rounds and bytes are exact. Seconds are estimates of one inference alone, on "
         "one core; after silence TCP starts slowly.",
         "",
         f"Assumed: {d.clients} such clients, a server of {d.server_cores} cores and "
         f"{d.server_bits / 1e6:g} Mbit/s, a dealer of {d.dealer_cores} cores and "
         f"{d.dealer_bits / 1e6:g} Mbit/s. Images/s that each part can sustain:",
-        *_table(limits),
+        *aligned(limits, left=1),
         "",
         f"A million images, at assumed prices of {d.core_hour:g} a core hour, "
         f"{d.gigabyte_egress:g} a GB sent by server or dealer and "
         f"{d.gigabyte_month:g} a GB month, {d.storage_days:g} days of it:",
-        *_table(bills),
+        *aligned(bills, left=1),
     ]
     return "\n".join(lines)
 
@@ -1009,13 +1008,6 @@ def _short(value: float) -> str:
     """Three digits, without an exponent."""
     text = f"{value:.3g}"
     return f"{float(text):,.0f}" if value >= 1000 else text
-
-
-def _table(rows: list[tuple[str, ...]]) -> Iterator[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for first, *rest in rows:
-        cells = [cell.rjust(w) for cell, w in zip(rest, widths[1:], strict=True)]
-        yield "  ".join([first.ljust(widths[0]), *cells]).rstrip()
 
 
 def _whole(text: str) -> int:
