@@ -57,7 +57,7 @@ from crypten_espn.errors import DataError, DegreeCollapsedWarning, EspnError
 from crypten_espn.pillar.data import Dataset, Images, load_dataset
 from crypten_espn.pillar.networks import Architecture
 from crypten_espn.pillar.penalty import range_penalty, warmup_stage
-from crypten_espn.pillar.recipes import Recipe, find_recipe
+from crypten_espn.pillar.recipes import Recipe, accuracy, find_recipe, learning_rate
 from crypten_espn.pillar.surgery import PolynomialActivation, replace_activations
 from crypten_espn.polynomial import GRID_POINTS, Polynomial
 
@@ -261,7 +261,9 @@ def train(run: Run, data: Dataset, *, tick: Callable[[int], None]) -> Outcome:
         for images, labels in part.batches(recipe.batch_size, generator=generator):
             step = len(inputs)
             for group in optimizer.param_groups:
-                group["lr"] = _learning_rate(run, step)
+                group["lr"] = learning_rate(
+                    recipe, step, steps_per_epoch=run.steps_per_epoch
+                )
             seen.reset()
             logits = network(images.to(memory_format=torch.channels_last))
             loss = _loss(network, functional.cross_entropy(logits, labels), run, step)
@@ -275,9 +277,10 @@ def train(run: Run, data: Dataset, *, tick: Callable[[int], None]) -> Outcome:
             loss.backward()
             optimizer.step()
             tick(1)
-    accuracy = _evaluate(network, data, seen)
+    seen.reset()
+    right = accuracy(network, data.validation, batch_size=100)
     return Outcome(
-        accuracy,
+        right,
         None,
         seen.largest if math.isfinite(seen.largest) else None,
         1 - seen.inside / seen.total,
@@ -293,26 +296,6 @@ def _loss(network: nn.Module, entropy: Tensor, run: Run, step: int) -> Tensor:
     stage = warmup_stage(step / run.steps_per_epoch, stage_epochs=recipe.stage_epochs)
     penalty = range_penalty(network, gamma=recipe.gamma, power=stage.power)
     return stage.loss_weight * entropy + recipe.beta * stage.factor * penalty
-
-
-def _learning_rate(run: Run, step: int) -> float:
-    recipe = run.recipe
-    warm = recipe.warmup_epochs * run.steps_per_epoch
-    if step < warm:
-        return recipe.learning_rate * (step + 1) / (warm + 1)
-    share = (step - warm) / max(run.steps - warm, 1)
-    return recipe.learning_rate * 0.5 * (1 + math.cos(math.pi * share))
-
-
-def _evaluate(network: nn.Module, data: Dataset, seen: _Inputs) -> float:
-    network.eval()
-    seen.reset()
-    right = 0
-    with torch.no_grad():
-        for images, labels in data.validation.batches(100):
-            logits = network(images.to(memory_format=torch.channels_last))
-            right += int((logits.argmax(1) == labels).sum())
-    return right / len(data.validation)
 
 
 def first_images(data: Dataset, count: int) -> Images:

@@ -204,6 +204,15 @@ def _(bits, part):
 
 
 @compiled
+def _horner_block(total, value, coeffs, count):
+    total[:count] = coeffs[-1]
+    for power in range(coeffs.size - 2, -1, -1):
+        coeff = coeffs[power]  # the compiler cannot know that it stays the same
+        for k in range(count):
+            total[k] = total[k] * value[k] + coeff
+
+
+@compiled
 def _polynomial(x, out, coeffs, low, high):
     bits, sums = np.empty(_BLOCK, np.uint32), np.empty(_BLOCK, np.uint32)
     value, total = bits.view(np.float32), sums.view(np.float32)
@@ -214,11 +223,7 @@ def _polynomial(x, out, coeffs, low, high):
             v = value[k]
             v = low if v < low else v
             value[k] = high if v > high else v
-        total[: part.size] = coeffs[-1]
-        for power in range(coeffs.size - 2, -1, -1):
-            coeff = coeffs[power]  # the compiler cannot know that it stays the same
-            for k in range(part.size):
-                total[k] = total[k] * value[k] + coeff
+        _horner_block(total, value, coeffs, part.size)
         _write(sums, out[start : start + _BLOCK])
 
 
@@ -232,11 +237,7 @@ def _slope(x, gradient, out, coeffs, low, high):
         part = x[start : start + _BLOCK]
         _read(part, bits)
         _read(gradient[start : start + _BLOCK], incoming)
-        total[: part.size] = coeffs[-1]
-        for power in range(coeffs.size - 2, -1, -1):
-            coeff = coeffs[power]  # the compiler cannot know that it stays the same
-            for k in range(part.size):
-                total[k] = total[k] * value[k] + coeff
+        _horner_block(total, value, coeffs, part.size)
         for k in range(part.size):
             stopped = value[k] <= low or value[k] >= high
             total[k] = np.float32(0) if stopped else total[k] * passed[k]

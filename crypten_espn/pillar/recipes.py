@@ -305,6 +305,22 @@ def find_recipe(name: str) -> Recipe:
     return RECIPES[name]
 
 
+def learning_rate(recipe: Recipe, step: int, *, steps_per_epoch: int) -> float:
+    """Return the rate of a step: linear over the warm-up, then half a cosine to zero.
+
+    Args:
+        recipe: its peak, warm-up and epochs.
+        step: from 0.
+        steps_per_epoch: whole batches an epoch.
+    """
+    warm = recipe.warmup_epochs * steps_per_epoch
+    whole = recipe.epochs * steps_per_epoch
+    if step < warm:
+        return recipe.learning_rate * (step + 1) / (warm + 1)
+    share = (step - warm) / max(whole - warm, 1)
+    return recipe.learning_rate * 0.5 * (1 + math.cos(math.pi * share))
+
+
 def fine_tuning(
     recipe: Recipe, *, epochs: int | None = None, replace_epochs: float | None = None
 ) -> Recipe:
@@ -578,16 +594,6 @@ class _Run:
             groups.append({"params": kept, "weight_decay": 0.0})
         return groups
 
-    def _learning_rate(self) -> float:
-        """Linear from zero over the warm-up, then half a cosine to zero."""
-        recipe = self.recipe
-        warm = recipe.warmup_epochs * self.steps_per_epoch
-        whole = recipe.epochs * self.steps_per_epoch
-        if self.step < warm:
-            return recipe.learning_rate * (self.step + 1) / (warm + 1)
-        share = (self.step - warm) / max(whole - warm, 1)
-        return recipe.learning_rate * 0.5 * (1 + math.cos(math.pi * share))
-
     def _replace_gradually(self) -> None:
         """Make polynomial the ReLUs whose turn has come, first to last."""
         recipe = self.recipe
@@ -634,7 +640,9 @@ class _Run:
         )
         for images, targets in bar:
             self._replace_gradually()
-            rate = self._learning_rate()
+            rate = learning_rate(
+                recipe, self.step, steps_per_epoch=self.steps_per_epoch
+            )
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
             # The inputs of trained ReLUs are wide: their penalty warms up anew.
