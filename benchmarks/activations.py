@@ -66,12 +66,14 @@ def run_party(task: dict[str, Any]) -> None:
         import crypten
 
         shared = crypten.cryptensor(x, src=0)
+        traces: dict[str, Any] = {}
         systems: list[party.System] = [
             party.CryptenSystem(
                 name,
                 channel,
                 channels[channel],
                 *_computation(name, shared, x, polynomial),
+                traces=traces,
                 reveal=True,
                 select=functools.partial(_select, name),
             )

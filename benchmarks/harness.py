@@ -295,6 +295,7 @@ COLUMNS = (
     "batch",
     "rounds",
     "sent MB",
+    "runs",
     "online s",
     "95 %",
     "offline s",
@@ -316,6 +317,7 @@ def cells(row: Row) -> tuple[str, ...]:
         str(row.batch),
         str(row.rounds),
         f"{sum(row.bytes_sent) / 1e6:.3f}",
+        str(row.online_s.repeats),
         f"{row.online_s.median:.4f}",
         f"{low:.4f} to {high:.4f}",
         f"{row.offline_s.median:.4f}",
@@ -380,6 +382,7 @@ def _flat(row: Row) -> dict[str, object]:
             line.update({f"{field.name}_{rank}": v for rank, v in enumerate(value)})
         else:
             line[field.name] = value
+    line["runs"] = row.online_s.repeats
     return line
 
 
@@ -606,7 +609,12 @@ def add_run_options(
         help="loopback, lan, metro, wan, or numbers such as 50ms,20mbit (round trip, "
         f"rate); default {' '.join(networks)}",
     )
-    parser.add_argument("--repeat", type=int, default=repeat, help=f"default {repeat}")
+    parser.add_argument(
+        "--repeat",
+        type=int,
+        default=repeat,
+        help=f"turns; a short system runs several times in each; default {repeat}",
+    )
     parser.add_argument("--threads", type=int, default=1, help="per party; default 1")
     parser.add_argument(
         "--provider",
@@ -618,7 +626,8 @@ def add_run_options(
         "--limit-s",
         type=float,
         default=600.0,
-        help="leave out a system whose repetitions take longer; default 600",
+        help="fewer repetitions of a system that together take longer; one of which "
+        "a single run takes longer is left out; default 600",
     )
     parser.add_argument(
         "--timeout-s",

@@ -106,13 +106,13 @@ def images(model: str, batch: int) -> Any:
 # ---------------------------------------------------------------------- in the parties
 
 
-def run_party(task: dict[str, Any], emit: Callable[[Any], None]) -> float:
-    """Measure the task's models and protocols in this party; the round trip seen."""
+def run_party(task: dict[str, Any], emit: Callable[[Any], None]) -> None:
+    """Measure the task's models and protocols in this party."""
     from . import party
 
     if task["rank"] == 2:
         party.deal()
-        return 0.0
+        return
     control = party.Control(task["rank"], task["address"], task["port"])
     with party.crypten_channels(
         task["address"],
@@ -134,7 +134,6 @@ def run_party(task: dict[str, Any], emit: Callable[[Any], None]) -> float:
             for system in systems:
                 system.close()
     control.close()
-    return control.rtt_s
 
 
 def _systems(
@@ -178,6 +177,7 @@ def _systems(
             return graph(crypten.cryptensor(mine, src=1)).get_plain_text(dst=1)
 
     systems: list[Any] = []
+    traces: dict[str, Any] = {}
     for protocol in task["protocols"]:
         if protocol == "masked":
             systems.append(
@@ -206,6 +206,7 @@ def _systems(
                     functools.partial(
                         check, "polynomial" if kind == "polynomial" else "relu"
                     ),
+                    traces=traces,
                     reveal=False,
                     select=functools.partial(_select, protocol),
                     settle=kind == "unfolded",
@@ -247,19 +248,16 @@ def _run_on_two_hosts(results: Results, options: argparse.Namespace) -> bool:
     if options.rank == 1:
         run_party(task, lambda _: None)
         return True
-    collector = party.Collector(options.name, 0.0, None, options.threads)
+    collector = party.Collector(results, options.name, None, None, options.threads)
     ended_well = True
     try:
-        rtt_s = run_party(task, collector.take)
-        collector.network = (options.name, round(rtt_s * 1e3, 3), None)
+        run_party(task, collector.take)
     except (ConnectionError, RuntimeError, TimeoutError) as error:
         ended_well = False
         print(f"error: {error}; finished samples are kept", file=sys.stderr)
         results.skip(harness.Skipped("", "", "", options.name, str(error)))
-    for row in collector.rows():
-        results.add(row)
-    for cell in collector.skipped:
-        results.skip(cell)
+    finally:
+        collector.flush()
     return ended_well
 
 

@@ -57,7 +57,7 @@ class MaskedSystem:
         self._index = 0
         self._material: offline.Material | None = None
 
-    def prepare(self) -> None:
+    def prepare(self) -> float:
         """Agree on a plan, connect, open the masked weights: once per model."""
         control, batch = self._control, self._batch
         weights = None
@@ -95,6 +95,7 @@ class MaskedSystem:
             batch=batch,
             opened=opened,
         )
+        return 0.0  # nothing was run
 
     def offline(self) -> int:
         """Deal and prepare one inference; bytes the dealer and rank 1 send."""

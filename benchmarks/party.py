@@ -28,7 +28,8 @@ from . import wan
 from .harness import Results, Row, Skipped, Spread
 
 MARK = "SAMPLE "
-LONG_RUN_S = 10.0  # longer first runs are not repeated before counting starts
+LONG_RUN_S = 10.0  # a run this long needs no warm-up
+FILL_S, MANY = 8.0, 41  # short ones are repeated for so long, or so many times
 _LENGTH = struct.Struct("<I")
 
 
@@ -162,8 +163,8 @@ class System(Protocol):
     activation: str
     engine: str
 
-    def prepare(self) -> None:
-        """Whatever happens once per model; not timed."""
+    def prepare(self) -> float:
+        """Whatever happens once per model; seconds one run takes at least, as known."""
 
     def offline(self) -> int:
         """The offline phase of one run; bytes it sends, all parties together."""
@@ -185,31 +186,53 @@ def measure(
     limit_s: float,
     emit: Callable[[Mapping[str, Any]], None],
 ) -> None:
-    """Run every system `repeat` times in turn; rank 0 emits each sample.
+    """Run the systems in turn, `repeat` times; rank 0 emits each sample.
 
-    A first run of each is not counted: it traces, and warms caches and connections.
-    A system whose repetitions would take longer than `limit_s` together, judged by
-    that run, is left out; that is emitted too.
+    1. A first run of each is not counted: it traces, and warms caches and connections.
+       One that takes longer than `LONG_RUN_S` has warmed them by itself, and counts.
+    2. Every turn runs each system: a short one several times, so that its median rests
+       on `FILL_S` seconds or `MANY` runs; a long one only while its runs together stay
+       below `limit_s`.
+    3. A system of which one run takes longer than that is left out; that is emitted
+       too. The last thing emitted says that the model is done, with the round trip
+       that the control connection saw.
     """
     cell = {"model": model, "batch": batch}
-    remaining = []
-    for system in systems:
-        start = time.monotonic()
-        system.prepare()
-        estimate = time.monotonic() - start
-        estimate = max(estimate, control.swap(estimate))
-        if estimate < LONG_RUN_S:
-            estimate = _sample(system, control)[1]
-        if estimate * repeat <= limit_s:
-            remaining.append(system)
-        elif control.rank == 0:
-            reason = f"{repeat} x {estimate:.3g} s is over the limit of {limit_s:g} s"
-            emit({**cell, **_name(system), "skipped": reason})
-    for _ in range(repeat):
-        for system in remaining:
-            sample, _ = _sample(system, control)
+    spent: dict[int, float] = {}
+    wanted: dict[int, int] = {}
+
+    def run(index: int, *, counted: bool) -> float:
+        sample, seconds = _sample(systems[index], control)
+        if counted or seconds >= LONG_RUN_S:
+            spent[index] = spent.get(index, 0.0) + seconds
             if control.rank == 0:
                 emit({**cell, **sample})
+        return seconds
+
+    for index, system in enumerate(systems):
+        estimate = system.prepare()
+        estimate = max(estimate, control.swap(estimate))
+        if estimate < LONG_RUN_S:
+            estimate = run(index, counted=False)
+        if estimate <= limit_s:
+            wanted[index] = max(repeat, min(MANY, round(FILL_S / estimate)))
+        elif control.rank == 0:
+            reason = f"one run of {estimate:.3g} s is over the limit of {limit_s:g} s"
+            emit({**cell, **_name(system), "skipped": reason})
+    longest = {index: spent.get(index, 0.0) for index in wanted}
+    for turn in range(repeat):
+        for index, count in wanted.items():
+            first = index in spent and turn == 0  # a long first run was this turn's
+            for _ in range(_share(count, turn, repeat) - first):
+                if spent.get(index, 0.0) + longest[index] <= limit_s:
+                    longest[index] = max(longest[index], run(index, counted=True))
+    if control.rank == 0:
+        emit({**cell, "done": True, "rtt_ms": round(control.rtt_s * 1e3, 3)})
+
+
+def _share(count: int, turn: int, turns: int) -> int:
+    """How many of `count` runs fall into one of the turns."""
+    return count * (turn + 1) // turns - count * turn // turns
 
 
 def _name(system: System) -> dict[str, str]:
@@ -366,6 +389,8 @@ class CryptenSystem:
         compute: the online phase; returns an encrypted or a plain tensor.
         check: largest error and agreement of the result; None at a party that does
             not see it.
+        traces: what runs of each activation ask for, and the seconds the traced run
+            took; the same over every channel, so the first system traces for all.
         reveal: whether to open the result, for `check`, after the clock has stopped.
         select: sets what the computation reads from crypten.cfg, before the clock.
         settle: the first run does more than the others (CrypTen's batch-norm then
@@ -380,6 +405,7 @@ class CryptenSystem:
         compute: Callable[[], Any],
         check: Callable[[torch.Tensor], tuple[float, float | None] | None],
         *,
+        traces: dict[str, tuple[list[Any], float]],
         reveal: bool,
         select: Callable[[], None] = lambda: None,
         settle: bool = False,
@@ -391,6 +417,7 @@ class CryptenSystem:
         self._communicator = communicator
         self._compute = compute
         self._check = check
+        self._traces = traces
         self._reveal = reveal
         self._select = select
         self._settle = settle
@@ -398,24 +425,32 @@ class CryptenSystem:
         self._requests: list[Any] = []
         self._offline_bytes = 0
 
-    def prepare(self) -> None:
+    def prepare(self) -> float:
         """Run once to see which correlated randomness the computation asks for."""
+        if self.activation not in self._traces:
+            self._traces[self.activation] = self._trace()
+        self._requests, seconds = self._traces[self.activation]
+        self._offline_bytes = 8 * sum(
+            corrections(function, args, kwargs)
+            for function, args, kwargs in self._requests
+        )
+        return seconds
+
+    def _trace(self) -> tuple[list[Any], float]:
         use_channel(self._communicator)
         self._select()
         provider = self._provider
         provider.request_cache, provider.tuple_cache = [], {}
         if self._settle:
             self._compute()
+        start = time.monotonic()
         provider.trace()
         try:
             self._compute()
         finally:
             provider.trace(False)
-            self._requests, provider.request_cache = provider.request_cache, []
-        self._offline_bytes = 8 * sum(
-            corrections(function, args, kwargs)
-            for function, args, kwargs in self._requests
-        )
+            requests, provider.request_cache = provider.request_cache, []
+        return requests, time.monotonic() - start
 
     def offline(self) -> int:
         """Make the tuples of one run; bytes a dealer has to send for them."""
@@ -492,20 +527,27 @@ def leave() -> None:
 
 
 class Collector:
-    """Turns the lines that parties print into rows.
+    """Turns the lines that parties print into rows, as soon as a model is done.
 
     Args:
-        label, rtt_ms, mbit: the network of the rows.
+        results: where rows and skipped cells go.
+        label, rtt_ms, mbit: the network of the rows; with rtt_ms None, the round trip
+            that the parties saw.
         threads: of each party.
     """
 
     def __init__(
-        self, label: str, rtt_ms: float, mbit: float | None, threads: int
+        self,
+        results: Results,
+        label: str,
+        rtt_ms: float | None,
+        mbit: float | None,
+        threads: int,
     ) -> None:
-        self.network = (label, rtt_ms, mbit)
+        self._results = results
+        self._label, self._rtt_ms, self._mbit = label, rtt_ms, mbit
         self._threads = threads
         self._samples: dict[tuple[str, str, str, int], list[Mapping[str, Any]]] = {}
-        self.skipped: list[Skipped] = []
 
     def line(self, rank: int, text: str) -> None:
         """Take one line of a party's output; others are passed on to standard error."""
@@ -515,34 +557,41 @@ class Collector:
         self.take(json.loads(text[len(MARK) :]))
 
     def take(self, sample: Mapping[str, Any]) -> None:
-        """Take one sample, or one cell that was left out."""
+        """Take one sample, one cell that was left out, or the end of a model."""
+        if "done" in sample:
+            self.flush(sample["rtt_ms"])
+            return
         model, activation, engine = (
             sample[name] for name in ("model", "activation", "engine")
         )
         if "skipped" in sample:
-            cell = (model, activation, engine, self.network[0], sample["skipped"])
-            self.skipped.append(Skipped(*cell))
+            cell = (model, activation, engine, self._label, sample["skipped"])
+            self._results.skip(Skipped(*cell))
             return
         key = (model, activation, engine, sample["batch"])
         self._samples.setdefault(key, []).append(sample)
 
-    def rows(self) -> Iterator[Row]:
-        """One row per system with at least one sample, in the order of measurement."""
-        label, rtt_ms, mbit = self.network
-        for (model, activation, engine, batch), samples in self._samples.items():
+    def flush(self, rtt_ms: float = 0.0) -> None:
+        """Add one row for each system with samples, in the order of measurement.
+
+        Args:
+            rtt_ms: the round trip that the parties saw.
+        """
+        collected, self._samples = self._samples, {}
+        for (model, activation, engine, batch), samples in collected.items():
             last = samples[-1]
             agreements = [
                 sample["argmax_agreement"]
                 for sample in samples
                 if sample["argmax_agreement"] is not None
             ]
-            yield Row(
+            row = Row(
                 model=model,
                 activation=activation,
                 engine=engine,
-                network=label,
-                rtt_ms=rtt_ms,
-                mbit=mbit,
+                network=self._label,
+                rtt_ms=rtt_ms if self._rtt_ms is None else self._rtt_ms,
+                mbit=self._mbit,
                 batch=batch,
                 threads=self._threads,
                 rounds=last["rounds"],
@@ -556,6 +605,7 @@ class Collector:
                 max_abs_error=max(sample["max_abs_error"] for sample in samples),
                 argmax_agreement=min(agreements, default=None),
             )
+            self._results.add(row)
 
 
 def run_on_networks(
@@ -573,8 +623,9 @@ def run_on_networks(
     """Run `module` as two parties (and a dealer under TTP) on each network in turn.
 
     1. Make the path; start `python -m module --party TASK` for each rank.
-    2. Collect samples; add a row per system as soon as the network is done.
-    3. If a party fails, keep what was measured, say what happened, go on.
+    2. Collect samples; add a row per system as soon as its model is done.
+    3. If a party fails, keep what was measured, say what happened, go on; if the run is
+       interrupted, keep it too.
 
     Args:
         task: what the parties are to do, as JSON can hold it; "address", "port" and
@@ -593,7 +644,9 @@ def run_on_networks(
             print(f"{profile} ({path.label}{how})", flush=True)
             if path.congestion:
                 results.machine["congestion_control"] = path.congestion
-            collector = Collector(path.label, profile.rtt_ms, profile.mbit, threads)
+            collector = Collector(
+                results, path.label, profile.rtt_ms, profile.mbit, threads
+            )
             port = wan.free_port()
             commands = []
             for rank in range(parties):
@@ -612,10 +665,8 @@ def run_on_networks(
                 ended_well = False
                 print(f"error on {path.label}: {error}", file=sys.stderr, flush=True)
                 results.skip(Skipped("", "", "", path.label, _first_line(error)))
-        for row in collector.rows():
-            results.add(row)
-        for cell in collector.skipped:
-            results.skip(cell)
+            finally:
+                collector.flush()
     return ended_well
 
 

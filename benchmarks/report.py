@@ -31,6 +31,7 @@ from .harness import Results, ResultsError, write_atomically
 RESULTS = Path(__file__).resolve().parent / "results"
 READMES = (harness.ROOT / "README.md", harness.ROOT / "benchmarks" / "README.md")
 PROFILES = ("lan", "metro", "wan")
+UNFOLDED = "crypten-relu-unfolded"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +53,8 @@ class Step:
 def steps(*, full: bool) -> list[Step]:
     """The runs of `make bench`, or of `make bench-full`."""
     layer = ("--points", "32768", "--networks", *activations.NETWORKS)
+    two = ("--models", "minionn", "resnet18")
+    systems = ("--protocols", "masked", "espn", "crypten-relu")
     warm = ("--networks", "wan", "--channels", "direct", "--warm")
     one_round = ("--protocols", "espn", "opened_mask", "--channels", "direct")
     warm_layer = Step(
@@ -59,28 +62,43 @@ def steps(*, full: bool) -> list[Step]:
         "activations",
         ("--networks", "loopback", "100ms", *one_round, "--warm", "--repeat", "15"),
     )
+    warm_networks = Step(
+        "warm",
+        "inference",
+        (*two, "--protocols", "masked", "espn", *warm, "--repeat", "5"),
+    )
     whole = ("--images", "1000", "--batch", "100", "--systems", "masked", "espn")
     if full:
-        everything = ("--models", *inference.MODELS, "--limit-s", "1800")
-        polynomial = ("--protocols", "masked", *inference.POLYNOMIAL_PROTOCOLS)
+        four = ("--models", *inference.MODELS[:4])  # the others take an hour more
+        folded = [name for name in inference.PROTOCOLS if name != UNFOLDED]
         return [
             Step("activations", "activations", (*layer, "wan", "--repeat", "21")),
             warm_layer,
             Step(
                 "inference",
                 "inference",
-                (*everything, "--networks", "loopback", *PROFILES, "--repeat", "5"),
+                (
+                    *("--models", *inference.MODELS, "--protocols", *folded),
+                    *("--networks", "loopback", "wan", "--repeat", "1"),
+                ),
             ),
             Step(
-                "warm",
+                "unfolded",
                 "inference",
-                (*everything, *polynomial, *warm, "--repeat", "5"),
+                (
+                    *(*four, "--protocols", UNFOLDED),
+                    *("--networks", "loopback", "wan", "--repeat", "1"),
+                ),
             ),
+            Step(
+                "lan-metro",
+                "inference",
+                (*two, *systems, "--networks", "lan", "metro", "--repeat", "3"),
+            ),
+            warm_networks,
             Step("accuracy", "accuracy", (*whole, "--precision-bits", "16", "12")),
             Step("figures", "figures", ("--full", "--fresh")),
         ]
-    two = ("--models", "minionn", "resnet18")
-    systems = ("--protocols", "masked", "espn", "crypten-relu")
     return [
         Step("activations", "activations", (*layer, "--repeat", "7")),
         warm_layer,
@@ -89,17 +107,13 @@ def steps(*, full: bool) -> list[Step]:
             "inference",
             (*two, *systems, "--networks", "loopback", "wan", "--repeat", "3"),
         ),
-        Step(
-            "warm",
-            "inference",
-            (*two, "--protocols", "masked", "espn", *warm, "--repeat", "5"),
-        ),
+        warm_networks,
         Step("accuracy", "accuracy", ("--images", "64", "--batch", "32")),
     ]
 
 
 # The steps whose results are rows of the harness.
-RUNS = ("activations", "layer", "inference", "warm")
+RUNS = ("activations", "layer", "inference", "unfolded", "lan-metro", "warm")
 MAINS: Mapping[str, Callable[[Sequence[str]], int]] = {
     "activations": activations.main,
     "inference": inference.main,
@@ -256,6 +270,8 @@ def _page(
         "activations": "One activation layer",
         "layer": "One activation layer, no slow start after idle",
         "inference": "Whole networks",
+        "unfolded": "Whole networks as CrypTen converts them, batch-norm unfolded",
+        "lan-metro": "Whole networks on shorter paths",
         "warm": "Whole networks, no slow start after idle",
     }
     for name, results in runs.items():
@@ -380,6 +396,7 @@ def _row_columns(line: Mapping[str, str]) -> dict[str, str]:
         "protocol": line["activation"] + (f" ({channel})" if channel else ""),
         "rounds": line["rounds"],
         "MB sent": f"{sent / 1e6:.2f}",
+        "runs": line["runs"],
         "online s": _three_digits(line["online_s"]),
         "95 %": f"{low} to {high}",
         "offline s": _three_digits(line["offline_s"]),

@@ -68,8 +68,8 @@ class Counted:
     def __init__(self, control: party.Control, seconds: float) -> None:
         self.rank, self.seconds, self.runs = control.rank, seconds, 0
 
-    def prepare(self) -> None:
-        pass
+    def prepare(self) -> float:
+        return 0.0
 
     def offline(self) -> int:
         return 100
@@ -84,17 +84,19 @@ class Counted:
         pass
 
 
-def run_counted(limit_s: float) -> tuple[list[Any], list[int]]:
+def run_counted(
+    limit_s: float, *, seconds: float = 0.05, repeat: int = 2
+) -> tuple[list[Any], list[int]]:
     emitted: list[Any] = []
 
     def body(control: party.Control) -> int:
-        system = Counted(control, 0.05)
+        system = Counted(control, seconds)
         party.measure(
             [system],
             control,
             model="m",
             batch=1,
-            repeat=2,
+            repeat=repeat,
             limit_s=limit_s,
             emit=emitted.append,
         )
@@ -103,20 +105,39 @@ def run_counted(limit_s: float) -> tuple[list[Any], list[int]]:
     return emitted, as_parties(body)
 
 
-def test_the_slower_party_counts_and_the_first_run_does_not() -> None:
+def test_the_slower_party_counts_and_the_first_run_does_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(party, "FILL_S", 0.0)
     emitted, runs = run_counted(60.0)
-    assert runs == [3, 3] and len(emitted) == 2
-    for sample in emitted:
+    assert runs == [3, 3] and len(emitted) == 3
+    for sample in emitted[:2]:
         assert 0.1 <= sample["online_s"] < 0.2
         assert sample["bytes_sent"] == [10, 11] and sample["rounds"] == 3
         assert sample["max_abs_error"] == 0.25 and sample["offline_bytes"] == 100
+    assert emitted[2]["done"] and emitted[2]["rtt_ms"] < 100
+
+
+def test_short_systems_run_more_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(party, "FILL_S", 0.1)
+    monkeypatch.setattr(party, "MANY", 7)
+    emitted, runs = run_counted(60.0, seconds=0.0005, repeat=3)
+    assert runs == [8, 8] and len(emitted) == 8
+
+
+def test_long_systems_run_less_often_and_their_first_run_counts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(party, "LONG_RUN_S", 0.1)
+    emitted, runs = run_counted(0.35, repeat=5)
+    assert runs == [3, 3] and len(emitted) == 4  # 3 x 0.1 s, then the end
 
 
 def test_a_system_over_the_limit_is_left_out_and_said_so() -> None:
-    emitted, runs = run_counted(0.1)
+    emitted, runs = run_counted(0.08)
     assert runs == [1, 1]
-    assert [sample["activation"] for sample in emitted] == ["counted"]
-    assert emitted[0]["skipped"].endswith("is over the limit of 0.1 s")
+    assert [sample.get("activation") for sample in emitted] == ["counted", None]
+    assert emitted[0]["skipped"].endswith("is over the limit of 0.08 s")
 
 
 @pytest.mark.parametrize(
