@@ -33,11 +33,9 @@ from pathlib import Path
 
 from crypten_espn.cost import GLOO_DELAYS, PAYLOAD, Traffic
 from crypten_espn.errors import EspnError
+from crypten_espn.processor import REFERENCE, Processor, calibrate
 from crypten_espn.projection import (
-    REFERENCE,
     EngineCost,
-    Processor,
-    calibrate,
     engine_costs,
     workload,
 )

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from . import doctor, projection
+from . import doctor, estimate
 from .channel import TLS
 from .convert import MASKED, check, convert
 from .demo import run as run_demo
@@ -89,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     estimator = _command(
         commands,
         "estimate",
-        projection.run,
+        estimate.run,
         "what private inference would cost: rounds, bytes, seconds, capacity, money",
         [
             "crypten-espn estimate resnet18 --rtt 20 --bandwidth 1000",
@@ -103,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
         help="one input's shape without the batch, such as 3,32,32 (default: the "
         "network's own)",
     )
-    projection.add_arguments(estimator)
+    estimate.add_arguments(estimator)
 
     _explain_command(commands)
     _session_commands(commands)

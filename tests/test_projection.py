@@ -25,10 +25,9 @@ from crypten_espn.masked.planner import make_plan
 from crypten_espn.onnx_graph import export
 from crypten_espn.pillar import networks
 from crypten_espn.pillar.storage import save_network
+from crypten_espn.processor import REFERENCE, calibrate
 from crypten_espn.projection import (
-    REFERENCE,
     Deployment,
-    calibrate,
     capacities,
     engine_costs,
     per_million,
