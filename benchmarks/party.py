@@ -15,7 +15,7 @@ import socket
 import struct
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -227,7 +227,8 @@ def measure(
                 if spent.get(index, 0.0) + longest[index] <= limit_s:
                     longest[index] = max(longest[index], run(index, counted=True))
     if control.rank == 0:
-        emit({**cell, "done": True, "rtt_ms": round(control.rtt_s * 1e3, 3)})
+        names = [[system.activation, system.engine] for system in systems]
+        emit({**cell, "done": names, "rtt_ms": round(control.rtt_s * 1e3, 3)})
 
 
 def _share(count: int, turn: int, turns: int) -> int:
@@ -559,7 +560,7 @@ class Collector:
     def take(self, sample: Mapping[str, Any]) -> None:
         """Take one sample, one cell that was left out, or the end of a model."""
         if "done" in sample:
-            self.flush(sample["rtt_ms"])
+            self.flush(sample["rtt_ms"], map(tuple, sample["done"]))
             return
         model, activation, engine = (
             sample[name] for name in ("model", "activation", "engine")
@@ -571,14 +572,19 @@ class Collector:
         key = (model, activation, engine, sample["batch"])
         self._samples.setdefault(key, []).append(sample)
 
-    def flush(self, rtt_ms: float = 0.0) -> None:
-        """Add one row for each system with samples, in the order of measurement.
+    def flush(self, rtt_ms: float = 0.0, order: Iterable[tuple[str, ...]] = ()) -> None:
+        """Add one row for each system with samples.
 
         Args:
             rtt_ms: the round trip that the parties saw.
+            order: of the rows, by activation and engine; those not named come last.
         """
         collected, self._samples = self._samples, {}
-        for (model, activation, engine, batch), samples in collected.items():
+        place = {name: index for index, name in enumerate(order)}
+        ordered = sorted(
+            collected.items(), key=lambda item: place.get(item[0][1:3], len(place))
+        )
+        for (model, activation, engine, batch), samples in ordered:
             last = samples[-1]
             agreements = [
                 sample["argmax_agreement"]

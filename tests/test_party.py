@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -12,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import activations, party, wan
+from benchmarks import activations, inference, party, wan
 from benchmarks.harness import Results
 
 
@@ -199,6 +201,58 @@ def test_samples_of_a_benchmark_that_dies_are_kept(
     assert (row.rounds, row.bytes_sent, row.total_s.median) == (3, (4, 5), 1.5)
     assert "out of memory" in results.skipped[0].reason
     assert "party 0 ended with status 1" in capsys.readouterr().err
+
+
+def test_samples_of_an_interrupted_run_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sample = {
+        **{"model": "minionn", "activation": "masked", "engine": "masked", "batch": 1},
+        **{"online_s": 1.0, "offline_s": 0.5, "rounds": 16, "bytes_sent": [4, 5]},
+        **{"offline_bytes": 6, "max_abs_error": 0.0, "argmax_agreement": 1.0},
+    }
+
+    def interrupted(*_: Any, on_line: Callable[[int, str], None], **__: Any) -> None:
+        for seconds in (1.0, 2.0, 6.0):
+            on_line(0, party.MARK + json.dumps({**sample, "online_s": seconds}))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(wan.Path, "run", interrupted)
+    path = tmp_path / "rows.json"
+    assert inference.main(["--networks", "loopback", "wan", "--json", str(path)]) == 130
+    (row,) = Results.read(path).rows
+    assert (row.network, row.online_s.median, row.online_s.repeats) == (
+        "loopback",
+        2,
+        3,
+    )
+    assert "finished rows are kept" in capsys.readouterr().err
+
+
+@pytest.mark.timeout(180)
+def test_two_hosts_run_what_one_does(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    port = wan.free_port()
+    commands = [
+        [
+            *(sys.executable, "-m", "benchmarks.inference", "--rank", str(rank)),
+            *("--rendezvous", f"127.0.0.1:{port}", "--models", "minionn"),
+            *("--protocols", "masked", "espn", "--channels", "direct"),
+            *("--repeat", "1", "--limit-s", "5", "--json", str(path)),
+        ][: None if rank == 0 else -2]
+        for rank in (0, 1)
+    ]
+    parties = [subprocess.Popen(command) for command in commands]
+    try:
+        assert [one.wait(timeout=150) for one in parties] == [0, 0]
+    finally:
+        for one in parties:
+            one.kill()
+    rows = {row.system: row for row in Results.read(path).rows}
+    assert set(rows) == {"masked", "espn (direct)"}
+    for row in rows.values():
+        assert (row.network, row.rounds, row.argmax_agreement) == ("hosts", 16, 1.0)
+        assert 0 < row.rtt_ms < 1000 and row.online_s.median > 0
 
 
 def test_unknown_network_fails_before_anything_is_measured(
