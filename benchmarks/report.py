@@ -352,7 +352,7 @@ def update_readme(path: Path, folder: Path) -> tuple[list[str], list[str]]:
         if end < 0:
             raise ResultsError(f"{path}: benchmark {name} begins and does not end")
         position = end
-        if not (folder / f"{name}.csv").exists():
+        if not (folder / f"{_sources(name)[0]}.csv").exists():
             missing.append(name)
             continue
         table = markdown(folder, name)
@@ -365,25 +365,89 @@ def update_readme(path: Path, folder: Path) -> tuple[list[str], list[str]]:
 
 
 def markdown(folder: Path, name: str) -> str:
-    """The table of NAME.csv, with the command, commit, date and processor below it."""
-    path = folder / f"{name}.csv"
-    with open(path, newline="") as handle:
-        lines = list(csv.DictReader(handle))
-    if not lines:
-        raise ResultsError(f"{path}: no rows; run the benchmarks")
+    """A table as Markdown; below it, for each CSV, its command, commit and date."""
+    lines: list[dict[str, str]] = []
+    notes = []
+    for source in _sources(name):
+        path = folder / f"{source}.csv"
+        if not path.exists():
+            continue  # of several, the first is there
+        with open(path, newline="") as handle:
+            rows = list(csv.DictReader(handle))
+        if not rows:
+            raise ResultsError(f"{path}: no rows; run the benchmarks")
+        lines += rows
+        stamp = "commit {commit}, {date}, {processor}".format(**rows[0])
+        command = _commands(folder).get(source)
+        notes.append((f"`{command}`: " if command else "") + f"{stamp}.")
     try:
-        columns = _COLUMNS.get(name, _row_columns)
-        body = [columns(line) for line in lines]
+        if name in _BY_SYSTEM:
+            body = _by_system(lines, *_BY_SYSTEM[name])
+        else:
+            body = [_COLUMNS.get(name, _row_columns)(line) for line in lines]
     except KeyError as error:
-        raise ResultsError(f"{path}: no column {error}; run the benchmarks") from error
+        raise ResultsError(
+            f"{folder}: {name} has no column {error}; run the benchmarks"
+        ) from error
+    if not body:
+        raise ResultsError(f"{folder}: nothing for the table {name}")
     head = list(body[0])
     out = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     out += ["| " + " | ".join(line.values()) + " |" for line in body]
-    first = lines[0]
-    stamp = f"commit {first['commit']}, {first['date']}, {first['processor']}"
-    command = _commands(folder).get(name)
-    source = f"`{command}`: " if command else ""
-    return "\n".join([*out, "", f"{source}{stamp}.", ""])
+    return "\n".join([*out, "", "\n".join(notes), ""])
+
+
+def _sources(name: str) -> tuple[str, ...]:
+    """The results a table is made from; it needs the first."""
+    return ("inference", "unfolded") if name in _BY_SYSTEM else (name,)
+
+
+def _by_system(
+    lines: Sequence[Mapping[str, str]],
+    network: str,
+    cell: Callable[[Mapping[str, str]], str],
+) -> list[dict[str, str]]:
+    """A row for each model on that path, a column for each system that was run."""
+    found: dict[str, dict[tuple[str, str], str]] = {}
+    for line in lines:
+        if line["network"] == network:
+            system = (line["activation"], line["engine"])
+            found.setdefault(line["model"], {})[system] = cell(line)
+    shown = {
+        title: system
+        for title, system in _SYSTEMS.items()
+        if any(system in row for row in found.values())
+    }
+    return [
+        {"network": model, **{name: row.get(shown[name], "") for name in shown}}
+        for model, row in found.items()
+    ]
+
+
+def _seconds(line: Mapping[str, str]) -> str:
+    return f"{_three_digits(line['offline_s'])} + {_three_digits(line['online_s'])}"
+
+
+def _wire(line: Mapping[str, str]) -> str:
+    sent = int(line["bytes_sent_0"]) + int(line["bytes_sent_1"])
+    return f"{line['rounds']}, {sent / 1e6:.1f} MB"
+
+
+# Columns of the tables of whole networks: title, and activation and engine in the rows.
+_SYSTEMS = {
+    "masked": ("masked", "masked"),
+    "espn": ("espn", "crypten+direct"),
+    "opened_mask": ("opened_mask", "crypten+direct"),
+    "beaver": ("beaver", "crypten+direct"),
+    "ReLU": ("crypten-relu", "crypten+direct"),
+    "ReLU (gloo)": ("crypten-relu", "crypten+gloo"),
+    "unfolded ReLU (gloo)": (UNFOLDED, "crypten+gloo"),
+}
+_BY_SYSTEM = {
+    "networks-wan": ("wan", _seconds),
+    "networks-loopback": ("loopback", _seconds),
+    "networks-wire": ("loopback", _wire),
+}
 
 
 def _row_columns(line: Mapping[str, str]) -> dict[str, str]:

@@ -83,12 +83,29 @@ def test_readme_table_is_replaced_between_its_markers(folder: Path) -> None:
     assert report.update_readme(readme, folder) == (["inference", "accuracy"], [])
     text = readme.read_text()
     assert text.startswith("before\n<!-- begin benchmark inference -->\n| network |")
-    assert "| wan | minionn | masked | 16 | 1.50 | 1.10 |" in text
+    assert "| wan | minionn | masked | 16 | 1.50 | 1 | 1.10 |" in text
     assert "| 62.50% | 87.50% |" in text and "old" not in text
     assert "`python -m benchmarks.inference`: commit " in text
     assert text.endswith("<!-- end benchmark accuracy -->\nafter\n")
     report.update_readme(readme, folder)
     assert readme.read_text() == text
+
+
+def test_systems_side_by_side_are_made_from_both_files(folder: Path) -> None:
+    relu = dataclasses.replace(
+        WAN, activation="crypten-relu-unfolded", engine="crypten+gloo", rounds=99
+    )
+    results = Results(folder / "unfolded.json")
+    results.add(relu)
+    results.add(dataclasses.replace(relu, model="vgg16", online_s=Spread.of([20.25])))
+    report.render(folder)
+    seconds = report.markdown(folder, "networks-wan").splitlines()
+    assert seconds[0] == "| network | masked | unfolded ReLU (gloo) |"
+    assert seconds[2] == "| minionn | 0.100 + 1.10 | 0.100 + 1.10 |"
+    assert seconds[3] == "| vgg16 |  | 0.100 + 20.2 |"
+    assert seconds[5].startswith("`python -m benchmarks.inference`: commit")
+    assert seconds[6].startswith("commit ")  # no command is known for it
+    assert "| minionn | 16, 1.5 MB |" in report.markdown(folder, "networks-wire")
 
 
 def test_marker_without_end_is_refused_and_missing_results_are_named(
