@@ -18,8 +18,9 @@ a range: on a warm connection, and after silence. The difference is that of the 
 median from the nearer end of the range, nothing inside it.
 
 From loopback: computation is what the same system took over loopback. From shapes:
-nothing measured goes in but this processor's rates, as in `crypten-espn estimate`;
-rounds and bytes are then compared too, and must be equal.
+nothing measured goes in but this processor's rates and what an opening costs CrypTen's
+Python, as in `crypten-espn estimate`; rounds and bytes are then compared too, and must
+be equal.
 """
 
 from __future__ import annotations
@@ -112,7 +113,9 @@ def from_shapes(rows: Sequence[Row], processor: Processor) -> Iterator[Check]:
         cost = known[key].get(row.activation)
         if cost is None:
             continue
-        traffic = dataclasses.replace(cost.traffic, delays=_traffic(row).delays)
+        if row.engine.endswith("+gloo"):
+            cost = cost.over_gloo()
+        traffic = cost.traffic
         # CrypTen's counter splits the last, one-sided message between the parties.
         exact = (
             traffic.rounds == row.rounds

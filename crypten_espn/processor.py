@@ -34,6 +34,7 @@ class Processor:
         words: 8-byte words masked, opened and combined by CrypTen.
         stream: bytes through a local socket.
         messages: messages between waiting threads.
+        calls: torch operations on a few elements, from Python.
     """
 
     macs32: float
@@ -43,6 +44,7 @@ class Processor:
     words: float
     stream: float
     messages: float
+    calls: float
 
     def scaled(self, macs32: float) -> Processor:
         """A processor of the same proportions with this many `macs32`.
@@ -66,9 +68,10 @@ REFERENCE = Processor(
     macs64=7.6e9,
     values=6.2e8,
     dealt=4e8,
-    words=5e7,
+    words=1e8,
     stream=4.5e9,
     messages=5e4,
+    calls=8.3e5,
 )
 
 
@@ -90,6 +93,7 @@ def calibrate(*, seconds: float = 0.1) -> Processor:
                 words=_fastest(_openings(), seconds),
                 stream=_fastest(_copies(left, right), seconds, time.perf_counter),
                 messages=_fastest(_exchanges(left, right), seconds, time.perf_counter),
+                calls=_fastest(_calls(), seconds),
             )
     finally:
         torch.set_num_threads(threads)
@@ -241,3 +245,14 @@ def _exchanges(left: Channel, right: Channel) -> _Task:
         thread.join()
 
     return run, 2 * count
+
+
+def _calls() -> _Task:
+    """Additions of sixteen numbers."""
+    x, y, count = torch.ones(16), torch.ones(16), 1000
+
+    def run() -> None:
+        for _ in range(count):
+            torch.add(x, y)
+
+    return run, count

@@ -255,7 +255,15 @@ def test_seconds_add_up(small):
         delays = cost.traffic.rounds * cost.traffic.delays
         assert there - here == pytest.approx(delays * 0.05)
         assert cost.online.seconds(slow) == pytest.approx(2 * here)
-    assert found["crypten-relu-gloo"].traffic.delays == GLOO_DELAYS
+    slower = found["crypten-relu"].over_gloo()
+    assert found["crypten-relu-gloo"] == dataclasses.replace(
+        slower, engine="crypten-relu-gloo"
+    )
+    assert slower.traffic.delays == GLOO_DELAYS
+    waiting = slower.online.calls / REFERENCE.calls - (
+        found["crypten-relu"].online.calls / REFERENCE.calls
+    )
+    assert 1e-3 < waiting / slower.traffic.rounds < 5e-3  # a collective, in seconds
     masked = found["masked"]
     line = {**link, "bits_per_second": 1e6, "dealer_bits": math.inf}
     fast = masked.offline_s(REFERENCE, **line)
