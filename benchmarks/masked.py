@@ -127,6 +127,7 @@ class MaskedSystem:
         channel, material = self._channel, self._material
         assert material is not None
         channel.reset_counters()
+        channel.pace()
         logits = None
         if self._control.rank == 0:
             assert self._weights is not None

@@ -202,15 +202,18 @@ class Channel:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def pace(self) -> None:
-        """Keep TCP's speed between messages, where the kernel offers BBR.
+        """Keep TCP's speed through one inference, where the kernel offers BBR.
 
         For messages that alternate: after a pause, loss-based congestion control starts
         slowly again, which on a long path costs a round trip or more for every message.
-        Not for exchanges, where both directions fill at once and pacing delays them.
+        BBR does not; begun afresh for each inference, it does not stop either for its
+        look at the round trip, 0.2 s every ten seconds. Not for exchanges, where both
+        directions fill at once and pacing delays them.
         """
         with contextlib.suppress(OSError, AttributeError):
             option = socket.TCP_CONGESTION
-            self._sock.setsockopt(socket.IPPROTO_TCP, option, b"bbr")
+            for name in (b"bbr", b"reno", b"bbr"):  # the first fails without BBR
+                self._sock.setsockopt(socket.IPPROTO_TCP, option, name)
 
     # -- ring elements
 

@@ -618,6 +618,7 @@ class ModelServer:
         plan = self.model.plan
         assert party.weights is not None
         if plan.mode == "owner":
+            channel.pace()
             serve_one(plan, party.weights, channel, material, batch=batch)
         else:
             run_shared(
@@ -863,6 +864,7 @@ class Client:
         with _telling(channel):
             z: np.ndarray | None
             if self.plan.mode == "owner":
+                channel.pace()
                 z = query_one(self.plan, channel, material, encoded, batch=batch)
             else:
                 assert party.weights is not None
