@@ -11,7 +11,9 @@ result. Correlated randomness is made before, and timed as the offline phase.
 
 Protocols: espn, opened_mask and beaver are this package's, with local truncation;
 "-exact" appended, with exact truncation. crypten-relu is CrypTen's comparison circuit,
-crypten-polynomial its own polynomial of the same coefficients. By default the round
+crypten-polynomial its own polynomial of the same coefficients. masked is a network of
+nothing but this activation under the masked engine: from values at one party to results
+at the same, so two of its four messages are input and output. By default the round
 trip goes from 0 to 100 ms with no limit on the rate. Root is needed for any network
 but loopback; see `python -m benchmarks.wan --help`.
 """
@@ -30,13 +32,14 @@ from . import harness, wan
 from .harness import Results, ResultsError, Row, Spread
 
 PACKAGE_PROTOCOLS = ("espn", "opened_mask", "beaver")
+CRYPTEN_PROTOCOLS = ("crypten-polynomial", "crypten-relu")
 PROTOCOLS = (
+    "masked",
     *PACKAGE_PROTOCOLS,
     *(f"{name}-exact" for name in PACKAGE_PROTOCOLS),
-    "crypten-polynomial",
-    "crypten-relu",
+    *CRYPTEN_PROTOCOLS,
 )
-DEFAULT_PROTOCOLS = (*PACKAGE_PROTOCOLS, "crypten-polynomial", "crypten-relu")
+DEFAULT_PROTOCOLS = ("masked", *PACKAGE_PROTOCOLS, *CRYPTEN_PROTOCOLS)
 NETWORKS = ("loopback", "25ms", "50ms", "75ms", "100ms")
 CHANNELS = ("direct", "gloo")
 FRAC_BITS = 10  # of the coefficients, as in the recipes
@@ -56,10 +59,13 @@ def run_party(task: dict[str, Any]) -> None:
 
     from crypten_espn.polynomial import Polynomial
 
+    from .masked import MaskedSystem
+
     control = party.Control(task["rank"], task["address"], task["port"])
     polynomial = Polynomial.fit(torch.relu, degree=task["degree"], frac_bits=FRAC_BITS)
     generator = torch.Generator().manual_seed(2)
     x = 10 * torch.rand(task["points"], generator=generator) - 5
+    systems: list[party.System] = []
     with party.crypten_channels(
         task["address"], threads=task["threads"], provider=task["provider"]
     ) as channels:
@@ -67,19 +73,33 @@ def run_party(task: dict[str, Any]) -> None:
 
         shared = crypten.cryptensor(x, src=0)
         traces: dict[str, Any] = {}
-        systems: list[party.System] = [
-            party.CryptenSystem(
-                name,
-                channel,
-                channels[channel],
-                *_computation(name, shared, x, polynomial),
-                traces=traces,
-                reveal=True,
-                select=functools.partial(_select, name),
-            )
-            for name in task["protocols"]
-            for channel in task["channels"]
-        ]
+        for name in task["protocols"]:
+            if name == "masked":
+                network, image, check = _alone(x, polynomial)
+                systems.append(
+                    MaskedSystem(
+                        network,
+                        image,
+                        image,
+                        control,
+                        address=task["address"],
+                        listen=task["address"],
+                        check=check,
+                    )
+                )
+                continue
+            systems += [
+                party.CryptenSystem(
+                    name,
+                    channel,
+                    channels[channel],
+                    *_computation(name, shared, x, polynomial),
+                    traces=traces,
+                    reveal=True,
+                    select=functools.partial(_select, name),
+                )
+                for channel in task["channels"]
+            ]
         party.measure(
             systems,
             control,
@@ -89,7 +109,26 @@ def run_party(task: dict[str, Any]) -> None:
             limit_s=task["limit_s"],
             emit=party.emit_line,
         )
+        for system in systems:
+            system.close()
     control.close()
+
+
+def _alone(x: Any, polynomial: Any) -> tuple[Any, Any, Any]:
+    """A network of one activation, its input, and the check of its output."""
+    import torch
+
+    import crypten_espn
+
+    relu = torch.nn.Sequential(torch.nn.ReLU())
+    network = crypten_espn.replace_activations(relu, {torch.nn.ReLU: polynomial})
+    image = x.reshape(1, -1)
+    expected = polynomial(image)
+
+    def check(plain: Any) -> tuple[float, None]:
+        return float((plain - expected).abs().max()), None
+
+    return network.eval(), image, check
 
 
 def _select(name: str) -> None:
@@ -139,14 +178,14 @@ def _computation(name: str, shared: Any, x: Any, polynomial: Any) -> tuple[Any, 
 def plot(rows: Sequence[Row], stem: Path) -> list[Path]:
     """Seconds against round trip, one figure per channel; the files written."""
     files = []
-    for engine in dict.fromkeys(row.engine for row in rows):
+    for channel in CHANNELS:
         series: dict[str, list[tuple[float, Spread]]] = {}
         for row in rows:
-            if row.engine == engine and row.mbit is None:
+            own = row.engine.partition("+")[2] or "direct"  # what the masked engine has
+            if own == channel and row.mbit is None:
                 series.setdefault(row.activation, []).append((row.rtt_ms, row.online_s))
         if not series:
             continue
-        channel = engine.partition("+")[2]
         files += harness.plot_lines(
             stem.with_name(f"{stem.name}-{channel}"),
             {

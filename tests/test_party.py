@@ -271,13 +271,16 @@ def test_two_runs_agree_in_rounds_and_bytes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["--points", "300", "--networks", "loopback", "--repeat", "2"]
-    arguments += ["--protocols", "espn", "opened_mask-exact", "crypten-relu"]
+    arguments += ["--protocols", "masked", "espn", "opened_mask-exact", "crypten-relu"]
     first, second = (str(tmp_path / f"{number}.json") for number in (1, 2))
     assert activations.main([*arguments, "--json", first]) == 0
     assert activations.main([*arguments, "--json", second, "--compare", first]) == 0
     assert "rounds and bytes are those of" in capsys.readouterr().out
     rows = {row.system: row for row in Results.read(second).rows}
-    assert len(rows) == 6
+    assert len(rows) == 7
+    assert rows["masked"].rounds == 4  # input and output are two of them
+    assert rows["masked"].bytes_sent == (300 * 8, 300 * 12)
+    assert rows["masked"].max_abs_error < 0.01
     assert rows["espn (direct)"].rounds == 1
     assert rows["espn (direct)"].bytes_sent == (300 * 3 * 8, 300 * 3 * 8)
     assert rows["opened_mask-exact (gloo)"].rounds == 2
