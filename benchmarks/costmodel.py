@@ -54,7 +54,8 @@ COLUMNS = (
     "measured s",
     "difference",
 )
-RESULTS = ROOT / "benchmarks" / "results" / "inference.json"
+FOLDER = ROOT / "benchmarks" / "results"
+RESULTS = [FOLDER / f"{name}.json" for name in ("inference", "large", "lan-metro")]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,8 +186,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "files",
         nargs="*",
         type=Path,
-        default=[RESULTS],
-        help="results written with --json (default: the committed ones)",
+        default=RESULTS,
+        help="results written with --json (default: the committed whole networks)",
     )
     parser.add_argument(
         "--macs",

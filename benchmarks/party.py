@@ -29,7 +29,8 @@ from .harness import Results, Row, Skipped, Spread
 
 MARK = "SAMPLE "
 LONG_RUN_S = 10.0  # a run this long needs no warm-up
-FILL_S, MANY = 8.0, 41  # short ones are repeated for so long, or so many times
+FILL_S, MANY = 12.0, 41  # short ones are repeated for so long, or so many times
+IDLE_RESTART = Path("/proc/sys/net/ipv4/tcp_slow_start_after_idle")
 _LENGTH = struct.Struct("<I")
 
 
@@ -95,6 +96,18 @@ class Control:
             if left > 0.002:
                 time.sleep(left - 0.001)
         return start
+
+    def silence_s(self) -> float:
+        """How long a connection has to be silent until TCP starts as slowly as it can.
+
+        The kernel halves the window for each retransmission timeout of silence, about
+        two round trips and 0.2 s: seven of them turn a thousand segments into the ten
+        that a new connection has. No time at all where it keeps the window (`--warm`),
+        or where a slow start costs less than a millisecond or so.
+        """
+        if self.rtt_s < 1e-3 or IDLE_RESTART.read_text().strip() == "0":
+            return 0.0
+        return 7 * (2 * self.rtt_s + 0.2)
 
     def _ping(self) -> tuple[float, float]:
         """One round trip: its seconds and how far this clock is ahead of the other."""
@@ -188,21 +201,24 @@ def measure(
 ) -> None:
     """Run the systems in turn, `repeat` times; rank 0 emits each sample.
 
-    1. A first run of each is not counted: it traces, and warms caches and connections.
-       One that takes longer than `LONG_RUN_S` has warmed them by itself, and counts.
+    1. A first run of each is not counted: it traces, and warms caches. One that takes
+       longer than `LONG_RUN_S` has warmed them by itself, and counts.
     2. Every turn runs each system: a short one several times, so that its median rests
        on `FILL_S` seconds or `MANY` runs; a long one only while its runs together stay
        below `limit_s`.
-    3. A system of which one run takes longer than that is left out; that is emitted
+    3. Every online phase begins after `Control.silence_s`, so that it does not depend
+       on what the connection carried before.
+    4. A system of which one run takes longer than that is left out; that is emitted
        too. The last thing emitted says that the model is done, with the round trip
        that the control connection saw.
     """
     cell = {"model": model, "batch": batch}
+    silence_s = max(control.swap(control.silence_s()), control.silence_s())
     spent: dict[int, float] = {}
     wanted: dict[int, int] = {}
 
     def run(index: int, *, counted: bool) -> float:
-        sample, seconds = _sample(systems[index], control)
+        sample, seconds = _sample(systems[index], control, silence_s)
         if counted or seconds >= LONG_RUN_S:
             spent[index] = spent.get(index, 0.0) + seconds
             if control.rank == 0:
@@ -215,7 +231,9 @@ def measure(
         if estimate < LONG_RUN_S:
             estimate = run(index, counted=False)
         if estimate <= limit_s:
-            wanted[index] = max(repeat, min(MANY, round(FILL_S / estimate)))
+            wanted[index] = max(
+                repeat, min(MANY, round(FILL_S / (silence_s + estimate)))
+            )
         elif control.rank == 0:
             reason = f"one run of {estimate:.3g} s is over the limit of {limit_s:g} s"
             emit({**cell, **_name(system), "skipped": reason})
@@ -246,11 +264,14 @@ def emit_line(sample: Mapping[str, Any]) -> None:
     sys.stdout.flush()
 
 
-def _sample(system: System, control: Control) -> tuple[dict[str, Any], float]:
+def _sample(
+    system: System, control: Control, silence_s: float
+) -> tuple[dict[str, Any], float]:
     """One run of both phases; the sample, and the seconds both agree it took."""
     start = control.start_together()
     offline_bytes = system.offline()
     offline_s = time.monotonic() - start
+    time.sleep(silence_s)
     start = control.start_together()
     finish = system.online()
     online_s = time.monotonic() - start

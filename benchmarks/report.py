@@ -52,68 +52,60 @@ class Step:
 
 def steps(*, full: bool) -> list[Step]:
     """The runs of `make bench`, or of `make bench-full`."""
-    layer = ("--points", "32768", "--networks", *activations.NETWORKS)
+    # Within an inference a layer follows another: its connection was not silent.
+    layer = ("--points", "32768", "--warm", "--networks", *activations.NETWORKS)
     two = ("--models", "minionn", "resnet18")
     systems = ("--protocols", "masked", "espn", "crypten-relu")
-    warm = ("--networks", "wan", "--channels", "direct", "--warm")
-    one_round = ("--protocols", "espn", "opened_mask", "--channels", "direct")
-    warm_layer = Step(
-        "layer",
-        "activations",
-        ("--networks", "loopback", "100ms", *one_round, "--warm", "--repeat", "15"),
-    )
-    warm_networks = Step(
+    both = ("--networks", "loopback", "wan")
+    whole = ("--images", "1000", "--batch", "100", "--systems", "masked", "espn")
+    warm = Step(
         "warm",
         "inference",
-        (*two, "--protocols", "masked", "espn", *warm, "--repeat", "5"),
+        (
+            *(*two, "--protocols", "masked", "espn", "--channels", "direct"),
+            *("--networks", "wan", "--warm", "--repeat", "5"),
+        ),
     )
-    whole = ("--images", "1000", "--batch", "100", "--systems", "masked", "espn")
     if full:
-        four = ("--models", *inference.MODELS[:4])  # the others take an hour more
+        four, large = inference.MODELS[:4], inference.MODELS[4:]
         folded = [name for name in inference.PROTOCOLS if name != UNFOLDED]
+        once = (*both, "--repeat", "1")
         return [
             Step("activations", "activations", (*layer, "wan", "--repeat", "21")),
-            warm_layer,
             Step(
                 "inference",
                 "inference",
-                (
-                    *("--models", *inference.MODELS, "--protocols", *folded),
-                    *("--networks", "loopback", "wan", "--repeat", "1"),
-                ),
+                ("--models", *four, "--protocols", *folded, *both, "--repeat", "2"),
+            ),
+            Step(
+                "large",
+                "inference",
+                ("--models", *large, "--protocols", *folded, *once),
             ),
             Step(
                 "unfolded",
                 "inference",
-                (
-                    *(*four, "--protocols", UNFOLDED),
-                    *("--networks", "loopback", "wan", "--repeat", "1"),
-                ),
+                ("--models", *four, "--protocols", UNFOLDED, *once),
             ),
             Step(
                 "lan-metro",
                 "inference",
                 (*two, *systems, "--networks", "lan", "metro", "--repeat", "3"),
             ),
-            warm_networks,
+            warm,
             Step("accuracy", "accuracy", (*whole, "--precision-bits", "16", "12")),
             Step("figures", "figures", ("--full", "--fresh")),
         ]
     return [
         Step("activations", "activations", (*layer, "--repeat", "7")),
-        warm_layer,
-        Step(
-            "inference",
-            "inference",
-            (*two, *systems, "--networks", "loopback", "wan", "--repeat", "3"),
-        ),
-        warm_networks,
+        Step("inference", "inference", (*two, *systems, *both, "--repeat", "2")),
+        warm,
         Step("accuracy", "accuracy", ("--images", "64", "--batch", "32")),
     ]
 
 
 # The steps whose results are rows of the harness.
-RUNS = ("activations", "layer", "inference", "unfolded", "lan-metro", "warm")
+RUNS = ("activations", "inference", "large", "unfolded", "lan-metro", "warm")
 MAINS: Mapping[str, Callable[[Sequence[str]], int]] = {
     "activations": activations.main,
     "inference": inference.main,
@@ -129,21 +121,24 @@ def run(chosen: Sequence[Step], folder: Path, *, fallback: bool) -> list[str]:
     """Measure the paths, then every step; what went wrong, one line each."""
     problems = _measure_paths(folder)
     for step in chosen:
-        arguments = [*step.arguments, "--json", str(folder / f"{step.name}.json")]
+        file = folder / f"{step.name}.json"
+        arguments = [*step.arguments, "--json", str(file)]
         if fallback and step.module in ("activations", "inference"):
             arguments.append("--fallback")
         print(f"\n== {step.command}", flush=True)
+        before = _written(file)
         try:
             status = MAINS[step.module](arguments)
         except (OSError, RuntimeError, ValueError) as error:
             problems.append(f"{step.name}: {type(error).__name__}: {error}")
             continue
+        finally:
+            if _written(file) != before:
+                _keep_command(folder, step)
         if status == 130:
             raise KeyboardInterrupt
         if status:
             problems.append(f"{step.name} ended with status {status}")
-    commands = {step.name: step.command for step in chosen}
-    write_atomically(folder / "commands.json", json.dumps(commands, indent=1) + "\n")
     return problems
 
 
@@ -268,8 +263,8 @@ def _page(
             parts += ["<h2>The paths, as measured</h2>", _html_table(head, lines)]
     titles = {
         "activations": "One activation layer",
-        "layer": "One activation layer, no slow start after idle",
         "inference": "Whole networks",
+        "large": "Large networks",
         "unfolded": "Whole networks as CrypTen converts them, batch-norm unfolded",
         "lan-metro": "Whole networks on shorter paths",
         "warm": "Whole networks, no slow start after idle",
@@ -303,6 +298,16 @@ def _page(
 def _commands(folder: Path) -> dict[str, str]:
     path = folder / "commands.json"
     return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _written(file: Path) -> int | None:
+    return file.stat().st_mtime_ns if file.exists() else None
+
+
+def _keep_command(folder: Path, step: Step) -> None:
+    """Beside those of other runs, whose results may be in the folder too."""
+    commands = {**_commands(folder), step.name: step.command}
+    write_atomically(folder / "commands.json", json.dumps(commands, indent=1) + "\n")
 
 
 def _text(value: object) -> str:
@@ -399,7 +404,7 @@ def markdown(folder: Path, name: str) -> str:
 
 def _sources(name: str) -> tuple[str, ...]:
     """The results a table is made from; it needs the first."""
-    return ("inference", "unfolded") if name in _BY_SYSTEM else (name,)
+    return ("inference", "large", "unfolded") if name in _BY_SYSTEM else (name,)
 
 
 def _by_system(

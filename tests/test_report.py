@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -91,20 +92,23 @@ def test_readme_table_is_replaced_between_its_markers(folder: Path) -> None:
     assert readme.read_text() == text
 
 
-def test_systems_side_by_side_are_made_from_both_files(folder: Path) -> None:
+def test_systems_side_by_side_are_made_from_every_file(folder: Path) -> None:
     relu = dataclasses.replace(
         WAN, activation="crypten-relu-unfolded", engine="crypten+gloo", rounds=99
     )
     results = Results(folder / "unfolded.json")
     results.add(relu)
     results.add(dataclasses.replace(relu, model="vgg16", online_s=Spread.of([20.25])))
+    large = Results(folder / "large.json")
+    large.add(dataclasses.replace(WAN, model="resnet50"))
     report.render(folder)
     seconds = report.markdown(folder, "networks-wan").splitlines()
     assert seconds[0] == "| network | masked | unfolded ReLU (gloo) |"
     assert seconds[2] == "| minionn | 0.100 + 1.10 | 0.100 + 1.10 |"
-    assert seconds[3] == "| vgg16 |  | 0.100 + 20.2 |"
-    assert seconds[5].startswith("`python -m benchmarks.inference`: commit")
-    assert seconds[6].startswith("commit ")  # no command is known for it
+    assert seconds[3] == "| resnet50 | 0.100 + 1.10 |  |"
+    assert seconds[4] == "| vgg16 |  | 0.100 + 20.2 |"
+    assert seconds[6].startswith("`python -m benchmarks.inference`: commit")
+    assert all(note.startswith("commit ") for note in seconds[7:9])  # none is known
     assert "| minionn | 16, 1.5 MB |" in report.markdown(folder, "networks-wire")
 
 
@@ -119,6 +123,34 @@ def test_marker_without_end_is_refused_and_missing_results_are_named(
     assert report.update_readme(readme, folder) == ([], ["moon"])
     with pytest.raises(ResultsError, match="no results there"):
         report.render(folder / "empty")
+
+
+def test_commands_are_those_that_wrote_the_results(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(arguments: Sequence[str]) -> int:
+        Path(arguments[-1]).write_text("{}")
+        return 130
+
+    def refused(arguments: Sequence[str]) -> int:
+        raise ResultsError("no path")
+
+    activation, network, warm = report.steps(full=False)[:3]
+    layer = dataclasses.replace(activation, name="layer")
+    monkeypatch.setattr(report, "PROFILES", ())
+    benches = {"activations": interrupted, "inference": refused}
+    monkeypatch.setattr(report, "MAINS", benches)
+    problems = report.run([network], folder, fallback=False)
+    assert problems == ["inference: ResultsError: no path"]
+    with pytest.raises(KeyboardInterrupt):
+        report.run([layer, warm], folder, fallback=False)
+    benches["activations"] = lambda arguments: 3
+    problems = report.run([activation], folder, fallback=False)
+    assert problems == ["activations ended with status 3"]
+    assert json.loads((folder / "commands.json").read_text()) == {
+        "inference": "python -m benchmarks.inference",
+        "layer": layer.command,
+    }
 
 
 def test_comparison_of_folders_fails_on_a_change(folder: Path, tmp_path: Path) -> None:
