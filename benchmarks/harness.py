@@ -126,8 +126,7 @@ class Row:
     @property
     def system(self) -> str:
         """Protocol and channel in one word, for tables and legends."""
-        channel = self.engine.partition("+")[2]
-        return f"{self.activation} ({channel})" if channel else self.activation
+        return system_name(self.activation, self.engine)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Row:
@@ -146,6 +145,12 @@ class Row:
 
 
 FIELDS = dataclasses.fields(Row)
+
+
+def system_name(activation: str, engine: str) -> str:
+    """Protocol, and the channel in brackets where it runs on CrypTen."""
+    channel = engine.partition("+")[2]
+    return f"{activation} ({channel})" if channel else activation
 
 
 @dataclasses.dataclass(frozen=True)

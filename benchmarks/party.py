@@ -20,12 +20,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from tqdm import tqdm
 
 import crypten_espn.channel
 import crypten_espn.correlated  # repairs CrypTen before it is imported, below
 
 from . import wan
-from .harness import Results, Row, Skipped, Spread
+from .harness import Results, Row, Skipped, Spread, system_name
 
 MARK = "SAMPLE "
 LONG_RUN_S = 10.0  # a run this long needs no warm-up
@@ -211,14 +212,24 @@ def measure(
     4. A system of which one run takes longer than that is left out; that is emitted
        too. The last thing emitted says that the model is done, with the round trip
        that the control connection saw.
+    5. Before whatever takes time, rank 0 emits what it is, how many runs are done and
+       how many there will be.
     """
     cell = {"model": model, "batch": batch}
     silence_s = max(control.swap(control.silence_s()), control.silence_s())
     spent: dict[int, float] = {}
     wanted: dict[int, int] = {}
+    done, total = 0, len(systems) * (1 + repeat)
+
+    def announce(index: int) -> None:
+        if control.rank == 0:
+            emit({**cell, **_name(systems[index]), "progress": [done, total]})
 
     def run(index: int, *, counted: bool) -> float:
+        nonlocal done
+        announce(index)
         sample, seconds = _sample(systems[index], control, silence_s)
+        done += 1
         if counted or seconds >= LONG_RUN_S:
             spent[index] = spent.get(index, 0.0) + seconds
             if control.rank == 0:
@@ -226,6 +237,7 @@ def measure(
         return seconds
 
     for index, system in enumerate(systems):
+        announce(index)
         estimate = system.prepare()
         estimate = max(estimate, control.swap(estimate))
         if estimate < LONG_RUN_S:
@@ -238,6 +250,7 @@ def measure(
             reason = f"one run of {estimate:.3g} s is over the limit of {limit_s:g} s"
             emit({**cell, **_name(system), "skipped": reason})
     longest = {index: spent.get(index, 0.0) for index in wanted}
+    total = done + sum(wanted.values()) - len(wanted.keys() & spent.keys())
     for turn in range(repeat):
         for index, count in wanted.items():
             first = index in spent and turn == 0  # a long first run was this turn's
@@ -569,17 +582,22 @@ class Collector:
         self._results = results
         self._label, self._rtt_ms, self._mbit = label, rtt_ms, mbit
         self._threads = threads
+        self._bar: tqdm | None = None
         self._samples: dict[tuple[str, str, str, int], list[Mapping[str, Any]]] = {}
 
     def line(self, rank: int, text: str) -> None:
         """Take one line of a party's output; others are passed on to standard error."""
         if not text.startswith(MARK):
+            self._hide_progress()
             print(f"[{rank}] {text.rstrip()}", file=sys.stderr, flush=True)
             return
         self.take(json.loads(text[len(MARK) :]))
 
     def take(self, sample: Mapping[str, Any]) -> None:
-        """Take one sample, one cell that was left out, or the end of a model."""
+        """Take a sample, a cell that was left out, progress, or the end of a model."""
+        if "progress" in sample:
+            self._show_progress(sample)
+            return
         if "done" in sample:
             self.flush(sample["rtt_ms"], map(tuple, sample["done"]))
             return
@@ -587,6 +605,7 @@ class Collector:
             sample[name] for name in ("model", "activation", "engine")
         )
         if "skipped" in sample:
+            self._hide_progress()
             cell = (model, activation, engine, self._label, sample["skipped"])
             self._results.skip(Skipped(*cell))
             return
@@ -600,6 +619,7 @@ class Collector:
             rtt_ms: the round trip that the parties saw.
             order: of the rows, by activation and engine; those not named come last.
         """
+        self._hide_progress()
         collected, self._samples = self._samples, {}
         place = {name: index for index, name in enumerate(order)}
         ordered = sorted(
@@ -633,6 +653,20 @@ class Collector:
                 argmax_agreement=min(agreements, default=None),
             )
             self._results.add(row)
+
+    def _show_progress(self, sample: Mapping[str, Any]) -> None:
+        if self._bar is None:  # on a terminal only
+            title = f"{sample['model']} on {self._label}"
+            self._bar = tqdm(
+                desc=title, unit="run", leave=False, dynamic_ncols=True, disable=None
+            )
+        self._bar.n, self._bar.total = sample["progress"]
+        self._bar.set_postfix_str(system_name(sample["activation"], sample["engine"]))
+
+    def _hide_progress(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
 
 
 def run_on_networks(

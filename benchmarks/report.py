@@ -2,6 +2,7 @@
 
     python -m benchmarks.report                  # about 20 minutes on two cores
     python -m benchmarks.report --full           # every network and protocol: hours
+    python -m benchmarks.report --full --steps inference large    # only these
     python -m benchmarks.report --only render    # page, CSV and plots from the JSON
     python -m benchmarks.report --only readme    # tables in README.md from the CSV
     python -m benchmarks.report --compare OLD_DIRECTORY --only render
@@ -85,7 +86,7 @@ def steps(*, full: bool) -> list[Step]:
             Step(
                 "unfolded",
                 "inference",
-                ("--models", *four, "--protocols", UNFOLDED, *once),
+                ("--models", *inference.MODELS, "--protocols", UNFOLDED, *once),
             ),
             Step(
                 "lan-metro",
@@ -424,7 +425,7 @@ def _by_system(
         if any(system in row for row in found.values())
     }
     return [
-        {"network": model, **{name: row.get(shown[name], "") for name in shown}}
+        {"network": model, **{name: row.get(shown[name], "not run") for name in shown}}
         for model, row in found.items()
     ]
 
@@ -456,13 +457,12 @@ _BY_SYSTEM = {
 
 
 def _row_columns(line: Mapping[str, str]) -> dict[str, str]:
-    channel = line["engine"].partition("+")[2]
     low, high = (_three_digits(line[f"online_s_{end}"]) for end in ("low", "high"))
     sent = int(line["bytes_sent_0"]) + int(line["bytes_sent_1"])
     return {
         "network": line["network"],
         "model": line["model"],
-        "protocol": line["activation"] + (f" ({channel})" if channel else ""),
+        "protocol": harness.system_name(line["activation"], line["engine"]),
         "rounds": line["rounds"],
         "MB sent": f"{sent / 1e6:.2f}",
         "runs": line["runs"],
@@ -517,6 +517,20 @@ def compare(old: Path, new: Path) -> int:
     return status
 
 
+def _choose(among: Sequence[Step], names: Sequence[str] | None) -> Sequence[Step]:
+    """The steps of those names, all of them for None."""
+    if names is None:
+        return among
+    known = [step.name for step in among]
+    absent = [name for name in names if name not in known]
+    if absent:
+        raise ResultsError(
+            f"--steps {' '.join(absent)}: not without --full; without, there are "
+            f"{', '.join(known)}"
+        )
+    return [step for step in among if step.name in names]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; see the module's text for examples."""
     parser = argparse.ArgumentParser(
@@ -525,6 +539,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--full", action="store_true", help="everything: hours")
+    parser.add_argument(
+        "--steps",
+        nargs="+",
+        choices=[step.name for step in steps(full=True)],
+        help="measure only these; results of the others stay as they are",
+    )
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIRECTORY")
     parser.add_argument(
         "--only",
@@ -539,7 +559,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     problems: list[str] = []
     try:
         if options.only in (None, "run"):
-            chosen = steps(full=options.full)
+            chosen = _choose(steps(full=options.full), options.steps)
             problems = run(chosen, options.out, fallback=options.fallback)
         if options.only in (None, "render"):
             for file in render(options.out):

@@ -89,6 +89,7 @@ class Counted:
 def run_counted(
     limit_s: float, *, seconds: float = 0.05, repeat: int = 2
 ) -> tuple[list[Any], list[int]]:
+    """What rank 0 emits apart from progress, and how often each party ran."""
     emitted: list[Any] = []
 
     def body(control: party.Control) -> int:
@@ -104,7 +105,11 @@ def run_counted(
         )
         return system.runs
 
-    return emitted, as_parties(body)
+    runs = as_parties(body)
+    progress = [sample["progress"] for sample in emitted if "progress" in sample]
+    assert progress[0] == [0, 1 + repeat]  # before anything is known
+    assert [done for done, _ in progress[1:]] == list(range(runs[0]))
+    return [sample for sample in emitted if "progress" not in sample], runs
 
 
 def test_the_slower_party_counts_and_the_first_run_does_not(
@@ -140,6 +145,23 @@ def test_a_system_over_the_limit_is_left_out_and_said_so() -> None:
     assert runs == [1, 1]
     assert [sample.get("activation") for sample in emitted] == ["counted", None]
     assert emitted[0]["skipped"].endswith("is over the limit of 0.08 s")
+
+
+def test_progress_says_where_a_long_run_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    where = {"model": "resnet50", "activation": "crypten-relu", "batch": 1}
+    where["engine"] = "crypten+gloo"
+    collector = party.Collector(Results(), "wan", 100.0, 100.0, 1)
+    collector.take({**where, "progress": [2, 9]})
+    assert capsys.readouterr().err == ""  # not a terminal
+    collector.flush()
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    collector.take({**where, "progress": [2, 9]})
+    collector.flush()
+    shown = capsys.readouterr().err
+    assert "resnet50 on wan" in shown and "2/9" in shown
+    assert "crypten-relu (gloo)" in shown
 
 
 @pytest.mark.parametrize(

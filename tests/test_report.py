@@ -105,8 +105,8 @@ def test_systems_side_by_side_are_made_from_every_file(folder: Path) -> None:
     seconds = report.markdown(folder, "networks-wan").splitlines()
     assert seconds[0] == "| network | masked | unfolded ReLU (gloo) |"
     assert seconds[2] == "| minionn | 0.100 + 1.10 | 0.100 + 1.10 |"
-    assert seconds[3] == "| resnet50 | 0.100 + 1.10 |  |"
-    assert seconds[4] == "| vgg16 |  | 0.100 + 20.2 |"
+    assert seconds[3] == "| resnet50 | 0.100 + 1.10 | not run |"
+    assert seconds[4] == "| vgg16 | not run | 0.100 + 20.2 |"
     assert seconds[6].startswith("`python -m benchmarks.inference`: commit")
     assert all(note.startswith("commit ") for note in seconds[7:9])  # none is known
     assert "| minionn | 16, 1.5 MB |" in report.markdown(folder, "networks-wire")
@@ -177,6 +177,24 @@ def test_prediction_adds_delays_bytes_and_computation() -> None:
     slow, fast = costmodel.checks([*gloo, *direct])
     assert slow.predicted_s - fast.predicted_s == pytest.approx(3 * 16 * 0.05)
     assert fast.predicted_s == pytest.approx(16 * 0.05 + wire / 1.5 + 0.03)
+
+
+def test_steps_are_chosen_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ran: list[str] = []
+
+    def run(chosen: Sequence[report.Step], out: Path, *, fallback: bool) -> list[str]:
+        ran.extend(step.name for step in chosen)
+        return []
+
+    monkeypatch.setattr(report, "run", run)
+    only = ["--only", "run", "--out", str(tmp_path), "--steps"]
+    assert report.main(["--full", *only, "large", "unfolded"]) == 0
+    assert ran == ["large", "unfolded"]
+    assert report.main([*only, "warm", "large"]) == 2
+    assert "--steps large: not without --full" in capsys.readouterr().err
+    assert len(ran) == 2
 
 
 @pytest.mark.parametrize("full", [False, True])
