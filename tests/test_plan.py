@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,8 +12,12 @@ import torch
 import crypten_espn as espn
 from crypten_espn.errors import PlanError, RangeError, ShapeError
 from crypten_espn.masked import plan, planner
+from crypten_espn.pillar.data import fashion_sample
+from crypten_espn.pillar.storage import load_network
 
 from .masked_cases import QUARTIC, Residual, planned, residual
+
+BUNDLED = Path(espn.__file__).parent / "data"
 
 
 @pytest.fixture(scope="module")
@@ -128,10 +133,15 @@ def test_all_degrees_are_grouped():
     for degree in range(1, 11):
         numerators = tuple(range(1, degree + 2))
         polynomial = espn.Polynomial(numerators, 12, (-2.0, 2.0))
-        groups = planner.choose_groups(polynomial, scale=25, value_scale=43)
+        x = np.linspace(-2, 2, 41)
+        moments = np.array([(x**n).mean() for n in range(2 * degree + 1)])
+        order = np.arange(degree + 1)
+        effect = planner.Effect(moments, moments[order[:, None] + order])
+        groups = planner.choose_groups(
+            polynomial, scale=25, value_scale=43, effect=effect
+        )
         powers = [k for g in groups for k, a in enumerate(g.coeffs) if a]
         assert powers == list(range(1, degree + 1))
-        x = np.linspace(-2, 2, 41)
         total = np.full_like(x, 1 / 4096)
         for group in groups:
             unit = 2.0 ** (group.shift - 25)
@@ -244,3 +254,67 @@ def test_weights_must_be_this_network_s(small):
     parameters[name] = np.full_like(parameters[name], np.nan)
     with pytest.raises(PlanError, match="NaN"):
         plan.quantise(chosen, parameters)
+
+
+def test_effects_are_what_errors_of_a_result_do_to_the_output():
+    """One output, so no sign is left to chance: sums over the images, by hand."""
+    torch.manual_seed(1)
+    model = network(torch.nn.Linear(3, 5), act(), torch.nn.Linear(5, 1)).double()
+    x = torch.randn(8, 3).double()
+    with torch.no_grad():
+        z = model[0](x).numpy()
+    model = model.float()
+    reader = planner._Reader(espn.convert(model, x.float()))
+    reader.calibrate(x)
+    (layer,) = [one for one in reader.layers.values() if one.polynomial]
+    w = model[2].weight.detach().double().numpy()[0]
+    for n in range(9):
+        wanted = (w**2 * z**n).sum(1).mean()
+        assert layer.effect.independent[n] == pytest.approx(wanted, abs=1e-4)
+    sums = np.array([(w * z**k).sum(1) for k in range(5)])
+    assert layer.effect.coherent == pytest.approx(sums @ sums.T / 8, abs=1e-4)
+    assert layer.effect.rounding == pytest.approx((w**2).sum())
+    reader.calibrate(x[:1])  # a batch is one draw of signs for all of its images
+    (last,) = [one for one in reader.layers.values() if one.inputs == [layer.name]]
+    y = QUARTIC(torch.from_numpy(z[0])).numpy()
+    assert last.weight_effect == pytest.approx((y**2).sum(), rel=1e-4)
+    reader.calibrate(x)
+    slope = {0: 0.5, 3: -2.0}
+    error = 0.5 - 2.0 * z**3
+    assert layer.effect.of_signs(slope) == pytest.approx(
+        (w**2 * error**2).sum(1).mean(), rel=1e-3
+    )
+    assert layer.effect.of_bias(slope) == pytest.approx(
+        ((w * error).sum(1) ** 2).mean(), rel=1e-3
+    )
+
+
+def logit_error(name: str, precision: int) -> float:
+    """Root mean square error of a bundled network's logits, masks at random."""
+    sample = fashion_sample()
+    x = sample.normalization(sample.images[:40])
+    model = load_network(BUNDLED / f"{name}.safetensors").eval()
+    graph = espn.convert(model, x[:24])
+    chosen = planner.make_plan(graph, x[:24], precision=precision)
+    weights = plan.quantise(chosen, planner.parameters_of(graph))
+    random = np.random.default_rng(precision)
+    masks = [
+        tuple(
+            random.integers(-(2**63), 2**63 - 1, (len(x), *segment.root.shape))
+            for _ in range(2)
+        )
+        for segment in chosen.segments
+    ]
+    logits, _ = plan.simulate(chosen, weights, x, masks=masks)
+    with torch.no_grad():
+        return float((logits - model(x)).square().mean().sqrt())
+
+
+def test_bits_are_split_where_the_output_moves_least():
+    """Degree 4 gains with every ring; degree 6, whose top power fills it, does not."""
+    narrow, fast, high = (
+        logit_error("fashion_resnet_poly", ring) for ring in (24, 32, 40)
+    )
+    assert narrow < 0.08 and fast < 0.006 and high < 0.002
+    assert logit_error("fashion_minionn_poly", 40) < 0.015
+    assert logit_error("fashion_minionn_poly", 32) < 0.015

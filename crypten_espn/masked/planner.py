@@ -1,16 +1,18 @@
 """From a converted network to its plan: bounds, scales and truncations.
 
-1. Read the crypten.nn.Graph and run it in float64 on the calibration inputs.
+1. Read the crypten.nn.Graph and run it in float64 on the calibration inputs; note how
+   large values get, and how far an error in them or in a weight moves the output.
 2. Cut it into linear segments at its activations.
 3. Give each segment the scale its largest value allows, and split the bits between
-   weights and activations where their rounding errors balance.
+   weights and activations where rounded weights, rounded activations and the
+   polynomial's own truncations together move the output least.
 4. Choose for every power of a polynomial the truncation that costs least precision.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -35,13 +37,66 @@ VALUE_RING = 64
 # The linear ring of each named precision. At most 32 bits: int32 kernels, fewer bytes.
 PRECISIONS = {"fast": 32, "high": 40}
 HEADROOM = 4.0
-_FRAC_BITS = range(2, 21)
+_FRAC_BITS = range(2, 31)
 _RESCALED = ":rescaled"
+_EFFECT_IMAGES, _EFFECT_SIGNS = 8, 2
+
+
+@dataclass(frozen=True)
+class Effect:
+    """How far errors of y = p(z) move a network's outputs.
+
+    Both are mean squares, summed over the outputs, for an image of the calibration
+    inputs; the error of an element of y is a polynomial e of that element of z.
+
+    Args:
+        independent: [n]: when elements err by random signs. e = sum_k e_k z**k counts
+            sum_jk e_j e_k independent[j + k].
+        coherent: [j, k]: when no sign is random. It counts
+            sum_jk e_j e_k coherent[j, k].
+    """
+
+    independent: np.ndarray
+    coherent: np.ndarray
+
+    @property
+    def rounding(self) -> float:
+        """When every element errs by 1, its sign random."""
+        return float(self.independent[0])
+
+    def of_signs(self, error: Mapping[int, float]) -> float:
+        """What an error of random sign counts, given by its powers' coefficients."""
+        return self._sum(error, lambda j, k: self.independent[j + k])
+
+    def of_bias(self, error: Mapping[int, float]) -> float:
+        """What an error without random signs counts."""
+        return self._sum(error, lambda j, k: self.coherent[j, k])
+
+    @staticmethod
+    def _sum(
+        error: Mapping[int, float], weight: Callable[[int, int], np.float64]
+    ) -> float:
+        total = sum(
+            a * b * float(weight(j, k))
+            for j, a in error.items()
+            for k, b in error.items()
+        )
+        return max(total, 0.0)
+
+
+NO_EFFECT = Effect(np.zeros(1), np.zeros((1, 1)))
 
 
 @dataclass
 class _Layer:
-    """A node of the converted network, its float result and its place in the cut."""
+    """A node of the converted network, and what calibration says of its result.
+
+    Attributes:
+        largest, mean_square: of the result.
+        effect: of errors of the result, as a function of an activation's input.
+        weight_effect: the outputs' mean square error when every weight is off by 1,
+            its sign random.
+    """
 
     name: str
     kind: str
@@ -53,6 +108,8 @@ class _Layer:
     polynomial: Polynomial | None = None
     largest: float = 0.0
     mean_square: float = 0.0
+    effect: Effect = NO_EFFECT
+    weight_effect: float = 0.0
 
 
 _KINDS = {
@@ -138,6 +195,7 @@ class _Reader:
 
     def __init__(self, graph: Any) -> None:
         self.parameters = parameters_of(graph)
+        self._tensors: dict[str, torch.Tensor] = {}
         self.layers: dict[str, _Layer] = {}
         if len(graph.input_names) != 1 or len(graph.output_names) != 1:
             raise PlanError("The masked engine takes networks of one input and output.")
@@ -192,29 +250,97 @@ class _Reader:
     # -- float pass
 
     def calibrate(self, x: torch.Tensor) -> None:
-        """Run the network in float64 and note every value's size."""
-        values: dict[str, torch.Tensor] = {}
+        """Run the network in float64 and note every value's size and weight."""
         self.layers[self.input] = _Layer(self.input, "input", [])
-        for name in [self.input, *self.order]:
+        with torch.no_grad():
+            values = self._run(x.to(torch.float64))
+        for name, result in values.items():
             layer = self.layers[name]
-            if name == self.input:
-                result = x.to(torch.float64)
-            elif layer.kind == "same":
+            layer.shape = tuple(result.shape[1:])
+            layer.largest = float(result.abs().max())
+            layer.mean_square = float(result.square().mean())
+        del values
+        self._differentiate(x[:_EFFECT_IMAGES].to(torch.float64))
+
+    def _run(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Every layer's result.
+
+        Raises: PlanError where one is not finite.
+        """
+        values = {self.input: x}
+        for name in self.order:
+            layer = self.layers[name]
+            if layer.kind == "same":
                 continue
-            else:
-                result = self._float(layer, [values[i] for i in layer.inputs])
+            result = self._float(layer, [values[i] for i in layer.inputs])
             if not bool(torch.isfinite(result).all()):
                 raise PlanError(
                     f"{layer_title(name)}: the calibration data overflow here. The "
                     "activations leave the interval their polynomial was fitted on."
                 )
             values[name] = result
-            layer.shape = tuple(result.shape[1:])
-            layer.largest = max(layer.largest, float(result.abs().max()))
-            layer.mean_square = max(layer.mean_square, float(result.square().mean()))
+        return values
+
+    def _differentiate(self, x: torch.Tensor) -> None:
+        """Set every layer's effects, from the outputs' derivatives.
+
+        The outputs enter with random signs: the square of a derivative of such a sum
+        is on average the sum of the squares.
+        """
+        weights = sorted({layer.weight for layer in self.layers.values()} - {""})
+        with torch.enable_grad():
+            for name in weights:
+                self._tensor(name).requires_grad_()
+            values = self._run(x.detach().clone().requires_grad_())
+        output = values[self._same(self.output)]
+        of = [*values.values(), *(self._tensor(name) for name in weights)]
+        toss = torch.Generator().manual_seed(0)
+        draws = []
+        for _ in range(_EFFECT_SIGNS):
+            signs = 2.0 * torch.randint(2, output.shape, generator=toss) - 1
+            draws.append(
+                torch.autograd.grad(
+                    output,
+                    of,
+                    signs,
+                    retain_graph=True,
+                    allow_unused=True,
+                    materialize_grads=True,
+                )
+            )
+        for name in weights:
+            self._tensor(name).requires_grad_(False)
+        columns = list(zip(*draws, strict=True))
+        by_weight = {"": 0.0}
+        for name, gradients in zip(weights, columns[len(values) :], strict=True):
+            squares = sum(float(gradient.square().sum()) for gradient in gradients)
+            by_weight[name] = squares / (len(x) * _EFFECT_SIGNS)
+        self._input_gradients = x, columns[0]
+        for name, gradients in zip(values, columns, strict=False):
+            layer = self.layers[name]
+            layer.weight_effect = by_weight[layer.weight]
+            if layer.polynomial is None:
+                layer.effect = _effect(values[name].detach(), gradients, 0)
+            else:
+                z = values[layer.inputs[0]].detach()
+                layer.effect = _effect(z, gradients, len(layer.polynomial.coeffs) - 1)
+
+    def input_error(self, bits: int) -> float:
+        """The outputs' mean square error when the input is rounded to nearest.
+
+        The same values round in the same way, and images hold many equal ones.
+        """
+        x, gradients = self._input_gradients
+        off = (torch.round(x * 2.0**bits) / 2.0**bits - x).flatten(1)
+        sums = [(off * gradient.flatten(1)).sum(1) for gradient in gradients]
+        return float(torch.stack(sums).square().mean())
 
     def _tensor(self, name: str) -> torch.Tensor:
-        return torch.from_numpy(np.asarray(self.parameters[name], dtype=np.float64))
+        """A parameter in float64, the same tensor each time."""
+        if name not in self._tensors:
+            array = np.array(self.parameters[name], dtype=np.float64)
+            self._tensors[name] = torch.from_numpy(array)
+        return self._tensors[name]
 
     def _float(self, layer: _Layer, inputs: list[torch.Tensor]) -> torch.Tensor:
         function = torch.nn.functional
@@ -340,6 +466,9 @@ class _Reader:
                 weight="",
                 bias="",
                 polynomial=Polynomial((0, 1), 0, (-1.0, 1.0)),
+                effect=Effect(
+                    np.array([before.effect.rounding, 0.0, 0.0]), np.zeros((2, 2))
+                ),
             )
             rescaled[value] = name
             order.append(name)
@@ -355,6 +484,22 @@ class _Reader:
             f"{layer_title(name)}: values of {len(shape) + 1} dimensions; the masked "
             "engine takes (batch, channels, height, width) and (batch, features)."
         )
+
+
+def _effect(z: torch.Tensor, gradients: Sequence[torch.Tensor], degree: int) -> Effect:
+    """From derivatives of the outputs' signed sums, each shaped like z."""
+    independent = np.zeros(2 * degree + 1)
+    coherent = np.zeros((degree + 1, degree + 1))
+    for gradient in gradients:
+        power, sums = torch.ones_like(z), []
+        for n in range(2 * degree + 1):
+            independent[n] += float((gradient.square() * power).sum())
+            if n <= degree:
+                sums.append((gradient * power).flatten(1).sum(1).numpy())
+            power = power * z
+        coherent += np.array(sums) @ np.array(sums).T
+    count = len(z) * len(gradients)
+    return Effect(independent / count, coherent / count)
 
 
 @dataclass(frozen=True)
@@ -376,7 +521,7 @@ class _Place:
     Args:
         layer: the layer with weights that reads it, or itself if there is none.
         weighted: whether there is one.
-        window: elements pooled on a way without weights.
+        window: elements pooled on the way from the source to the segment's end.
     """
 
     layer: _Layer
@@ -387,13 +532,18 @@ class _Place:
     def spent(self) -> int:
         """Bits of the segment's scale that this source cannot have.
 
-        Without weights to absorb 1 / window, a public multiplier stands for it: exact
+        A pool adds up its window, so 1 / window is left to the weights, of which three
+        bits have to remain; without weights a public multiplier stands for it: exact
         for a power of two, to ten bits otherwise.
         """
+        window = math.ceil(math.log2(self.window))
         if self.weighted:
-            return 3
-        whole = self.window & (self.window - 1) == 0
-        return math.ceil(math.log2(self.window)) + (0 if whole else 10)
+            return window + 3
+        return window + (0 if self.window & (self.window - 1) == 0 else 10)
+
+    def weight_unit(self, scale: int, bits: int) -> float:
+        """What one unit of an integer weight is worth, for a source of `bits`."""
+        return 2.0 ** (bits - scale) * self.window
 
 
 class _Builder:
@@ -406,6 +556,8 @@ class _Builder:
         self.ring = ring
         self.headroom = headroom
         self.mode = mode
+        # x = D + t must hold in the linear ring: value_ring - drop = ring.
+        self.drop = VALUE_RING - ring
         self.source_of = {reader.input: INPUT}
         self.ends: list[str] = []
         for name in reader.order:
@@ -461,7 +613,7 @@ class _Builder:
                 yield _Place(above or layer, above is not None, window)
             elif layer.kind not in ("activation", "input"):
                 here = layer if layer.kind in ("conv", "gemm") else above
-                if layer.kind.endswith("pool") and here is None:
+                if layer.kind.endswith("pool"):
                     window *= self._window(layer)
                 stack += [(child, here, window) for child in layer.inputs]
 
@@ -470,7 +622,7 @@ class _Builder:
         return [self._choose(name) for name in names]
 
     def _choose(self, name: str) -> int:
-        """Fewest roundings: the weights' against this value's, over all readers."""
+        """The bits at which the output is moved least, over all readers."""
         places = [
             (place, self.scales[index])
             for index in range(len(self.ends))
@@ -479,13 +631,24 @@ class _Builder:
         limit = min((scale - place.spent for place, scale in places), default=16)
         best, best_error = 0, math.inf
         largest = self._largest_source(name)
+        layer = self.reader.layers[name]
         for bits in _FRAC_BITS:
             if bits > limit or largest * 2.0**bits >= 2.0 ** (self.ring - 2):
                 break
-            error = sum(
-                sum(self._errors(place.layer, scale, place.weighted, bits))
-                for place, scale in places
-            )
+            if layer.polynomial is None:
+                error = self.reader.input_error(bits)
+            else:
+                error = layer.effect.rounding * 2.0 ** (-2 * bits) / 6
+                error += evaluation_error(
+                    layer.polynomial,
+                    scale=self.scales[self.source_of[name] - 1],
+                    value_scale=bits + self.drop,
+                    effect=layer.effect,
+                )
+            for place, scale in places:
+                if place.weighted:
+                    unit = place.weight_unit(scale, bits)
+                    error += place.layer.weight_effect * unit**2 / 12
             if error < best_error:
                 best, best_error = bits, error
         if best == 0:
@@ -495,19 +658,18 @@ class _Builder:
             )
         return best
 
-    def _errors(
-        self, layer: _Layer, scale: int, weighted: bool, bits: int
-    ) -> tuple[float, float]:
+    def _errors(self, place: _Place, scale: int, bits: int) -> float:
         """Variance of z's error by rounded weights, and by a source's rounding."""
         rounding = 2.0 ** (-2 * bits) / 6
-        if not weighted:
-            return 0.0, rounding
+        if not place.weighted:
+            return rounding
+        layer = place.layer
         weight = self.reader.parameters[layer.weight].astype(np.float64)
         filters = weight.shape[0]
         depth = weight.size / filters
         square = self.reader.layers[layer.inputs[0]].mean_square
-        by_weights = depth * square * 2.0 ** (-2 * (scale - bits)) / 12
-        return by_weights, float(np.square(weight).sum()) / filters * rounding
+        by_weights = depth * square * place.weight_unit(scale, bits) ** 2 / 12
+        return by_weights + float(np.square(weight).sum()) / filters * rounding
 
     def _largest_source(self, name: str) -> float:
         """What a source may reach when its polynomial's input reaches its bound."""
@@ -633,11 +795,12 @@ class _Builder:
         assert polynomial is not None
         title = layer_title(layer.name)
         frac_bits = self.frac_bits[index + 1]
-        # x = D + t must hold in the linear ring: value_ring - drop = ring.
-        drop = VALUE_RING - self.ring
-        value_scale = frac_bits + drop
+        value_scale = frac_bits + self.drop
         groups = choose_groups(
-            polynomial, scale=self.scales[index], value_scale=value_scale
+            polynomial,
+            scale=self.scales[index],
+            value_scale=value_scale,
+            effect=layer.effect,
         )
         largest = self._largest_source(layer.name)
         if largest * 2.0**value_scale >= 2.0 ** (VALUE_RING - 2):
@@ -652,7 +815,7 @@ class _Builder:
             _shifted(polynomial.numerators[0], value_scale - polynomial.frac_bits),
             VALUE_RING,
             value_scale,
-            drop,
+            self.drop,
             frac_bits,
         )
 
@@ -663,11 +826,7 @@ class _Builder:
             root = self.write(end, _Unit(self.scales[index]), self.ring)
             scale = self.scales[index]
             variance = sum(
-                sum(
-                    self._errors(
-                        place.layer, scale, place.weighted, self.frac_bits[source]
-                    )
-                )
+                self._errors(place, scale, self.frac_bits[source])
                 for name, source in self.source_of.items()
                 for place in self._readers(name, index)
             )
@@ -709,7 +868,7 @@ def _shifted(numerator: int, bits: int) -> int:
 
 
 def choose_groups(
-    polynomial: Polynomial, *, scale: int, value_scale: int
+    polynomial: Polynomial, *, scale: int, value_scale: int, effect: Effect
 ) -> tuple[Group, ...]:
     """Which truncation serves which powers of a polynomial.
 
@@ -723,37 +882,63 @@ def choose_groups(
         polynomial: public.
         scale: fractional bits of the opened z.
         value_scale: F.
+        effect: of errors of the result.
     """
-    numerators = polynomial.numerators
-    reach = max(map(abs, polynomial.interval)) / 2
-    powers = [k for k in range(1, len(numerators)) if numerators[k]] or [1]
+    groups = []
+    for powers, bits, _ in _truncations(polynomial, scale, value_scale, effect):
+        coeffs = [0] * (powers[-1] + 1)
+        for k in powers:
+            coeffs[k] = _coefficient(polynomial, k, value_scale - k * bits)
+        groups.append(Group(scale - bits, tuple(coeffs)))
+    return tuple(groups)
+
+
+def evaluation_error(
+    polynomial: Polynomial, *, scale: int, value_scale: int, effect: Effect
+) -> float:
+    """The outputs' mean square error by what `choose_groups` truncates and rounds.
+
+    Args: as for `choose_groups`.
+    """
+    found = _truncations(polynomial, scale, value_scale, effect)
+    return sum(error for _, _, error in found)
+
+
+def _truncations(
+    polynomial: Polynomial, scale: int, value_scale: int, effect: Effect
+) -> Iterator[tuple[list[int], int, float]]:
+    """Powers that share a truncation, the fractional bits it leaves, the error then.
+
+    A truncation that drops bits goes to one of two neighbours at random, on average a
+    sixth of a squared unit away; a coefficient is off in the same way everywhere.
+    """
     buckets: list[list[int]] = []
-    for k in powers:
+    numerators = polynomial.numerators
+    for k in [k for k in range(1, len(numerators)) if numerators[k]] or [1]:
         first = buckets[-1][0] if buckets else 0
         if first >= 3 and first % 2 == 1 and k == first + 1:
             buckets[-1].append(k)
         else:
             buckets.append([k])
-    groups = []
-    for bucket in buckets:
-        best, best_error = 0, math.inf
-        for bits in range(0, scale + 1):
-            error = 0.0
-            for k in bucket:
-                a = abs(numerators[k]) / 2.0**polynomial.frac_bits
-                error += k * a * reach ** (k - 1) * 2.0**-bits
-                spare = value_scale - k * bits
-                if spare < polynomial.frac_bits and bits > 0:
-                    error += reach**k * 2.0 ** -(spare + 1)
-            if error < best_error:
-                best, best_error = bits, error
-        coeffs = [0] * (bucket[-1] + 1)
-        for k in bucket:
-            coeffs[k] = _shifted(
-                numerators[k], value_scale - k * best - polynomial.frac_bits
-            )
-        groups.append(Group(scale - best, tuple(coeffs)))
-    return tuple(groups)
+    for powers in buckets:
+        slope = {k - 1: k * polynomial.coeffs[k] for k in powers}
+        by_unit = effect.of_signs(slope) / 6
+        errors = []
+        for bits in range(scale + 1):
+            off = {}
+            for k in powers:
+                at = value_scale - k * bits
+                kept = math.ldexp(_coefficient(polynomial, k, at), -at)
+                off[k] = kept - polynomial.coeffs[k]
+            by_x = by_unit * 2.0 ** (-2 * bits) if bits < scale else 0.0
+            errors.append(by_x + effect.of_bias(off))
+        best = errors.index(min(errors))
+        yield powers, best, errors[best]
+
+
+def _coefficient(polynomial: Polynomial, k: int, bits: int) -> int:
+    """The coefficient of x**k at that many fractional bits."""
+    return _shifted(polynomial.numerators[k], bits - polynomial.frac_bits)
 
 
 def make_plan(
