@@ -9,7 +9,7 @@ and in how many images the private answer is the one in the clear.
     python -m benchmarks.accuracy --json out/accuracy.json --plot out/accuracy
     python -m benchmarks.accuracy --networks my.safetensors --images 64 --batch 32
     python -m benchmarks.accuracy --images 1000 --batch 100 --systems masked espn \\
-        --precision-bits 16 12
+        --precision-bits 16 12 --truncation local exact
 
 Without --networks, every bundled network is measured. Up to 256 images are the bundled
 ones of Fashion-MNIST's test set; more, or any with --data, are the first of a whole
@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import sys
 import threading
@@ -125,7 +126,7 @@ def measure_network(
     batch: int,
     systems: Sequence[str] = SYSTEMS,
     precision_bits: Sequence[int] | None = None,
-    truncation: str = "local",
+    truncations: Sequence[str] = ("local",),
 ) -> Iterator[Accuracy]:
     """Every system that runs this network at every precision, one row each.
 
@@ -136,7 +137,7 @@ def measure_network(
         batch: images at once.
         systems: which of SYSTEMS.
         precision_bits: see above; None for each system's own choice.
-        truncation: of CrypTen's protocols.
+        truncations: of this package's protocols on CrypTen, one row for each.
     """
     network = load_network(path)
     with torch.no_grad():
@@ -148,7 +149,12 @@ def measure_network(
     for system in systems:
         if (system == "crypten-relu") != (not polynomials):
             continue
-        for bits in precision_bits or (12 if system == "masked" else 16,):
+        choices: Sequence[str | None] = (None,)
+        if system in ("espn", "opened_mask"):
+            choices = truncations
+        for bits, truncation in itertools.product(
+            precision_bits or (12 if system == "masked" else 16,), choices
+        ):
             quantised = None
             if system == "masked":
                 private, cost, integers = _masked(network, images, batch, bits)
@@ -156,7 +162,7 @@ def measure_network(
             else:
                 protocol = "espn" if system == "crypten-relu" else system
                 private, cost = _on_crypten(
-                    network, images, batch, protocol, bits, truncation
+                    network, images, batch, protocol, bits, truncation or "local"
                 )
             waits = Cost(cost.rounds, cost.bytes_sent, 0, cost.seconds)
             wan_s = waits.seconds_at(rtt_s=WAN_RTT_S, bits_per_second=WAN_BITS_PER_S)
@@ -175,7 +181,7 @@ def measure_network(
                 total_s=cost.seconds / count,
                 wan_s=wan_s / count,
                 precision_bits=bits,
-                truncation=truncation if system in ("espn", "opened_mask") else None,
+                truncation=truncation,
             )
 
 
@@ -283,7 +289,7 @@ def cells(row: Accuracy) -> tuple[str, ...]:
     return (
         row.model,
         row.activation,
-        row.system + (" (exact)" if row.truncation == "exact" else ""),
+        _system(row),
         "" if row.precision_bits is None else str(row.precision_bits),
         str(row.images),
         f"{row.clear:.2%}",
@@ -296,27 +302,45 @@ def cells(row: Accuracy) -> tuple[str, ...]:
     )
 
 
+def _system(row: Accuracy) -> str:
+    return row.system + (" (exact)" if row.truncation == "exact" else "")
+
+
 def plot(rows: Sequence[Accuracy], stem: Path) -> list[Path]:
-    """Private accuracy against online seconds per image; the files written."""
+    """Private accuracy against seconds per image; the files written.
+
+    A colour for each network, a marker for each system; hollow: 12 bits or fewer.
+    """
     figure, (axes,) = harness.new_figure()
-    systems = list(dict.fromkeys(row.system for row in rows))
+    systems = list(dict.fromkeys(_system(row) for row in rows))
+    models = list(dict.fromkeys(row.model for row in rows))
     for row in rows:
-        colour, marker, _ = harness.STYLES[systems.index(row.system)]
-        axes.scatter([row.total_s], [100 * row.private], color=colour, marker=marker)
-        axes.annotate(
-            f"{row.model}, {row.system}",
-            (row.total_s, 100 * row.private),
-            xytext=(4, 4),
-            textcoords="offset points",
-            fontsize=7,
+        colour = harness.STYLES[models.index(row.model)][0]
+        coarse = row.precision_bits is not None and row.precision_bits <= 12
+        axes.plot(
+            [row.total_s],
+            [100 * row.private],
+            color=colour,
+            marker=harness.STYLES[systems.index(_system(row))][1],
+            markerfacecolor="white" if coarse else colour,
+            linestyle="none",
+            markersize=6,
         )
+    entries = [("s", harness.STYLES[i][0], name) for i, name in enumerate(models)]
+    entries += [
+        (harness.STYLES[i][1], "#444444", name) for i, name in enumerate(systems)
+    ]
+    for marker, colour, name in entries:
+        axes.plot([], [], marker, color=colour, label=name, markersize=5)
     axes.set(
         xscale="log",
-        xlabel="seconds per image, both phases, loopback (log)",
+        xlabel="seconds per image, both phases, loopback (log); hollow: 12 bits",
         ylabel="private accuracy, %",
         title=f"{rows[0].images} images",
     )
-    axes.margins(x=0.25, y=0.2)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.margins(x=0.1, y=0.1)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
     return harness.save_figure(figure, stem)
 
 
@@ -362,9 +386,10 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--truncation",
+        nargs="+",
         choices=TRUNCATIONS,
-        default="local",
-        help="of CrypTen's protocols (default: %(default)s)",
+        default=["local"],
+        help="of espn and opened_mask, a row for each (default: local)",
     )
     parser.add_argument("--json", metavar="FILE", type=Path)
     parser.add_argument("--plot", metavar="STEM", type=Path)
@@ -393,7 +418,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 batch=options.batch,
                 systems=options.systems,
                 precision_bits=options.precision_bits,
-                truncation=options.truncation,
+                truncations=options.truncation,
             ):
                 rows.append(row)
                 print("  ".join(cells(row)), flush=True)

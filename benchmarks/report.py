@@ -7,16 +7,14 @@
     python -m benchmarks.report --only readme    # tables in README.md from the CSV
     python -m benchmarks.report --compare OLD_DIRECTORY --only render
 
-Steps run one after another; one that fails is reported and the others still run. A
-table in a README stands between `<!-- begin benchmark NAME -->` and
-`<!-- end benchmark NAME -->` and is replaced, with commit and date, from NAME.csv.
+Steps run one after another; one that fails is reported and the others still run. How a
+README says where a table belongs is told in `benchmarks.tables`.
 """
 
 from __future__ import annotations
 
 import argparse
 import base64
-import csv
 import dataclasses
 import html
 import json
@@ -28,11 +26,11 @@ from typing import Any
 
 from . import accuracy, activations, costmodel, figures, harness, inference, wan
 from .harness import Results, ResultsError, write_atomically
+from .tables import UNFOLDED, recorded_commands, update_readme
 
 RESULTS = Path(__file__).resolve().parent / "results"
 READMES = (harness.ROOT / "README.md", harness.ROOT / "benchmarks" / "README.md")
 PROFILES = ("lan", "metro", "wan")
-UNFOLDED = "crypten-relu-unfolded"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +56,11 @@ def steps(*, full: bool) -> list[Step]:
     two = ("--models", "minionn", "resnet18")
     systems = ("--protocols", "masked", "espn", "crypten-relu")
     both = ("--networks", "loopback", "wan")
-    whole = ("--images", "1000", "--batch", "100", "--systems", "masked", "espn")
+    whole = (
+        *("--images", "1000", "--batch", "100"),
+        *("--systems", "masked", "espn", "crypten-relu"),
+        *("--precision-bits", "16", "12", "--truncation", "local", "exact"),
+    )
     warm = Step(
         "warm",
         "inference",
@@ -94,7 +96,7 @@ def steps(*, full: bool) -> list[Step]:
                 (*two, *systems, "--networks", "lan", "metro", "--repeat", "3"),
             ),
             warm,
-            Step("accuracy", "accuracy", (*whole, "--precision-bits", "16", "12")),
+            Step("accuracy", "accuracy", whole),
             Step("figures", "figures", ("--full", "--fresh")),
         ]
     return [
@@ -245,7 +247,7 @@ def _page(
     tested: tuple[dict[str, Any], list[accuracy.Accuracy]] | None,
 ) -> str:
     first = next(iter(runs.values()))
-    commands = _commands(folder)
+    commands = recorded_commands(folder)
     parts = [
         "<!doctype html><html lang='en'><head><meta charset='utf-8'>",
         "<meta name='viewport' content='width=device-width, initial-scale=1'>",
@@ -296,18 +298,13 @@ def _page(
     return "\n".join(parts) + "</body></html>\n"
 
 
-def _commands(folder: Path) -> dict[str, str]:
-    path = folder / "commands.json"
-    return json.loads(path.read_text()) if path.exists() else {}
-
-
 def _written(file: Path) -> int | None:
     return file.stat().st_mtime_ns if file.exists() else None
 
 
 def _keep_command(folder: Path, step: Step) -> None:
     """Beside those of other runs, whose results may be in the folder too."""
-    commands = {**_commands(folder), step.name: step.command}
+    commands = {**recorded_commands(folder), step.name: step.command}
     write_atomically(folder / "commands.json", json.dumps(commands, indent=1) + "\n")
 
 
@@ -336,169 +333,6 @@ def _html_table(head: Sequence[str], lines: Any) -> str:
     )
     table = f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
     return f"<div class='scroll'>{table}</div>"
-
-
-# -------------------------------------------------------------------- README tables
-
-
-def update_readme(path: Path, folder: Path) -> tuple[list[str], list[str]]:
-    """Replace the benchmark tables between markers.
-
-    Returns: names of the tables replaced, and of those without a CSV, left alone.
-    Raises: ResultsError for a marker without its end.
-    """
-    text = path.read_text()
-    replaced: list[str] = []
-    missing: list[str] = []
-    position = 0
-    while (start := text.find("<!-- begin benchmark ", position)) >= 0:
-        name = text[start:].split()[3]
-        body = text.index("-->", start) + 4
-        end = text.find(f"<!-- end benchmark {name} -->", body)
-        if end < 0:
-            raise ResultsError(f"{path}: benchmark {name} begins and does not end")
-        position = end
-        if not (folder / f"{_sources(name)[0]}.csv").exists():
-            missing.append(name)
-            continue
-        table = markdown(folder, name)
-        text = text[:body] + table + text[end:]
-        position = body + len(table)
-        replaced.append(name)
-    if replaced:
-        write_atomically(path, text)
-    return replaced, missing
-
-
-def markdown(folder: Path, name: str) -> str:
-    """A table as Markdown; below it, for each CSV, its command, commit and date."""
-    lines: list[dict[str, str]] = []
-    notes = []
-    for source in _sources(name):
-        path = folder / f"{source}.csv"
-        if not path.exists():
-            continue  # of several, the first is there
-        with open(path, newline="") as handle:
-            rows = list(csv.DictReader(handle))
-        if not rows:
-            raise ResultsError(f"{path}: no rows; run the benchmarks")
-        lines += rows
-        stamp = "commit {commit}, {date}, {processor}".format(**rows[0])
-        command = _commands(folder).get(source)
-        notes.append((f"`{command}`: " if command else "") + f"{stamp}.")
-    try:
-        if name in _BY_SYSTEM:
-            body = _by_system(lines, *_BY_SYSTEM[name])
-        else:
-            body = [_COLUMNS.get(name, _row_columns)(line) for line in lines]
-    except KeyError as error:
-        raise ResultsError(
-            f"{folder}: {name} has no column {error}; run the benchmarks"
-        ) from error
-    if not body:
-        raise ResultsError(f"{folder}: nothing for the table {name}")
-    head = list(body[0])
-    out = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    out += ["| " + " | ".join(line.values()) + " |" for line in body]
-    return "\n".join([*out, "", "\n".join(notes), ""])
-
-
-def _sources(name: str) -> tuple[str, ...]:
-    """The results a table is made from; it needs the first."""
-    return ("inference", "large", "unfolded") if name in _BY_SYSTEM else (name,)
-
-
-def _by_system(
-    lines: Sequence[Mapping[str, str]],
-    network: str,
-    cell: Callable[[Mapping[str, str]], str],
-) -> list[dict[str, str]]:
-    """A row for each model on that path, a column for each system that was run."""
-    found: dict[str, dict[tuple[str, str], str]] = {}
-    for line in lines:
-        if line["network"] == network:
-            system = (line["activation"], line["engine"])
-            found.setdefault(line["model"], {})[system] = cell(line)
-    shown = {
-        title: system
-        for title, system in _SYSTEMS.items()
-        if any(system in row for row in found.values())
-    }
-    return [
-        {"network": model, **{name: row.get(shown[name], "not run") for name in shown}}
-        for model, row in found.items()
-    ]
-
-
-def _seconds(line: Mapping[str, str]) -> str:
-    return f"{_three_digits(line['offline_s'])} + {_three_digits(line['online_s'])}"
-
-
-def _wire(line: Mapping[str, str]) -> str:
-    sent = int(line["bytes_sent_0"]) + int(line["bytes_sent_1"])
-    return f"{line['rounds']}, {sent / 1e6:.1f} MB"
-
-
-# Columns of the tables of whole networks: title, and activation and engine in the rows.
-_SYSTEMS = {
-    "masked": ("masked", "masked"),
-    "espn": ("espn", "crypten+direct"),
-    "opened_mask": ("opened_mask", "crypten+direct"),
-    "beaver": ("beaver", "crypten+direct"),
-    "ReLU": ("crypten-relu", "crypten+direct"),
-    "ReLU (gloo)": ("crypten-relu", "crypten+gloo"),
-    "unfolded ReLU (gloo)": (UNFOLDED, "crypten+gloo"),
-}
-_BY_SYSTEM = {
-    "networks-wan": ("wan", _seconds),
-    "networks-loopback": ("loopback", _seconds),
-    "networks-wire": ("loopback", _wire),
-}
-
-
-def _row_columns(line: Mapping[str, str]) -> dict[str, str]:
-    low, high = (_three_digits(line[f"online_s_{end}"]) for end in ("low", "high"))
-    sent = int(line["bytes_sent_0"]) + int(line["bytes_sent_1"])
-    return {
-        "network": line["network"],
-        "model": line["model"],
-        "protocol": harness.system_name(line["activation"], line["engine"]),
-        "rounds": line["rounds"],
-        "MB sent": f"{sent / 1e6:.2f}",
-        "runs": line["runs"],
-        "online s": _three_digits(line["online_s"]),
-        "95 %": f"{low} to {high}",
-        "offline s": _three_digits(line["offline_s"]),
-        "total s": _three_digits(line["total_s"]),
-    }
-
-
-def _three_digits(number: str) -> str:
-    return f"{float(number):#.3g}".rstrip(".")
-
-
-def _accuracy_columns(line: Mapping[str, str]) -> dict[str, str]:
-    quantised = line["quantised"]
-    return {
-        "network": line["model"],
-        "activation": line["activation"],
-        "protocol": " ".join(filter(None, (line["system"], line["truncation"]))),
-        "bits": line["precision_bits"],
-        "images": line["images"],
-        "clear": f"{float(line['clear']):.2%}",
-        "quantised": f"{float(quantised):.2%}" if quantised else "",
-        "private": f"{float(line['private']):.2%}",
-        "same answer": f"{float(line['agreement']):.2%}",
-        "logit error": f"{float(line['max_abs_error']):.3f}",
-        "s/image": _three_digits(line["total_s"]),
-    }
-
-
-def _training_columns(line: Mapping[str, str]) -> dict[str, str]:
-    return {k: v for k, v in line.items() if k not in ("commit", "date", "processor")}
-
-
-_COLUMNS = {"accuracy": _accuracy_columns, "training": _training_columns}
 
 
 # ----------------------------------------------------------------------- command line

@@ -1,4 +1,4 @@
-"""The report is made from the results files alone, and READMEs from the CSV."""
+"""The report is made from the results files alone."""
 
 from __future__ import annotations
 
@@ -15,47 +15,17 @@ from benchmarks import (
     activations,
     costmodel,
     figures,
-    harness,
     inference,
     report,
 )
-from benchmarks.harness import Results, ResultsError, Row, Spread
+from benchmarks.harness import Results, ResultsError
 
-LOOPBACK = Row(
-    model="minionn",
-    activation="masked",
-    engine="masked",
-    network="loopback",
-    rtt_ms=0.0,
-    mbit=None,
-    batch=1,
-    threads=1,
-    rounds=16,
-    bytes_sent=(1_000_000, 500_000),
-    online_s=Spread.of([0.02, 0.03, 0.04]),
-    offline_s=Spread.of([0.1]),
-    total_s=Spread.of([0.13]),
-    offline_bytes=5000,
-    max_abs_error=0.01,
-    argmax_agreement=1.0,
-)
-WAN = dataclasses.replace(
-    LOOPBACK, network="wan", rtt_ms=100.0, mbit=100.0, online_s=Spread.of([1.1])
-)
+from .result_cases import LOOPBACK, WAN, write_results
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    results = Results(tmp_path / "inference.json")
-    results.add(LOOPBACK)
-    results.add(WAN)
-    results.skip(harness.Skipped("vgg16", "espn", "crypten+gloo", "wan", "<too long>"))
-    row = accuracy.Accuracy(
-        *("net", "relu", "masked", 8, 4, 0.5, 0.5, 0.625, 0.875, 0.01, 0.2, 0.3)
-    )
-    accuracy.write(tmp_path / "accuracy.json", results.machine, [row])
-    commands = {"inference": "python -m benchmarks.inference"}
-    (tmp_path / "commands.json").write_text(json.dumps(commands))
+    write_results(tmp_path)
     return tmp_path
 
 
@@ -73,56 +43,9 @@ def test_page_holds_every_cell_and_needs_no_other_file(folder: Path) -> None:
     assert all(line["commit"] and line["date"] for line in lines)
 
 
-def test_readme_table_is_replaced_between_its_markers(folder: Path) -> None:
-    report.render(folder)
-    readme = folder / "README.md"
-    readme.write_text(
-        "before\n<!-- begin benchmark inference -->\nold\n"
-        "<!-- end benchmark inference -->\nbetween\n"
-        "<!-- begin benchmark accuracy -->\n<!-- end benchmark accuracy -->\nafter\n"
-    )
-    assert report.update_readme(readme, folder) == (["inference", "accuracy"], [])
-    text = readme.read_text()
-    assert text.startswith("before\n<!-- begin benchmark inference -->\n| network |")
-    assert "| wan | minionn | masked | 16 | 1.50 | 1 | 1.10 |" in text
-    assert "| 62.50% | 87.50% |" in text and "old" not in text
-    assert "`python -m benchmarks.inference`: commit " in text
-    assert text.endswith("<!-- end benchmark accuracy -->\nafter\n")
-    report.update_readme(readme, folder)
-    assert readme.read_text() == text
-
-
-def test_systems_side_by_side_are_made_from_every_file(folder: Path) -> None:
-    relu = dataclasses.replace(
-        WAN, activation="crypten-relu-unfolded", engine="crypten+gloo", rounds=99
-    )
-    results = Results(folder / "unfolded.json")
-    results.add(relu)
-    results.add(dataclasses.replace(relu, model="vgg16", online_s=Spread.of([20.25])))
-    large = Results(folder / "large.json")
-    large.add(dataclasses.replace(WAN, model="resnet50"))
-    report.render(folder)
-    seconds = report.markdown(folder, "networks-wan").splitlines()
-    assert seconds[0] == "| network | masked | unfolded ReLU (gloo) |"
-    assert seconds[2] == "| minionn | 0.100 + 1.10 | 0.100 + 1.10 |"
-    assert seconds[3] == "| resnet50 | 0.100 + 1.10 | not run |"
-    assert seconds[4] == "| vgg16 | not run | 0.100 + 20.2 |"
-    assert seconds[6].startswith("`python -m benchmarks.inference`: commit")
-    assert all(note.startswith("commit ") for note in seconds[7:9])  # none is known
-    assert "| minionn | 16, 1.5 MB |" in report.markdown(folder, "networks-wire")
-
-
-def test_marker_without_end_is_refused_and_missing_results_are_named(
-    folder: Path,
-) -> None:
-    readme = folder / "README.md"
-    readme.write_text("<!-- begin benchmark inference -->\n")
-    with pytest.raises(ResultsError, match="inference begins and does not end"):
-        report.update_readme(readme, folder)
-    readme.write_text("<!-- begin benchmark moon -->\n<!-- end benchmark moon -->\n")
-    assert report.update_readme(readme, folder) == ([], ["moon"])
+def test_a_folder_without_results_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ResultsError, match="no results there"):
-        report.render(folder / "empty")
+        report.render(tmp_path)
 
 
 def test_commands_are_those_that_wrote_the_results(
