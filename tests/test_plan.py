@@ -298,13 +298,11 @@ def logit_error(name: str, precision: int) -> float:
     chosen = planner.make_plan(graph, x[:24], precision=precision)
     weights = plan.quantise(chosen, planner.parameters_of(graph))
     random = np.random.default_rng(precision)
-    masks = [
-        tuple(
-            random.integers(-(2**63), 2**63 - 1, (len(x), *segment.root.shape))
-            for _ in range(2)
-        )
-        for segment in chosen.segments
-    ]
+    masks = []
+    for segment in chosen.segments:
+        shape = (2, len(x), *segment.root.shape)
+        first, second = random.integers(-(2**63), 2**63 - 1, shape)
+        masks.append((first, second))
     logits, _ = plan.simulate(chosen, weights, x, masks=masks)
     with torch.no_grad():
         return float((logits - model(x)).square().mean().sqrt())

@@ -103,8 +103,15 @@ def test_one_layer_puts_the_paths_beside_one_another(folder: Path) -> None:
         ("100ms", 100.0, None, 0.451),
         ("wan", 100.0, 100.0, 0.9),
     ):
-        path = {"network": network, "rtt_ms": rtt_ms, "mbit": mbit}
-        results.add(dataclasses.replace(near, online_s=Spread.of([seconds]), **path))
+        results.add(
+            dataclasses.replace(
+                near,
+                network=network,
+                rtt_ms=rtt_ms,
+                mbit=mbit,
+                online_s=Spread.of([seconds]),
+            )
+        )
     report.render(folder)
     head, _, row, *_ = tables.markdown(folder, "activations").splitlines()
     assert head == (
