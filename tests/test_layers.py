@@ -38,6 +38,7 @@ ORDER = [
     "nn",
     "masked.kernels",
     "masked.plan",
+    "masked.precision",
     "masked.planner",
     "masked.offline",
     "masked.material",

@@ -12,7 +12,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,11 +26,18 @@ from .plan import (
     RING_LIMITS,
     Activation,
     Expression,
-    Group,
     Plan,
     Segment,
     Source,
     WeightSpec,
+)
+from .precision import (
+    NO_EFFECT,
+    Effect,
+    choose_groups,
+    evaluation_error,
+    measured_effect,
+    shifted,
 )
 
 VALUE_RING = 64
@@ -40,51 +47,6 @@ HEADROOM = 4.0
 _FRAC_BITS = range(2, 31)
 _RESCALED = ":rescaled"
 _EFFECT_IMAGES, _EFFECT_SIGNS = 8, 2
-
-
-@dataclass(frozen=True)
-class Effect:
-    """How far errors of y = p(z) move a network's outputs.
-
-    Both are mean squares, summed over the outputs, for an image of the calibration
-    inputs; the error of an element of y is a polynomial e of that element of z.
-
-    Args:
-        independent: [n]: when elements err by random signs. e = sum_k e_k z**k counts
-            sum_jk e_j e_k independent[j + k].
-        coherent: [j, k]: when no sign is random. It counts
-            sum_jk e_j e_k coherent[j, k].
-    """
-
-    independent: np.ndarray
-    coherent: np.ndarray
-
-    @property
-    def rounding(self) -> float:
-        """When every element errs by 1, its sign random."""
-        return float(self.independent[0])
-
-    def of_signs(self, error: Mapping[int, float]) -> float:
-        """What an error of random sign counts, given by its powers' coefficients."""
-        return self._sum(error, lambda j, k: self.independent[j + k])
-
-    def of_bias(self, error: Mapping[int, float]) -> float:
-        """What an error without random signs counts."""
-        return self._sum(error, lambda j, k: self.coherent[j, k])
-
-    @staticmethod
-    def _sum(
-        error: Mapping[int, float], weight: Callable[[int, int], np.float64]
-    ) -> float:
-        total = sum(
-            a * b * float(weight(j, k))
-            for j, a in error.items()
-            for k, b in error.items()
-        )
-        return max(total, 0.0)
-
-
-NO_EFFECT = Effect(np.zeros(1), np.zeros((1, 1)))
 
 
 @dataclass
@@ -311,29 +273,39 @@ class _Reader:
         for name in weights:
             self._tensor(name).requires_grad_(False)
         columns = list(zip(*draws, strict=True))
-        by_weight = {"": 0.0}
+        by_weight = {}
         for name, gradients in zip(weights, columns[len(values) :], strict=True):
             squares = sum(float(gradient.square().sum()) for gradient in gradients)
             by_weight[name] = squares / (len(x) * _EFFECT_SIGNS)
         self._input_gradients = x, columns[0]
         for name, gradients in zip(values, columns, strict=False):
             layer = self.layers[name]
-            layer.weight_effect = by_weight[layer.weight]
-            if layer.polynomial is None:
-                layer.effect = _effect(values[name].detach(), gradients, 0)
-            else:
-                z = values[layer.inputs[0]].detach()
-                layer.effect = _effect(z, gradients, len(layer.polynomial.coeffs) - 1)
+            z, degree, radius = values[name], 0, 1.0
+            if layer.polynomial is not None:
+                z, degree = values[layer.inputs[0]], len(layer.polynomial.coeffs) - 1
+                radius = max(map(abs, layer.polynomial.interval))
+            layer.effect = measured_effect(
+                z.detach(), gradients, degree=degree, radius=radius
+            )
+            if layer.weight:
+                weight = self._tensor(layer.weight)
+                depth = weight.numel() / len(weight)
+                # Without a derivative, as if it read values of size one.
+                layer.weight_effect = (
+                    by_weight[layer.weight] or layer.effect.rounding * depth
+                )
 
     def input_error(self, bits: int) -> float:
         """The outputs' mean square error when the input is rounded to nearest.
 
-        The same values round in the same way, and images hold many equal ones.
+        The same values round in the same way, and images hold many equal ones; so what
+        these inputs' rounding does is added to what that of any values would.
         """
         x, gradients = self._input_gradients
         off = (torch.round(x * 2.0**bits) / 2.0**bits - x).flatten(1)
         sums = [(off * gradient.flatten(1)).sum(1) for gradient in gradients]
-        return float(torch.stack(sums).square().mean())
+        any_values = self.layers[self.input].effect.rounding * 2.0 ** (-2 * bits) / 12
+        return float(torch.stack(sums).square().mean()) + any_values
 
     def _tensor(self, name: str) -> torch.Tensor:
         """A parameter in float64, the same tensor each time."""
@@ -484,22 +456,6 @@ class _Reader:
             f"{layer_title(name)}: values of {len(shape) + 1} dimensions; the masked "
             "engine takes (batch, channels, height, width) and (batch, features)."
         )
-
-
-def _effect(z: torch.Tensor, gradients: Sequence[torch.Tensor], degree: int) -> Effect:
-    """From derivatives of the outputs' signed sums, each shaped like z."""
-    independent = np.zeros(2 * degree + 1)
-    coherent = np.zeros((degree + 1, degree + 1))
-    for gradient in gradients:
-        power, sums = torch.ones_like(z), []
-        for n in range(2 * degree + 1):
-            independent[n] += float((gradient.square() * power).sum())
-            if n <= degree:
-                sums.append((gradient * power).flatten(1).sum(1).numpy())
-            power = power * z
-        coherent += np.array(sums) @ np.array(sums).T
-    count = len(z) * len(gradients)
-    return Effect(independent / count, coherent / count)
 
 
 @dataclass(frozen=True)
@@ -812,7 +768,7 @@ class _Builder:
             title,
             self.scales[index],
             groups,
-            _shifted(polynomial.numerators[0], value_scale - polynomial.frac_bits),
+            shifted(polynomial.numerators[0], value_scale - polynomial.frac_bits),
             VALUE_RING,
             value_scale,
             self.drop,
@@ -858,87 +814,6 @@ class _Builder:
         )
         plan.check()
         return plan
-
-
-def _shifted(numerator: int, bits: int) -> int:
-    """round(numerator * 2**bits), half up, exactly."""
-    if bits >= 0:
-        return numerator << bits
-    return (numerator + (1 << (-bits - 1))) >> -bits
-
-
-def choose_groups(
-    polynomial: Polynomial, *, scale: int, value_scale: int, effect: Effect
-) -> tuple[Group, ...]:
-    """Which truncation serves which powers of a polynomial.
-
-    1. The linear term keeps every bit; it costs no dealer value.
-    2. The square has a truncation of its own; from the third power on, an odd one and
-       the even one above it share theirs.
-    3. A truncation keeps as many bits as its powers' coefficients allow: the rounding
-       of x against the rounding of the coefficient at scale F - k f_k.
-
-    Args:
-        polynomial: public.
-        scale: fractional bits of the opened z.
-        value_scale: F.
-        effect: of errors of the result.
-    """
-    groups = []
-    for powers, bits, _ in _truncations(polynomial, scale, value_scale, effect):
-        coeffs = [0] * (powers[-1] + 1)
-        for k in powers:
-            coeffs[k] = _coefficient(polynomial, k, value_scale - k * bits)
-        groups.append(Group(scale - bits, tuple(coeffs)))
-    return tuple(groups)
-
-
-def evaluation_error(
-    polynomial: Polynomial, *, scale: int, value_scale: int, effect: Effect
-) -> float:
-    """The outputs' mean square error by what `choose_groups` truncates and rounds.
-
-    Args: as for `choose_groups`.
-    """
-    found = _truncations(polynomial, scale, value_scale, effect)
-    return sum(error for _, _, error in found)
-
-
-def _truncations(
-    polynomial: Polynomial, scale: int, value_scale: int, effect: Effect
-) -> Iterator[tuple[list[int], int, float]]:
-    """Powers that share a truncation, the fractional bits it leaves, the error then.
-
-    A truncation that drops bits goes to one of two neighbours at random, on average a
-    sixth of a squared unit away; a coefficient is off in the same way everywhere.
-    """
-    buckets: list[list[int]] = []
-    numerators = polynomial.numerators
-    for k in [k for k in range(1, len(numerators)) if numerators[k]] or [1]:
-        first = buckets[-1][0] if buckets else 0
-        if first >= 3 and first % 2 == 1 and k == first + 1:
-            buckets[-1].append(k)
-        else:
-            buckets.append([k])
-    for powers in buckets:
-        slope = {k - 1: k * polynomial.coeffs[k] for k in powers}
-        by_unit = effect.of_signs(slope) / 6
-        errors = []
-        for bits in range(scale + 1):
-            off = {}
-            for k in powers:
-                at = value_scale - k * bits
-                kept = math.ldexp(_coefficient(polynomial, k, at), -at)
-                off[k] = kept - polynomial.coeffs[k]
-            by_x = by_unit * 2.0 ** (-2 * bits) if bits < scale else 0.0
-            errors.append(by_x + effect.of_bias(off))
-        best = errors.index(min(errors))
-        yield powers, best, errors[best]
-
-
-def _coefficient(polynomial: Polynomial, k: int, bits: int) -> int:
-    """The coefficient of x**k at that many fractional bits."""
-    return _shifted(polynomial.numerators[k], bits - polynomial.frac_bits)
 
 
 def make_plan(
