@@ -152,6 +152,25 @@ def _telling(*channels: Channel | None) -> Iterator[None]:
         raise
 
 
+class _Reserved:
+    """Which inferences of a session were dealt: from one seed, each only once."""
+
+    def __init__(self) -> None:
+        self._following = 0
+
+    def add(self, start: int, count: int) -> None:
+        """Reserve `count` inferences from number `start` on.
+
+        Raises: MaterialError if one of them was reserved before.
+        """
+        if start < self._following:
+            raise MaterialError(
+                f"Inference {start} was prepared before, and a mask is used once; go "
+                f"on from {self._following}, or start a new session."
+            )
+        self._following = start + count
+
+
 # ---------------------------------------------------------------- the dealer
 
 
@@ -218,9 +237,11 @@ class DealerServer:
             dealer = Dealer(plan)
             for rank, channel in ((0, down), (1, up)):
                 _tell(channel, {"seed": dealer.seeds[rank].hex()})
+            reserved = _Reserved()
             while True:
                 down.wait(timeout=None)
                 order = _hear(down, "start", "count", "batch")
+                reserved.add(int(order["start"]), int(order["count"]))
                 dealer.batch = int(order["batch"])
                 for index in range(order["start"], order["start"] + order["count"]):
                     dealer.send(down, index)
@@ -274,6 +295,7 @@ class _Party:
         self._ready: dict[int, Material] = {}
         self._store: MaterialStore | None = None
         self._dealing: tuple[Channel, Preparation] | None = None
+        self.reserved = _Reserved()
         self._lock = threading.Lock()
 
     @property
@@ -600,16 +622,13 @@ class ModelServer:
         # Refuse before the client starts to compute.
         if fresh and party.dealer is None:
             raise MaterialError("Rank 0 knows no dealer; start it with dealer=.")
+        start, count = int(order["start"]), int(order["count"])
+        party.reserved.add(start, count)
         _tell(channel, {"ok": True})
         if fresh:
             party.start_dealing(channel, name)
             self._sessions[name] = party
-        party.prepare(
-            channel,
-            start=int(order["start"]),
-            count=int(order["count"]),
-            batch=int(order["batch"]),
-        )
+        party.prepare(channel, start=start, count=count, batch=int(order["batch"]))
         _tell(channel, {"ready": True})
 
     def _infer(

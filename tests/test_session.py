@@ -290,6 +290,22 @@ def test_hostile_clients_are_dropped(pair, message):
         assert client.predict(torch.zeros(1, 3, 8, 8)).shape == (1, 5)
 
 
+def test_material_is_dealt_once_whoever_asks_again(pair, monkeypatch):
+    """Rank 0 refuses; if it does not, the dealer does, before a value is sent."""
+    server, dealer = pair
+    monkeypatch.setattr(session.Client, "_first_free", lambda client: 0)
+    with session.connect(server.address, dealer=dealer.address, timeout=10) as client:
+        client.prepare(2)
+        with pytest.raises(PeerError, match="Inference 0 was prepared before"):
+            client.prepare(1)
+    with session.connect(server.address, dealer=dealer.address, timeout=10) as client:
+        client.prepare(2)
+        (party,) = server._sessions.values()
+        monkeypatch.setattr(party.reserved, "add", lambda start, count: None)
+        with pytest.raises(PeerError, match="Inference 0 was prepared before"):
+            client.prepare(1)
+
+
 def test_material_is_used_once_across_connections(pair):
     """A repeated index is refused by the server before it sends anything."""
     server, dealer = pair
