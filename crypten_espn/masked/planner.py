@@ -830,7 +830,7 @@ def make_plan(
     2. Cut it at its activations; insert a rescaling between weights with none between.
     3. Bound every z by headroom times the largest seen, and at least the polynomial's
        interval; the ring leaves the rest to fractional bits.
-    4. Split these between weights and activations where their errors balance.
+    4. Split these between weights and activations where the output is moved least.
 
     Args:
         graph: a crypten.nn.Graph, converted, batch-norm folded, not encrypted.
