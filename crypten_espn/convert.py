@@ -20,9 +20,9 @@ from .errors import (
     ShapeError,
     WorldSizeError,
 )
-from .masked.composed import ComposedEngine
+from .masked.in_crypten import ComposedEngine
 from .masked.plan import quantise
-from .masked.planner import make_plan, parameters_of
+from .masked.planning.builder import make_plan, parameters_of
 from .nn import PolynomialActivation, Scale
 from .onnx_graph import POLYNOMIAL_OP, NetworkGraph, Node, layer_name, read
 from .protocols import PROTOCOLS, current_settings, settings

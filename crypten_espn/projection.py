@@ -26,7 +26,7 @@ from .errors import ConversionError, EspnError, PlanError, ShapeError
 from .masked.material import record_bytes
 from .masked.online import message_sizes
 from .masked.plan import Plan
-from .masked.planner import make_plan
+from .masked.planning.builder import make_plan
 from .nn import PolynomialActivation
 from .onnx_graph import POLYNOMIAL_OP, NetworkGraph, layer_name, read
 from .pillar.networks import NETWORKS
@@ -141,7 +141,7 @@ def workload(
             file needs it, a .safetensors file brings it.
         classes: of a network given by name.
         degree: of the polynomials in place of ReLU.
-        precision: as `masked.planner.make_plan`.
+        precision: as `masked.planning.builder.make_plan`.
 
     Raises:
         EspnError: unknown network, or options that it does not take.

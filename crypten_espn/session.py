@@ -48,7 +48,7 @@ from .masked.offline import (
 )
 from .masked.online import pieces, query_one, run_shared, serve_one
 from .masked.plan import Plan, Weights, quantise
-from .masked.planner import HEADROOM, make_plan, parameters_of
+from .masked.planning.builder import HEADROOM, make_plan, parameters_of
 from .randomness import new_seed
 
 TIMEOUT_S = 30.0
@@ -99,7 +99,7 @@ def masked_model(
             it is.
         example: (batch, *input_shape) calibration inputs; those of the conversion if
             None.
-        precision, headroom, mode: as `masked.planner.make_plan`.
+        precision, headroom, mode: as `masked.planning.builder.make_plan`.
 
     Raises: PlanError naming the layer, or if there is nothing to calibrate with.
     """
@@ -664,7 +664,7 @@ def serve(
         private: a converted network, or a MaskedModel.
         address: "host:port" to listen on.
         example: calibration inputs, as in `masked_model`.
-        precision, headroom, mode: as `masked.planner.make_plan`.
+        precision, headroom, mode: as `masked.planning.builder.make_plan`.
         dealer: "host:port" of the dealer.
         directory: where to keep material, one folder per session; in memory if None.
         tls: mutual TLS certificates, or None.
@@ -1090,7 +1090,7 @@ def simulate(
             another protocol than "masked" runs on CrypTen with that protocol.
         x: (batch, *input_shape).
         example: calibration inputs.
-        precision, headroom, mode: as `masked.planner.make_plan`.
+        precision, headroom, mode: as `masked.planning.builder.make_plan`.
         timeout: seconds without progress before a dead process is an error.
 
     Returns: logits (batch, *output_shape) and the cost: rank 1's online phase, with

@@ -27,7 +27,7 @@ from .errors import ConversionError, ProtocolError, RangeError, ShapeError
 from .explanation import Comparison, Explanation, Fault, LayerError
 from .masked.plan import Plan, Segment, Weights, quantise
 from .masked.plan import simulate as simulate_plan
-from .masked.planner import layer_title, make_plan, parameters_of
+from .masked.planning.builder import layer_title, make_plan, parameters_of
 from .polynomial import RING_BITS, RingForm, as_int64
 from .protocols import Settings, settings
 from .randomness import SEED_BYTES, Keystream
@@ -68,7 +68,7 @@ def explain(
         x: (batch, *input_shape).
         precision_bits: fractional bits for CrypTen's protocols;
             crypten.cfg.encoder.precision_bits when None.
-        precision: for the masked engine, as `masked.planner.make_plan`.
+        precision: for the masked engine, as `masked.planning.builder.make_plan`.
         example: calibration inputs for the masked engine; those of the conversion when
             None.
         runs: simulated runs with shares of their own; their differences give the

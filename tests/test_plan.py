@@ -11,7 +11,9 @@ import torch
 
 import crypten_espn as espn
 from crypten_espn.errors import PlanError, RangeError, ShapeError
-from crypten_espn.masked import plan, planner, precision
+from crypten_espn.masked import plan
+from crypten_espn.masked.planning import builder as planner
+from crypten_espn.masked.planning import precision
 from crypten_espn.pillar.data import fashion_sample
 from crypten_espn.pillar.storage import load_network
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ..polynomial import Polynomial
-from .plan import Group
+from ...polynomial import Polynomial
+from ..plan import Group
 
 
 @dataclass(frozen=True)

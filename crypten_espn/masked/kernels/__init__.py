@@ -15,7 +15,7 @@ from llvmlite import binding, ir
 from numba import types
 from numba.extending import intrinsic
 
-from ..compiled import compiled
+from ...compiled import compiled
 
 BLOCK = 1024  # elements a polynomial pass keeps in the first-level cache
 

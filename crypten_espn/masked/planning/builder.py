@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..errors import PlanError
-from ..polynomial import Polynomial
-from .plan import (
+from ...errors import PlanError
+from ...polynomial import Polynomial
+from ..plan import (
     INPUT,
     RING_LIMITS,
     Activation,

@@ -1,0 +1,1 @@
+"""From a converted network to its plan."""
