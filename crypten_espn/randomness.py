@@ -20,7 +20,7 @@ from .errors import RandomnessError
 
 SEED_BYTES = 16
 
-#: Inferences a ratchet may pass over in one step: a hostile index costs a second at most.
+#: Inferences a ratchet may pass over in one step, which takes a second at most.
 MAX_SKIP = 1 << 16
 
 # Encrypting zeros yields the keystream; a chunk this small stays in the cache.
