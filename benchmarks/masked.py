@@ -15,10 +15,11 @@ import numpy as np
 import torch
 
 import crypten_espn
-from crypten_espn.channel import Channel, Listener, connect_channel, parse_address
 from crypten_espn.masked import offline, online
 from crypten_espn.masked.plan import Plan, quantise
 from crypten_espn.masked.planning.builder import make_plan, parameters_of
+from crypten_espn.wire.channel import Channel
+from crypten_espn.wire.connect import Listener, connect_channel, parse_address
 
 from .party import Control, Result, slow_down
 

@@ -22,8 +22,8 @@ from typing import Any, Protocol
 import torch
 from tqdm import tqdm
 
-import crypten_espn.channel
 import crypten_espn.correlated  # repairs CrypTen before it is imported, below
+import crypten_espn.wire.crypten
 
 from . import wan
 from .harness import Results, Row, Skipped, Spread, system_name
@@ -336,7 +336,7 @@ def crypten_channels(
     crypten.init()
     try:
         base = comm.get()
-        with crypten_espn.channel.use_direct_channel(
+        with crypten_espn.wire.crypten.use_direct_channel(
             host=address, listen=listen or address, timeout=600.0
         ) as channel:
             direct = comm.get()
@@ -404,7 +404,7 @@ def slow_down(channel: Any) -> None:
         tag: int,
         size: int | None,
         *,
-        limit: int = crypten_espn.channel.MAX_BYTES_MESSAGE,
+        limit: int = crypten_espn.wire.channel.MAX_BYTES_MESSAGE,
         outgoing: Any = None,
     ) -> Any:
         data = receive(kind, tag, size, limit=limit, outgoing=outgoing)

@@ -8,7 +8,6 @@ import crypten_espn.patches as patches
 
 patches.apply()
 
-from .channel import use_direct_channel  # noqa: E402
 from .convert import PrivateNetwork, check, convert  # noqa: E402
 from .cost import Cost, measure  # noqa: E402
 from .launch import run_multiprocess, run_parties  # noqa: E402
@@ -23,6 +22,7 @@ from .protocols import polyval, settings  # noqa: E402
 from .protocols.truncation import failure_probability  # noqa: E402
 from .session import connect, deal, serve, simulate  # noqa: E402
 from .simulator import compare_precisions, explain  # noqa: E402
+from .wire.crypten import use_direct_channel  # noqa: E402
 
 __version__ = "0.1.0"
 

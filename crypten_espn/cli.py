@@ -11,7 +11,6 @@ import numpy as np
 import torch
 
 from . import doctor, estimate
-from .channel import TLS
 from .convert import MASKED, check, convert
 from .demo import run as run_demo
 from .errors import DataError, EspnError
@@ -21,6 +20,7 @@ from .pillar.recipes import load_network
 from .protocols import PROTOCOLS, TRUNCATIONS
 from .session import MaskedModel, connect, deal, masked_model, serve
 from .simulator import compare_precisions, explain
+from .wire.tls import TLS
 
 Command = Callable[[argparse.Namespace], int]
 

@@ -16,10 +16,11 @@ from dataclasses import dataclass, fields
 import numpy as np
 import torch
 
-from .channel import Channel, Listener, connect_channel
 from .errors import EspnError
 from .masked import kernels
 from .randomness import Keystream
+from .wire.channel import Channel
+from .wire.connect import Listener, connect_channel
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .channel import packed_bytes
 from .convert import PrivateNetwork
 from .cost import GLOO_DELAYS, PAYLOAD, RING_BYTES, Cost, Traffic
 from .errors import ConversionError, EspnError, PlanError, ShapeError
@@ -34,6 +33,7 @@ from .pillar.storage import load_network
 from .polynomial import Polynomial
 from .processor import Processor
 from .protocols import PROTOCOLS, settings
+from .wire.packing import packed_bytes
 
 MASKED, RELU = "masked", "crypten-relu"
 GLOO = f"{RELU}-gloo"

@@ -27,7 +27,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from .channel import TLS, Channel, Listener, connect_channel
 from .cost import Cost
 from .errors import (
     EspnError,
@@ -50,6 +49,9 @@ from .masked.online import pieces, query_one, run_shared, serve_one
 from .masked.plan import Plan, Weights, quantise
 from .masked.planning.builder import HEADROOM, make_plan, parameters_of
 from .randomness import new_seed
+from .wire.channel import Channel
+from .wire.connect import Listener, connect_channel
+from .wire.tls import TLS
 
 TIMEOUT_S = 30.0
 _GREETING = bytes(32)

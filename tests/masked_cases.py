@@ -8,9 +8,9 @@ import numpy as np
 import torch
 
 import crypten_espn as espn
-from crypten_espn.channel import socket_pair
 from crypten_espn.masked import kernels, offline, online, plan
 from crypten_espn.masked.planning import builder as planner
+from crypten_espn.wire.channel import socket_pair
 
 QUARTIC = espn.Polynomial((322, 512, 160, 0, -3), 10, (-5.0, 5.0))
 

@@ -12,7 +12,6 @@ import textwrap
 import numpy as np
 import pytest
 
-from crypten_espn.channel import packed_bytes
 from crypten_espn.errors import MaterialError
 from crypten_espn.masked import kernels, offline, plan
 from crypten_espn.masked.material import (
@@ -20,6 +19,7 @@ from crypten_espn.masked.material import (
     MaterialWriter,
     material_info,
 )
+from crypten_espn.wire.packing import packed_bytes
 
 from .masked_cases import Pair, centred, planned, residual
 

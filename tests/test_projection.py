@@ -94,7 +94,7 @@ def traffic_of(network, x, protocol, truncation):
     """Rounds, true bytes sent and words kept, as this party sees them."""
     import crypten
 
-    from crypten_espn.channel import use_direct_channel
+    from crypten_espn.wire.crypten import use_direct_channel
 
     provider = crypten.mpc.get_default_provider()
     encrypted = espn.convert(network, x).encrypt(src=0)

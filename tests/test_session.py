@@ -18,7 +18,6 @@ import torch
 
 import crypten_espn as espn
 from crypten_espn import session
-from crypten_espn.channel import Channel, connect_channel
 from crypten_espn.errors import (
     EspnError,
     MaterialError,
@@ -28,6 +27,8 @@ from crypten_espn.errors import (
     RangeError,
     ShapeError,
 )
+from crypten_espn.wire.channel import Channel
+from crypten_espn.wire.connect import connect_channel
 
 from .masked_cases import planned, residual
 
@@ -230,7 +231,7 @@ def test_unreachable_and_silent_servers_are_errors_in_time():
     start = time.monotonic()
     with pytest.raises(PeerError, match="Cannot reach"):
         session.connect("127.0.0.1:1", timeout=0.5)
-    from crypten_espn.channel import Listener
+    from crypten_espn.wire.connect import Listener
 
     with Listener("127.0.0.1:0") as silent:
         with pytest.raises(PeerError, match="silent"):
@@ -451,9 +452,9 @@ def test_foreign_material_is_named_on_both_sides(pair, model, running, tmp_path)
 
 
 def test_tls_session(model, running, tmp_path):
-    from crypten_espn.channel import TLS
+    from crypten_espn.wire.tls import TLS
 
-    from .test_channel import certificates
+    from .wire.test_channel import certificates
 
     files = {name: certificates(tmp_path, name) for name in ("a", "b")}
     both = tmp_path / "both.pem"

@@ -28,11 +28,11 @@ from crypten.mpc import provider as crypten_provider
 from crypten.mpc.primitives import ArithmeticSharedTensor
 from crypten.mpc.provider.ttp_provider import TTPClient
 
-from ..channel import pack, packed_bytes, unpack
 from ..correlated import Dealer as TupleDealer
 from ..errors import MaterialError, RandomnessError, WorldSizeError
 from ..protocols.truncation import exact
 from ..randomness import new_seed
+from ..wire.packing import pack, packed_bytes, unpack
 from . import kernels
 from .offline import (
     Dealer,

@@ -27,8 +27,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from ..channel import Channel
 from ..randomness import Keystream, new_seed
+from ..wire.channel import Channel
 from . import kernels
 from .plan import Plan, Segment, Weights, evaluate
 

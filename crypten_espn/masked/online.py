@@ -35,8 +35,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..channel import Channel, packed_bytes
 from ..errors import MaterialError, ShapeError
+from ..wire.channel import Channel
+from ..wire.packing import packed_bytes
 from . import kernels
 from .offline import Material, narrowed
 from .plan import INPUT, Plan, Weights, evaluate

@@ -29,9 +29,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..channel import packed_bytes
 from ..errors import PlanError, RangeError, ShapeError
 from ..table import aligned
+from ..wire.packing import packed_bytes
 from . import kernels
 
 RING_LIMITS = (20, 56)

@@ -14,18 +14,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from crypten_espn.channel import (
-    TLS,
-    Channel,
-    Listener,
-    connect_channel,
-    pack,
-    packed_bytes,
-    parse_address,
-    socket_pair,
-    unpack,
-)
 from crypten_espn.errors import PeerError, PlanMismatchError
+from crypten_espn.wire.channel import Channel, socket_pair
+from crypten_espn.wire.connect import Listener, connect_channel, parse_address
+from crypten_espn.wire.packing import pack, packed_bytes, unpack
+from crypten_espn.wire.tls import TLS
 
 DIGEST = hashlib.sha256(b"a plan").digest()
 
@@ -268,7 +261,7 @@ def over_direct_channel():
     import torch
     from crypten import communicator as comm
 
-    from crypten_espn.channel import use_direct_channel
+    from crypten_espn.wire.crypten import use_direct_channel
 
     def collectives(rank):
         c = comm.get()
@@ -337,7 +330,7 @@ def test_crypten_computes_the_same_over_a_direct_channel():
 
 
 def test_direct_channel_needs_two_crypten_processes():
-    from crypten_espn.channel import use_direct_channel
+    from crypten_espn.wire.crypten import use_direct_channel
 
     with pytest.raises(PeerError, match=r"crypten\.init"), use_direct_channel():
         pass

@@ -1,0 +1,324 @@
+"""Polynomial passes: from an opened value to shares of p(x), and back to an opening.
+
+An opened value c = z + 2**(m-2) + r hides z behind a uniform mask r. Group k of a
+polynomial's powers reads it through a mask of its own, c_k = c + delta_k, shifted by
+s_k: D_k = (c_k >> s_k) - 2**(m-2-s_k), and x_k = D_k + t_k with the dealer-known
+t_k = -(r_k >> s_k), a logical shift where the top bit of c_k is 1 and an arithmetic one
+where it is 0.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ...compiled import compiled
+from .ring import require
+
+BLOCK = 1024  # elements a polynomial pass keeps in the first-level cache
+
+
+@compiled
+def _shifted_openings(c, deltas, bits, shifts, out):
+    mask = np.int64(-1) if bits == 64 else (np.int64(1) << bits) - 1
+    for k in range(out.shape[0]):
+        line = out[k]
+        shift = shifts[k]
+        if k == 0:
+            for i in range(c.shape[0]):
+                line[i] = (np.int64(c[i]) & mask) >> shift
+        else:
+            delta = deltas[k - 1]
+            for i in range(c.shape[0]):
+                line[i] = ((np.int64(c[i]) + np.int64(delta[i])) & mask) >> shift
+
+
+@compiled
+def _polynomial_share(
+    opened, widths, degrees, values, public, constant, first_element, step, out
+):
+    reduced = np.empty(BLOCK, np.int64)
+    top = np.empty(BLOCK, np.int64)
+    acc = np.empty(BLOCK, np.int64)
+    total = out.shape[0]
+    for start in range(0, total, BLOCK):
+        size = min(BLOCK, total - start)
+        here = first_element + start
+        result = out[start : start + size]
+        for i in range(size):
+            result[i] = constant
+        index = 0
+        for g in range(opened.shape[0]):
+            width = widths[g]
+            mask = (np.int64(1) << width) - 1
+            line = opened[g, start : start + size]
+            for i in range(size):
+                u = np.int64(line[i]) & mask
+                reduced[i] = u
+                # All ones where the top bit is set: the logical case, values[0].
+                top[i] = -(u >> (width - 1))
+            first = values[0, index, here : here + size]
+            second = values[1, index, here : here + size]
+            for i in range(size):
+                result[i] += second[i] ^ ((first[i] ^ second[i]) & top[i])
+            degree = degrees[g]
+            if degree > 1:
+                offset = np.int64(1) << (width - 2)
+                lead = public[g, degree]
+                for i in range(size):
+                    reduced[i] -= offset
+                    acc[i] = lead
+                # Horner in the opened value; values hold the rising powers 1, 2, ...
+                for j in range(degree - 1, 0, -1):
+                    coefficient = public[g, j]
+                    first = values[0, index + j, here : here + size]
+                    second = values[1, index + j, here : here + size]
+                    for i in range(size):
+                        v = second[i] ^ ((first[i] ^ second[i]) & top[i])
+                        acc[i] = acc[i] * reduced[i] + coefficient + v
+                for i in range(size):
+                    result[i] += acc[i] * reduced[i]
+            index += degree
+        if step > 0:
+            for i in range(size):
+                result[i] >>= step
+
+
+@compiled
+def _add_linear(c, bits, shift, coefficient, out):
+    mask = np.int64(-1) if bits == 64 else (np.int64(1) << bits) - 1
+    offset = np.int64(1) << (bits - 2 - shift)
+    for i in range(out.shape[0]):
+        out[i] += coefficient * (((np.int64(c[i]) & mask) >> shift) - offset)
+
+
+@compiled
+def _deal_polynomial(
+    masks, bits, shifts, degrees, table, linear, linear_shift, rounding, taken, out
+):
+    mask = np.int64(-1) if bits == 64 else (np.int64(1) << bits) - 1
+    sign = 64 - bits
+    limit = table.shape[1]
+    powers = np.empty((limit + 1, BLOCK), np.int64)
+    acc = np.empty(BLOCK, np.int64)
+    total = masks.shape[1]
+    for start in range(0, total, BLOCK):
+        size = min(BLOCK, total - start)
+        stop = start + size
+        for case in range(2):
+            index = 0
+            for g in range(masks.shape[0]):
+                r = masks[g, start:stop]
+                if g == 0:
+                    for i in range(size):
+                        if case == 0:
+                            t = -((np.int64(r[i]) & mask) >> linear_shift)
+                        else:
+                            t = -(((np.int64(r[i]) << sign) >> sign) >> linear_shift)
+                        acc[i] = linear * t + rounding[start + i]
+                else:
+                    for i in range(size):
+                        acc[i] = 0
+                degree = degrees[g]
+                if degree > 1:
+                    shift = shifts[g]
+                    base = powers[1]
+                    if case == 0:
+                        for i in range(size):
+                            base[i] = -((np.int64(r[i]) & mask) >> shift)
+                    else:
+                        for i in range(size):
+                            base[i] = -(((np.int64(r[i]) << sign) >> sign) >> shift)
+                    for k in range(2, degree + 1):
+                        low = powers[k - 1]
+                        high = powers[k]
+                        for i in range(size):
+                            high[i] = low[i] * base[i]
+                    for k in range(1, degree + 1):
+                        weight = table[g, 0, k]
+                        power = powers[k]
+                        for i in range(size):
+                            acc[i] += weight * power[i]
+                drawn = taken[case, index, start:stop]
+                given = out[case, index, start:stop]
+                for i in range(size):
+                    given[i] = acc[i] - drawn[i]
+                for j in range(1, degree):
+                    for i in range(size):
+                        acc[i] = 0
+                    for k in range(1, degree - j + 1):
+                        weight = table[g, j, k]
+                        power = powers[k]
+                        for i in range(size):
+                            acc[i] += weight * power[i]
+                    drawn = taken[case, index + j, start:stop]
+                    given = out[case, index + j, start:stop]
+                    for i in range(size):
+                        given[i] = acc[i] - drawn[i]
+                index += degree
+
+
+@compiled
+def _truncate(mine, theirs, bits, drop, step, out):
+    mask = np.int64(-1) if bits == 64 else (np.int64(1) << bits) - 1
+    offset = np.int64(1) << (bits - 2)
+    keep = (np.int64(1) << (bits - drop)) - 1
+    reduced = np.int64(1) << (bits - 2 - drop)
+    for i in range(out.shape[0]):
+        c = (mine[i] + (theirs[i] << step) + offset) & mask
+        # The shift is logical: the bits an arithmetic one would smear are masked.
+        out[i] = ((c >> drop) & keep) - reduced
+
+
+def shifted_openings(
+    c: np.ndarray, deltas: np.ndarray, *, bits: int, shifts: np.ndarray, out: np.ndarray
+) -> None:
+    """What the client receives of an opening: c_k >> s_k of every group.
+
+    Args:
+        c: (n,) modulo 2**bits, int32 or int64.
+        deltas: (groups - 1, n), what each further group's mask adds to the first's.
+        shifts: (groups,) int64.
+        out: (groups, n) in c's type; row k in [0, 2**(bits - s_k)).
+    """
+    groups, n = out.shape
+    fits = c.shape == (n,) and deltas.shape == (groups - 1, n)
+    require(fits and shifts.shape == (groups,), "shifted_openings", c, deltas, out)
+    _shifted_openings(c, deltas, bits, shifts, out)
+
+
+def polynomial_share(
+    opened: np.ndarray,
+    values: np.ndarray,
+    *,
+    widths: np.ndarray,
+    degrees: np.ndarray,
+    public: np.ndarray,
+    constant: int,
+    start: int,
+    step: int,
+    out: np.ndarray,
+) -> None:
+    """One party's share of p(x) but for its linear term, each operand read once.
+
+    With D_k = opened[k] - 2**(widths[k]-2), adds for each group its selected constant
+    and sum_j D_k**j * (public[k, j] + selected values of that power).
+
+    Args:
+        opened: (groups, n), row k modulo 2**widths[k]: c_k >> s_k.
+        values: (2, V, N) this party's shares of the dealer's values, for each group its
+            constant and the powers 1 to degree - 1; [0] where the top bit of opened[k]
+            is 1, [1] where it is 0.
+        widths, degrees: (groups,) int64; a group of degree 1 has its constant alone.
+        public: (groups, max degree + 1) integer coefficients; zero for the client.
+        constant: added to every element; zero for the client.
+        start: which of the N elements the first of the n is.
+        step: low bits dropped from the share at the end.
+        out: (n,) int64, the share modulo 2**64, shifted by `step`.
+    """
+    groups, n = opened.shape
+    top = int(degrees.max())
+    require(
+        values.ndim == 3
+        and values.shape[:2] == (2, int(degrees.sum()))
+        and 0 <= start <= values.shape[2] - n
+        and widths.shape == degrees.shape == (groups,)
+        and public.shape[0] == groups
+        and public.shape[1] > top
+        and out.shape == (n,),
+        "polynomial_share",
+        opened,
+        values,
+        public,
+        out,
+    )
+    _polynomial_share(
+        opened, widths, degrees, values, public, np.int64(constant), start, step, out
+    )
+
+
+def add_linear(
+    c: np.ndarray, *, bits: int, shift: int, coefficient: int, out: np.ndarray
+) -> None:
+    """Add coefficient * ((c >> shift) - 2**(bits-2-shift)): the linear term's D.
+
+    Args:
+        c: (n,) modulo 2**bits.
+        out: (n,) int64.
+    """
+    require(c.shape == out.shape and c.ndim == 1, "add_linear", c, out)
+    _add_linear(c, bits, shift, np.int64(coefficient), out)
+
+
+def deal_polynomial(
+    masks: np.ndarray,
+    rounding: np.ndarray,
+    taken: np.ndarray,
+    *,
+    bits: int,
+    shifts: np.ndarray,
+    degrees: np.ndarray,
+    table: np.ndarray,
+    linear: int,
+    linear_shift: int,
+    out: np.ndarray,
+) -> None:
+    """The dealer's values for both cases of each mask, less the shares already taken.
+
+    Args:
+        masks: (groups, n) uniform masks r_k modulo 2**bits.
+        rounding: (n,) int64, added to the first group's constant: the second opening's
+            rounding coins.
+        taken: (2, V, n) the other party's shares, uniform modulo 2**64.
+        shifts, degrees: (groups,) int64.
+        table: (groups, K, K + 1): table[g, j, k] multiplies t**k in the value that
+            belongs to D**j; K is the largest degree.
+        linear, linear_shift: the linear term's coefficient, and bits dropped from x.
+        out: (2, V, n) what this party gets.
+    """
+    groups, n = masks.shape
+    top = int(degrees.max())
+    require(
+        taken.shape == out.shape == (2, int(degrees.sum()), n)
+        and rounding.shape == (n,)
+        and shifts.shape == degrees.shape == (groups,)
+        and table.shape[0] == groups
+        and table.shape[1] >= top
+        and table.shape[2] > top,
+        "deal_polynomial",
+        masks,
+        taken,
+        table,
+        out,
+    )
+    _deal_polynomial(
+        masks,
+        bits,
+        shifts,
+        degrees,
+        table,
+        np.int64(linear),
+        linear_shift,
+        rounding,
+        taken,
+        out,
+    )
+
+
+def truncate(
+    mine: np.ndarray,
+    theirs: np.ndarray,
+    *,
+    bits: int,
+    drop: int,
+    step: int,
+    out: np.ndarray,
+) -> None:
+    """D = (c >> drop) - 2**(bits-2-drop), c = mine + theirs * 2**step + 2**(bits-2).
+
+    Args:
+        mine: (n,) int64.
+        theirs: (n,) int64, the other share's bits from `step` on.
+        out: (n,) in the type of the ring modulo 2**(bits - drop).
+    """
+    require(mine.shape == theirs.shape == out.shape, "truncate", mine, theirs, out)
+    _truncate(mine, theirs, bits, drop, step, out)
