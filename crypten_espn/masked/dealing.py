@@ -25,7 +25,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..randomness import Keystream, Ratchet, new_seed
+from ..randomness import Keystream, new_seed
 from . import kernels
 from .linear import Operands, accumulate
 from .material import (
@@ -35,6 +35,7 @@ from .material import (
     client_draws,
     client_input_mask,
     draw,
+    inference_seeds,
     server_draws,
     source_mask,
     weight_masks,
@@ -83,9 +84,11 @@ class Dealing:
             root.fork(b"client").bytes(16),
         )
         self._masks = weight_masks(plan, self.seeds[SERVER])
-        self._own = Ratchet(root.fork(b"dealer").bytes(16))
-        self._server = Ratchet(self.seeds[SERVER])
-        self._client = Ratchet(self.seeds[CLIENT])
+        self._ratchets = (
+            inference_seeds(root.fork(b"dealer").bytes(16)),
+            inference_seeds(self.seeds[SERVER]),
+            inference_seeds(self.seeds[CLIENT]),
+        )
 
     def deal(self, index: int, batch: int) -> Protocol[None]:
         """Send the server everything for inference `index`.
@@ -100,11 +103,7 @@ class Dealing:
         Raises: RandomnessError if the index was dealt before.
         """
         plan = self.plan
-        # All three, or none: a refused index moves no ratchet.
-        own, server, client = (
-            ratchet.take(index)
-            for ratchet in (self._own, self._server, self._client)
-        )
+        own, server, client = (ratchet.take(index) for ratchet in self._ratchets)
         sources = {0: client_input_mask(plan, client, batch)}
         steps = zip(
             plan.parts,

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from ..channel import packed_bytes
+from ..wire.packing import packed_bytes
 
 SERVER, CLIENT, DEALER = "server", "client", "dealer"
 

@@ -12,7 +12,7 @@ import math
 
 import numpy as np
 
-from ..randomness import Keystream, Ratchet
+from ..randomness import Keystream
 from . import kernels
 from .linear import Operands, accumulate
 from .material import (
@@ -22,7 +22,7 @@ from .material import (
     client_draws,
     client_input_mask,
     draw,
-    part_shape,
+    inference_seeds,
     server_draws,
     source_mask,
     weight_masks,
@@ -30,7 +30,7 @@ from .material import (
 )
 from .messages import CLIENT, DEALER, SERVER, Protocol, Receive, receive, send
 from .model import Weights
-from .plan import Plan, Step
+from .plan import Plan, Step, part_shape
 
 
 class ServerPreparation:
@@ -44,8 +44,8 @@ class ServerPreparation:
     def __init__(self, plan: Plan, weights: Weights, seed: bytes) -> None:
         self.plan = plan
         self._weights = weights
-        self._seed = seed
-        self._ratchet = Ratchet(seed)
+        self._masks = weight_masks(plan, seed)
+        self._ratchet = inference_seeds(seed)
         self._biases = [self._bias(number) for number in range(len(plan.parts))]
 
     def _bias(self, number: int) -> np.ndarray:
@@ -64,7 +64,7 @@ class ServerPreparation:
 
         Cost: one message a layer, one ring element a weight; once a session.
         """
-        masks = weight_masks(self.plan, self._seed)
+        masks, self._masks = self._masks, []
         for shape, integers, mask in zip(
             self.plan.weights, self._weights.integers, masks, strict=True
         ):
@@ -115,7 +115,7 @@ class ClientPreparation:
 
     def __init__(self, plan: Plan, seed: bytes) -> None:
         self.plan = plan
-        self._ratchet = Ratchet(seed)
+        self._ratchet = inference_seeds(seed)
         self._opened: list[np.ndarray] = []
 
     def open_weights(self) -> Protocol[None]:
