@@ -15,6 +15,7 @@ import socket
 import ssl
 import struct
 import time
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -88,12 +89,11 @@ class Channel:
 
         Cost: one message of packed_bytes(values.size, bits) bytes.
         """
-        self._transfer([self._frame(_KIND_RING, tag, pack(values, bits=bits))], None)
+        self.send_parts([(values, bits)], tag=tag)
 
     def receive(self, count: int, *, bits: int, tag: int = 0) -> np.ndarray:
         """Receive exactly `count` elements of the ring modulo 2**bits, flat."""
-        data = self._receive_frame(_KIND_RING, tag, packed_bytes(count, bits))
-        return unpack(data, count, bits=bits)
+        return self.receive_parts([(count, bits)], tag=tag)[0]
 
     def exchange(self, values: np.ndarray, *, bits: int, tag: int = 0) -> np.ndarray:
         """Send `values` and receive as many elements, both at the same time.
@@ -102,17 +102,55 @@ class Channel:
 
         Cost: 1 round, packed_bytes(values.size, bits) bytes sent per party.
         """
-        frame = self._frame(_KIND_RING, tag, pack(values, bits=bits))
+        frame = self._frame(_KIND_RING, tag, [pack(values, bits=bits)])
         data = self._receive_frame(
             _KIND_RING, tag, packed_bytes(values.size, bits), outgoing=[frame]
         )
         return unpack(data, values.size, bits=bits).reshape(values.shape)
 
+    def send_parts(
+        self, parts: Sequence[tuple[np.ndarray, int]], *, tag: int = 0
+    ) -> None:
+        """Send arrays of ring elements in one message, each at its own width.
+
+        Args:
+            parts: (int32 or int64 of any shape, bits of its ring), in order.
+            tag: number the receiver must expect (which inference this belongs to).
+
+        Cost: one message; each part starts at a byte and takes
+            packed_bytes(values.size, bits).
+        """
+        packed = [pack(values, bits=bits) for values, bits in parts]
+        self._transfer([self._frame(_KIND_RING, tag, packed)], None)
+
+    def receive_parts(
+        self, sizes: Sequence[tuple[int, int]], *, tag: int = 0
+    ) -> list[np.ndarray]:
+        """Receive what `send_parts` sent: exactly these parts, each of them flat.
+
+        Args:
+            sizes: (number of elements, bits of their ring) of each part, in order.
+            tag: number the message must carry.
+
+        Returns: an array for each part as `unpack` makes it.
+
+        Raises:
+            PeerError: the message has another size or tag; nothing was allocated.
+        """
+        total = sum(packed_bytes(count, bits) for count, bits in sizes)
+        data = self._receive_frame(_KIND_RING, tag, total)
+        result, start = [], 0
+        for count, bits in sizes:
+            end = start + packed_bytes(count, bits)
+            result.append(unpack(data[start:end], count, bits=bits))
+            start = end
+        return result
+
     # -- bytes
 
     def send_bytes(self, data: bytes, *, tag: int = 0) -> None:
         """Send a byte string as one message."""
-        self._transfer([self._frame(_KIND_BYTES, tag, memoryview(data))], None)
+        self._transfer([self._frame(_KIND_BYTES, tag, [memoryview(data)])], None)
 
     def receive_bytes(self, *, limit: int = 1 << 24, tag: int = 0) -> bytes:
         """Receive one byte string of at most `limit` bytes."""
@@ -150,7 +188,7 @@ class Channel:
             peer speaks another version or is the same role.
         """
         hello = _HELLO.pack(PROTOCOL_VERSION, role.encode("ascii"), digest)
-        frame = self._frame(_KIND_HELLO, 0, memoryview(hello))
+        frame = self._frame(_KIND_HELLO, 0, [memoryview(hello)])
         data = self._receive_frame(_KIND_HELLO, 0, _HELLO.size, outgoing=[frame])
         version, name, theirs = _HELLO.unpack(bytes(data))
         peer_role = name.rstrip(b"\0").decode("ascii", "replace")
@@ -175,7 +213,7 @@ class Channel:
         with contextlib.suppress(PeerError, OSError, ValueError):
             saved, self.timeout = self.timeout, min(self.timeout, 2.0)
             try:
-                self._transfer([self._frame(_KIND_ABORT, 0, memoryview(text))], None)
+                self._transfer([self._frame(_KIND_ABORT, 0, [memoryview(text)])], None)
             finally:
                 self.timeout = saved
         self.close()
@@ -201,13 +239,16 @@ class Channel:
 
     # -- frames
 
-    def _frame(self, kind: int, tag: int, payload: memoryview) -> list[memoryview]:
-        header = _HEADER.pack(MAGIC, PROTOCOL_VERSION, kind, tag, len(payload))
+    def _frame(
+        self, kind: int, tag: int, parts: Sequence[memoryview]
+    ) -> list[memoryview]:
+        size = sum(len(part) for part in parts)
+        header = _HEADER.pack(MAGIC, PROTOCOL_VERSION, kind, tag, size)
         self.messages_sent += 1
-        self.bytes_sent += len(header) + len(payload)
-        if len(payload) <= 1 << 14:  # one small packet instead of two
-            return [memoryview(header + payload.tobytes())]
-        return [memoryview(header), payload]
+        self.bytes_sent += len(header) + size
+        if size <= 1 << 14:  # one small packet instead of several
+            return [memoryview(b"".join([header, *parts]))]
+        return [memoryview(header), *parts]
 
     def _receive_frame(
         self,

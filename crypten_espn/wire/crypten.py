@@ -63,13 +63,13 @@ def direct_communicator(channel: Channel, base: Any) -> Any:
         def _swap(self, tensors: list) -> list:
             mine = [to_array(tensor) for tensor in tensors]
             data = np.concatenate(mine) if len(mine) != 1 else mine[0]
-            frame = channel._frame(KIND_RING, 0, data.data)
+            frame = channel._frame(KIND_RING, 0, [data.data])
             raw = channel._receive_frame(KIND_RING, 0, data.size, outgoing=[frame])
             return self._split(raw, tensors)
 
         def _push(self, tensors: list) -> None:
             data = np.concatenate([to_array(tensor) for tensor in tensors])
-            channel._transfer([channel._frame(KIND_RING, 0, data.data)], None)
+            channel._transfer([channel._frame(KIND_RING, 0, [data.data])], None)
 
         def _pull(self, like: list) -> list:
             size = sum(tensor.numel() * tensor.element_size() for tensor in like)

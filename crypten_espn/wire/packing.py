@@ -75,10 +75,11 @@ def unpack(data: memoryview | bytes, count: int, *, bits: int) -> np.ndarray:
 
     Values lie in [0, 2**bits), save that a 32-bit or 64-bit ring fills its type.
     """
-    if bits == 64:
-        return np.frombuffer(data, dtype=np.int64, count=count)
-    if bits == 32:
-        return np.frombuffer(data, dtype=np.int32, count=count)
+    if bits in (32, 64):
+        dtype = np.int32 if bits == 32 else np.int64
+        whole = np.frombuffer(data, dtype=dtype, count=count)
+        # A part of a message may start at any byte; kernels want it aligned.
+        return whole if whole.flags.aligned else whole.copy()
     # One word more than the data needs, so the last element may read past its end.
     words = np.zeros((count * bits + 63) // 64 + 1, dtype=np.uint64)
     words.view(np.uint8)[: len(data)] = np.frombuffer(data, dtype=np.uint8)

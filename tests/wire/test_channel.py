@@ -94,6 +94,27 @@ def test_both_sides_send_large_messages_at_once(pair):
     assert left.bytes_sent == right.bytes_sent == left.bytes_received == sent
 
 
+def test_parts_of_one_message_have_widths_of_their_own(pair):
+    left, right = pair(timeout=10)
+    rng = np.random.default_rng(1)
+    shapes = [((3,), 5), ((7, 2), 64), ((0,), 9), ((1000,), 32), ((11,), 33), ((), 64)]
+    parts = [
+        (np.asarray(rng.integers(0, 2 ** min(bits, 31), shape)), bits)
+        for shape, bits in shapes
+    ]
+    left.send_parts(parts, tag=3)
+    received = right.receive_parts([(v.size, bits) for v, bits in parts], tag=3)
+    for (values, bits), got in zip(parts, received, strict=True):
+        assert np.array_equal(got, values.reshape(-1))
+        assert got.dtype == (np.int32 if bits <= 32 else np.int64)
+        assert got.flags.aligned
+    sizes = sum(packed_bytes(values.size, bits) for values, bits in parts)
+    assert left.messages_sent == 1 and left.bytes_sent == sizes + 20
+    left.send_parts(parts)
+    with pytest.raises(PeerError, match="out of step"):
+        right.receive_parts([(v.size + 8, bits) for v, bits in parts])
+
+
 def test_silent_peer_is_an_error_within_the_timeout(pair):
     left, right = pair(timeout=0.3)
     start = time.monotonic()
