@@ -20,7 +20,7 @@ from .pillar.surgery import (  # noqa: E402
 from .polynomial import Polynomial  # noqa: E402
 from .protocols import polyval, settings  # noqa: E402
 from .protocols.truncation import failure_probability  # noqa: E402
-from .session import connect, deal, serve, simulate  # noqa: E402
+from .simulate import simulate  # noqa: E402
 from .simulator import compare_precisions, explain  # noqa: E402
 from .wire.crypten import use_direct_channel  # noqa: E402
 

@@ -21,8 +21,7 @@ from .errors import (
     WorldSizeError,
 )
 from .masked.in_crypten import ComposedEngine
-from .masked.plan import quantise
-from .masked.planning.builder import make_plan, parameters_of
+from .masked.planning import make_plan, masked_model
 from .nn import PolynomialActivation, Scale
 from .onnx_graph import POLYNOMIAL_OP, NetworkGraph, Node, layer_name, read
 from .protocols import PROTOCOLS, current_settings, settings
@@ -204,8 +203,8 @@ class PrivateNetwork(crypten_nn.Graph):
                 )
             plan = weights = None
             if comm.get().get_rank() == 0:
-                plan = make_plan(self, self.example)
-                weights = quantise(plan, parameters_of(self))
+                model = masked_model(self)
+                plan, weights = model.plan, model.weights
             self._engine = ComposedEngine(plan, weights)
         self.encrypted = mode
         return self

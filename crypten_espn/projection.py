@@ -22,10 +22,10 @@ import torch
 from .convert import PrivateNetwork
 from .cost import GLOO_DELAYS, PAYLOAD, RING_BYTES, Cost, Traffic
 from .errors import ConversionError, EspnError, PlanError, ShapeError
-from .masked.material import record_bytes
-from .masked.online import message_sizes
+from .masked.inference import online_bytes
+from .masked.material import client_layout, layout_bytes, server_layout
 from .masked.plan import Plan
-from .masked.planning.builder import make_plan
+from .masked.planning import make_plan
 from .nn import PolynomialActivation
 from .onnx_graph import POLYNOMIAL_OP, NetworkGraph, layer_name, read
 from .pillar.networks import NETWORKS
@@ -171,7 +171,7 @@ def workload(
                 graph.constants[name] = np.zeros_like(graph.constants[name])
     try:
         private = PrivateNetwork(graph, example=example, protocol=None, truncation=None)
-        plan = make_plan(private, example, precision=precision)
+        plan, _ = make_plan(private, example, precision=precision)
     except PlanError as error:
         unplanned = str(error)
     logits = _elements(graph, graph.output)
@@ -391,30 +391,29 @@ def engine_costs(
 
 
 def _masked(work: Workload, plan: Plan, batch: int) -> EngineCost:
-    down, up = (
-        sum(size for sender, size in message_sizes(plan, batch=batch) if sender == rank)
-        for rank in (0, 1)
-    )
-    halves = values = 0
-    for segment in plan.segments:
-        if segment.activation is not None:
-            count = batch * segment.elements
-            halves += packed_bytes(count, segment.ring)
-            values += count * segment.activation.values
+    down, up = online_bytes(plan, batch=batch)
+    halves = values = hidden = 0
+    for number, step in enumerate(plan.steps):
+        count = batch * plan.elements(number)
+        halves += packed_bytes(count, step.ring)
+        values += count * step.activation.values
+        hidden += count
     dealt = plan.dealer_bytes(batch=batch)
     macs = batch * work.macs
     # A share of each value, and per opening a mask and the linear part's share.
-    drawn = 2 * values + 2 * batch * sum(s.elements for s in plan.segments)
+    drawn = 2 * values + 2 * hidden + 2 * batch * plan.elements(len(plan.steps))
     online = Load(macs32=macs, values=values, stream=down + up, messages=plan.messages)
-    server, client = (record_bytes(plan, rank, batch) for rank in (0, 1))
+    stored = tuple(
+        layout_bytes(layout(plan, batch)) for layout in (server_layout, client_layout)
+    )
     return EngineCost(
         MASKED,
         batch,
         Traffic(plan.messages, (down, up), alternating=True),
         dealt,
         halves,
-        sum(packed_bytes(math.prod(w.shape), w.ring) for w in plan.weights),
-        (server, client),
+        plan.weight_bytes,
+        (stored[0], stored[1]),
         online,
         replace(online, stream=down + up + dealt + halves),
         Load(macs32=macs, values=values, dealt=drawn, stream=down + up + halves),

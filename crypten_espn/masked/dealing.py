@@ -161,9 +161,7 @@ class Dealing:
         return out
 
 
-def coins(
-    plan: Plan, own: bytes, server: bytes, batch: int
-) -> Iterator[Coins | None]:
+def coins(plan: Plan, own: bytes, server: bytes, batch: int) -> Iterator[Coins | None]:
     """Every linear part's masks and coins; None for the output.
 
     Args:
@@ -175,6 +173,8 @@ def coins(
         count = batch * plan.elements(number)
         first = draw(stream, (1, count), bits=step.ring)
         masks = first if not len(delta) else np.concatenate([first, first + delta])
-        rounding = draw(stream, (count,), bits=step.activation.drop)
-        yield Coins(masks, rounding.astype(np.int64, copy=False))
+        drop = step.activation.drop
+        rounding = draw(stream, (count,), bits=drop).astype(np.int64, copy=False)
+        # A type's own width comes with a sign, and coins are not negative.
+        yield Coins(masks, rounding & kernels.ring_mask(drop))
     yield None

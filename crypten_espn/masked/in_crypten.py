@@ -2,21 +2,27 @@
 
 A network converted for the masked engine can stand between other CrypTen computations:
 its input is an MPCTensor that neither party knows, and so is its output. Rank 0 owns
-the weights, as everywhere in owner mode.
+the weights, as everywhere.
 
 1. Rescale the input's shares to the plan's input scale, exactly.
-2. Rank 1 sends its share less its mask t; rank 0 adds its own: D, as in `online`.
+2. Rank 1 sends its share less its mask t; rank 0 adds its own: D, as in `inference`.
 3. Run the layers; do not open the output.
 4. Lift the output's shares from its narrow ring to 64 bits, rescaling exactly.
 
 The messages go through CrypTen's communicator, the randomness comes from its provider:
 under TTP the dealer process prepares it, under TFP rank 0 does and so could unmask
 everything: for tests and benchmarks only.
+
+What this composition does not hide: the exact rescalings of steps 1 and 4 open values
+whose low bits both parties see, and rank 0 knows its part of every rounding coin. A
+party that learns the result of many calls on one input can average over them. Reveal
+results to rank 1 alone, and few of them.
 """
 
 from __future__ import annotations
 
-from typing import Any, cast
+import secrets
+from typing import Any, TypeVar
 
 import crypten
 import crypten.communicator as comm
@@ -34,57 +40,63 @@ from ..protocols.truncation import exact
 from ..randomness import new_seed
 from ..wire.packing import pack, packed_bytes, unpack
 from . import kernels
-from .offline import (
-    Dealer,
-    Material,
-    Preparation,
-    opened_weights,
-    receive_deal,
-)
-from .online import query_layers, serve_layers
-from .plan import INPUT, Plan, Weights, channels_last
+from .dealing import Dealing
+from .inference import client_layers, server_layers
+from .material import ClientMaterial, Pairing, ServerMaterial
+from .messages import DEALER, Protocol, Receive, Send, receive, send
+from .plan import INPUT, Plan, channels_last
+from .preparing import ClientPreparation, ServerPreparation
+from .weights import Weights
+
+T = TypeVar("T")
 
 
-class _Tape:
-    """What a dealer sends, kept in order, then read as rank 0 would receive it."""
+class _Deal:
+    """What the dealer sent for one inference, read in its order."""
 
-    def __init__(self, words: torch.Tensor | None = None) -> None:
-        self._parts: list[bytes] = []
-        self._data = b"" if words is None else words.numpy().tobytes()
+    def __init__(self, words: torch.Tensor) -> None:
+        self._data = words.numpy().tobytes()
         self._position = 0
 
-    def send(self, values: np.ndarray, *, bits: int, tag: int = 0) -> None:
-        self._parts.append(bytes(pack(values, bits=bits)))
-
-    def receive(self, count: int, *, bits: int, tag: int = 0) -> np.ndarray:
-        start = self._position
-        self._position += packed_bytes(count, bits)
-        return unpack(self._data[start : self._position], count, bits=bits).copy()
-
-    def words(self) -> torch.Tensor:
-        """Everything sent, padded to whole ring elements of 64 bits."""
-        return _to_words(b"".join(self._parts))
+    def read(self, event: Receive) -> list[np.ndarray]:
+        arrays = []
+        for count, bits in event.parts:
+            start = self._position
+            self._position += packed_bytes(count, bits)
+            data = bytearray(self._data[start : self._position])
+            arrays.append(unpack(data, count, bits=bits))
+        return arrays
 
 
-class _Link:
-    """A channel's sending and receiving, through CrypTen's communicator."""
-
-    def __init__(self, peer: int) -> None:
-        self._peer = peer
-
-    def send(self, values: np.ndarray, *, bits: int, tag: int = 0) -> None:
-        comm.get().send(_to_words(bytes(pack(values, bits=bits))), self._peer)
-
-    def receive(self, count: int, *, bits: int, tag: int = 0) -> np.ndarray:
-        size = packed_bytes(count, bits)
-        empty = torch.empty((size + 7) // 8, dtype=torch.long)
-        words = comm.get().recv(empty, src=self._peer)
-        return unpack(words.numpy().tobytes()[:size], count, bits=bits).copy()
+def _packed(parts: tuple[tuple[np.ndarray, int], ...]) -> bytes:
+    return b"".join(bytes(pack(array, bits=bits)) for array, bits in parts)
 
 
 def _to_words(data: bytes) -> torch.Tensor:
+    """Bytes padded to whole ring elements of 64 bits."""
     padded = data + bytes(-len(data) % 8)
     return torch.frombuffer(bytearray(padded), dtype=torch.long)
+
+
+def _run(part: Protocol[T], deal: _Deal | None = None) -> T:
+    """Run one party's part of a protocol through CrypTen's communicator."""
+    peer = 1 - comm.get().get_rank()
+    answer: Any = None
+    try:
+        while True:
+            event = part.send(answer)
+            answer = None
+            if isinstance(event, Send):
+                comm.get().send(_to_words(_packed(event.parts)), peer)
+            elif isinstance(event, Receive) and event.of == DEALER:
+                assert deal is not None
+                answer = deal.read(event)
+            elif isinstance(event, Receive):
+                size = sum(packed_bytes(count, bits) for count, bits in event.parts)
+                empty = torch.empty((size + 7) // 8, dtype=torch.long)
+                answer = _Deal(comm.get().recv(empty, src=peer)).read(event)
+    except StopIteration as end:
+        return end.value
 
 
 class ComposedEngine:
@@ -116,19 +128,22 @@ class ComposedEngine:
                 "tests"
             )
         self.rank = comm.get().get_rank()
-        text = "" if plan is None else plan.to_json()
-        self.plan = Plan.from_json(comm.get().broadcast_obj(text, 0))
+        greeting = "" if plan is None else secrets.token_hex(16) + plan.to_json()
+        greeting = comm.get().broadcast_obj(greeting, 0)
+        self._session, text = bytes.fromhex(greeting[:32]), greeting[32:]
+        self.plan = Plan.from_json(text)
         self._weights = weights
-        self._link = cast(Any, _Link(1 - self.rank))
         provider = _ProcessDeals if crypten.mpc.ttp_required() else _RankZeroDeals
-        self._provider = provider(self.plan, self.rank)
-        self._opened = opened_weights(
-            self.plan,
-            self._link,
-            seed=self._provider.seed if self.rank == 0 else None,
-            weights=weights,
-        )
-        self._ready: dict[int, list[Material]] = {}
+        self._provider = provider(self.plan, self._session, self.rank)
+        self._preparation: ServerPreparation | ClientPreparation
+        if weights is None:
+            self._preparation = ClientPreparation(self.plan, self._provider.seed)
+        else:
+            self._preparation = ServerPreparation(
+                self.plan, weights, self._provider.seed
+            )
+        _run(self._preparation.open_weights())
+        self._ready: dict[int, list[Any]] = {}
         self._index = 0
 
     def prepare(self, count: int, *, batch: int) -> None:
@@ -136,40 +151,21 @@ class ComposedEngine:
 
         Cost: the dealer's corrections to rank 0, rank 1's halves to rank 0.
         """
-        preparation = Preparation(
-            self.plan,
-            rank=self.rank,
-            seed=self._provider.seed,
-            weights=self._weights,
-            batch=batch,
-            opened=self._opened,
-        )
         for _ in range(count):
-            index, self._index = self._index, self._index + 1
-            dealt = self._provider.deal(index, batch)
-            if dealt is None:
-                material = preparation.client(
-                    index, lambda half, bits: self._link.send(half, bits=bits)
-                )
-            else:
-                tape: Any = _Tape(dealt)
-                given = receive_deal(self.plan, tape, index, batch=batch)
-                material = preparation.server(given, self._half(batch), index)
+            pairing = Pairing(self._session, self._index, batch)
+            self._index += 1
+            dealt = self._provider.deal(pairing)
+            material = _run(
+                self._preparation.prepare(pairing),
+                None if dealt is None else _Deal(dealt),
+            )
             self._ready.setdefault(batch, []).append(material)
-
-    def _half(self, batch: int) -> Any:
-        def half(number: int) -> np.ndarray:
-            segment = self.plan.segments[number]
-            flat = self._link.receive(batch * segment.elements, bits=segment.ring)
-            return flat.reshape(batch, *segment.root.shape)
-
-        return half
 
     def __call__(self, x: MPCTensor) -> MPCTensor:
         """[logits] of a shared input; see the module's steps.
 
         Args:
-            x: arithmetic sharing of (batch, *input_shape).
+            x: arithmetic sharing of (batch, *input.shape).
 
         Returns:
             MPCTensor (batch, *output_shape) at the scale of x.
@@ -186,32 +182,35 @@ class ComposedEngine:
             self.prepare(1, batch=batch)
         material = self._ready[batch].pop(0)
         plan, frac_bits = self.plan, x.encoder._precision_bits
-        first, last = plan.sources[INPUT], plan.segments[-1]
-
-        share = exact(x.share, max(frac_bits - first.frac_bits, 0))
-        share = share << max(first.frac_bits - frac_bits, 0)
-        own = channels_last(share.numpy()).astype(kernels.ring_dtype(first.ring))
-        if self.rank == 1:
-            self._link.send(own - material.masks[INPUT], bits=first.ring)
-            result = query_layers(plan, self._link, material, batch=batch)
-        else:
-            assert self._weights is not None
-            flat = self._link.receive(batch * first.elements, bits=first.ring)
-            data = own + flat.reshape(own.shape)
-            result = serve_layers(
-                plan, self._weights, self._link, material, data, batch=batch
-            )
+        share = exact(x.share, max(frac_bits - plan.input.frac_bits, 0))
+        share = share << max(plan.input.frac_bits - frac_bits, 0)
+        own = channels_last(share.numpy()).astype(kernels.ring_dtype(plan.input.ring))
+        result = _run(self._layers(material, own))
         if result.ndim == 4:
             result = result.transpose(0, 3, 1, 2)
         output = torch.from_numpy(np.ascontiguousarray(result).astype(np.int64))
-        drop = last.scale - frac_bits
-        lifted = exact(output, max(drop, 0), ring_bits=last.ring) << max(-drop, 0)
+        drop = plan.output.frac_bits - frac_bits
+        lifted = exact(output, max(drop, 0), ring_bits=plan.output.ring)
         answer = MPCTensor([])
         answer._tensor = ArithmeticSharedTensor.from_shares(
-            lifted.reshape(batch, *plan.output_shape), precision=frac_bits
+            (lifted << max(-drop, 0)).reshape(batch, *plan.output_shape),
+            precision=frac_bits,
         )
         answer.ptype = x.ptype
         return answer
+
+    def _layers(
+        self, material: ServerMaterial | ClientMaterial, own: np.ndarray
+    ) -> Protocol[np.ndarray]:
+        """From this party's share of the input to its share of the output."""
+        first = self.plan.sources[INPUT]
+        if isinstance(material, ClientMaterial):
+            yield send("server", own - material.input_mask, first.ring)
+            return (yield from client_layers(self.plan, material))
+        assert self._weights is not None
+        (theirs,) = yield receive("client", own.size, first.ring)
+        data = own + theirs.reshape(own.shape)
+        return (yield from server_layers(self.plan, self._weights, material, data))
 
 
 def _seed_from(generator: torch.Generator) -> bytes:
@@ -219,71 +218,87 @@ def _seed_from(generator: torch.Generator) -> bytes:
     return words.numpy().tobytes()
 
 
+def _dealt(dealing: Dealing, pairing: Pairing) -> torch.Tensor:
+    """What rank 0 gets for one inference, packed into ring elements."""
+    data = []
+    for event in dealing.deal(pairing.index, pairing.batch):
+        assert isinstance(event, Send)
+        data.append(_packed(event.parts))
+    return _to_words(b"".join(data))
+
+
 class _RankZeroDeals:
     """TFP: rank 0 deals to itself and knows rank 1's seed, but not the reverse."""
 
-    def __init__(self, plan: Plan, rank: int) -> None:
+    def __init__(self, plan: Plan, session: bytes, rank: int) -> None:
         known_to_both = crypten.generators["global"][torch.device("cpu")]
         client_seed = _seed_from(known_to_both)
         self.seed = client_seed if rank == 1 else new_seed()
-        self._dealers = _Dealers(plan, (self.seed, client_seed)) if rank == 0 else None
+        self._dealing: Dealing | None = None
+        if rank == 0:
+            self._dealing = Dealing(plan, seeds=(self.seed, client_seed))
 
-    def deal(self, index: int, batch: int) -> torch.Tensor | None:
-        return None if self._dealers is None else self._dealers.deal(index, batch)
+    def deal(self, pairing: Pairing) -> torch.Tensor | None:
+        return None if self._dealing is None else _dealt(self._dealing, pairing)
 
 
 class _ProcessDeals:
     """TTP: rank 0 asks the dealer process, which shares a generator with each party."""
 
-    def __init__(self, plan: Plan, rank: int) -> None:
+    def __init__(self, plan: Plan, session: bytes, rank: int) -> None:
         self._rank = rank
         self.seed = _seed_from(TTPClient.get().get_generator())
         if rank == 0:
-            TTPClient.get().ttp_request("masked_plan", None, plan.to_json())
+            TTPClient.get().ttp_request(
+                "masked_plan", None, session.hex(), plan.to_json()
+            )
 
-    def deal(self, index: int, batch: int) -> torch.Tensor | None:
+    def deal(self, pairing: Pairing) -> torch.Tensor | None:
         if self._rank == 1:
             return None
-        return TTPClient.get().ttp_request("masked_deal", None, index, batch)
-
-
-class _Dealers:
-    """One dealer for each batch size, all with the parties' seeds."""
-
-    def __init__(self, plan: Plan, seeds: tuple[bytes, bytes]) -> None:
-        self._plan, self._seeds = plan, seeds
-        self._by_batch: dict[int, Dealer] = {}
-
-    def deal(self, index: int, batch: int) -> torch.Tensor:
-        """What rank 0 gets for one inference, packed into ring elements."""
-        if batch not in self._by_batch:
-            self._by_batch[batch] = Dealer(self._plan, batch=batch, seeds=self._seeds)
-        tape: Any = _Tape()
-        self._by_batch[batch].send(tape, index)
-        return tape.words()
+        return TTPClient.get().ttp_request(
+            "masked_deal", None, pairing.session.hex(), pairing.index, pairing.batch
+        )
 
 
 class MaskedDealer(TupleDealer):
-    """CrypTen's trusted third party, also for the masked engine."""
+    """CrypTen's trusted third party, also for the masked engine.
 
-    _masked: _Dealers | None = None
+    Every network has a dealing of its own, named by its session: two of them in one
+    CrypTen session share no seed.
+    """
 
-    def masked_plan(self, text: str) -> torch.Tensor:
-        """Note the parties' plan and draw their seeds; replies with one zero."""
+    _dealings: dict[str, Dealing]
+
+    def masked_plan(self, session: str, text: str) -> torch.Tensor:
+        """Note a network's plan and draw its seeds; replies with one zero.
+
+        Raises:
+            MaterialError: the session has a plan already.
+            PlanError: the text is no plan.
+        """
+        known = self.__dict__.setdefault("_dealings", {})
+        if session in known:
+            raise MaterialError(f"session {session[:8]} already has a plan")
+        plan = Plan.from_json(text)
         first, second = self._get_generators(device="cpu")
         seeds = _seed_from(first), _seed_from(second)
-        self._masked = _Dealers(Plan.from_json(text), seeds)
+        known[session] = Dealing(plan, seeds=seeds)
         return torch.zeros(1, dtype=torch.long)
 
-    def masked_deal(self, index: int, batch: int) -> torch.Tensor:
+    def masked_deal(self, session: str, index: int, batch: int) -> torch.Tensor:
         """What rank 0 gets for one inference.
 
         Raises:
-            MaterialError: no plan was given before.
+            MaterialError: no plan was given before for this session.
         """
-        if self._masked is None:
-            raise MaterialError("the dealer was asked for material before a plan")
-        return self._masked.deal(index, batch)
+        dealing = self.__dict__.get("_dealings", {}).get(session)
+        if dealing is None:
+            raise MaterialError(
+                f"the dealer was asked for material of session {session[:8]}, for "
+                "which it has no plan"
+            )
+        return _dealt(dealing, Pairing(bytes.fromhex(session), index, batch))
 
 
 crypten_provider.TTPServer = MaskedDealer

@@ -34,8 +34,6 @@ al., USENIX Security 2021; opened-mask polynomials after HoneyBadgerMPC, CCS 201
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
 from ..errors import ShapeError
@@ -45,9 +43,7 @@ from .linear import Operands, accumulate
 from .material import ClientMaterial, ServerMaterial
 from .messages import CLIENT, SERVER, Agree, Protocol, Receive, Send, receive, send
 from .plan import INPUT, Plan, Step
-
-if TYPE_CHECKING:
-    from .model import Weights
+from .weights import Weights
 
 
 def chunks(batch: int) -> list[slice]:
@@ -63,9 +59,7 @@ def chunks(batch: int) -> list[slice]:
 # ---------------------------------------------------------------- the server
 
 
-def server(
-    plan: Plan, weights: Weights, material: ServerMaterial
-) -> Protocol[None]:
+def server(plan: Plan, weights: Weights, material: ServerMaterial) -> Protocol[None]:
     """One inference at the server, from the client's first message to the logits.
 
     Args:
@@ -181,9 +175,7 @@ def _truncated(step: Step, half: np.ndarray, out: np.ndarray) -> Protocol[None]:
 # ---------------------------------------------------------------- the client
 
 
-def client(
-    plan: Plan, material: ClientMaterial, x: np.ndarray
-) -> Protocol[np.ndarray]:
+def client(plan: Plan, material: ClientMaterial, x: np.ndarray) -> Protocol[np.ndarray]:
     """One inference at the client; it computes no linear layer.
 
     Args:

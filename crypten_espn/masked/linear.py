@@ -112,7 +112,9 @@ class Conv(Operation, frozen=True, tag="conv"):
         if len(shape) == 1:
             plain = Conv(self.x, self.weight, self.filters)
             if plain != self:
-                raise PlanError("A linear layer has a kernel, a stride, pads or groups.")
+                raise PlanError(
+                    "A linear layer has a kernel, a stride, pads or groups."
+                )
             return (self.filters,)
         return (
             *_windows(shape, self.kernel, self.stride, self.dilation, self.pads),
@@ -319,9 +321,7 @@ def accumulate(node: Operation, given: Operands, out: np.ndarray) -> None:
         node.add_to(out, values)
 
 
-def _value(
-    node: Operation, given: Operands, batch: int, dtype: np.dtype
-) -> np.ndarray:
+def _value(node: Operation, given: Operands, batch: int, dtype: np.dtype) -> np.ndarray:
     if given.public and given.sources is not None:
         # What only moves a source needs no accumulator.
         if isinstance(node, Read) and node.multiplier == 1:

@@ -8,6 +8,7 @@ forgotten, and forks them by the batch: the same seed never serves two shapes.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -162,6 +163,11 @@ class ServerMaterial:
 
 
 Layout = tuple[tuple[Shape, np.dtype], ...]
+
+
+def layout_bytes(layout: Layout) -> int:
+    """Bytes of a record's arrays."""
+    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in layout)
 
 
 def server_layout(plan: Plan, batch: int) -> Layout:

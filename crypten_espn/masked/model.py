@@ -6,59 +6,14 @@ values seen in calibration are a fingerprint of weights and calibration images.
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
 
-import numpy as np
-
-from ..errors import PlanError
 from ..table import aligned
 from ..wire.packing import packed_bytes
-from . import kernels
 from .inference import online_bytes
 from .plan import Plan, Step
-
-
-@dataclass(frozen=True)
-class Weights:
-    """A model's weights as integers in kernel layout. The server's secret.
-
-    Args:
-        integers: per weight, `WeightShape.kernel_layout`, in the type of its ring.
-        biases: per weight, (filters,) in the same type, or None.
-    """
-
-    integers: tuple[np.ndarray, ...] = field(repr=False)
-    biases: tuple[np.ndarray | None, ...] = field(repr=False)
-
-    @cached_property
-    def digest(self) -> bytes:
-        """SHA-256 of all integers: which model offline material was made for."""
-        digest = hashlib.sha256()
-        for array in (*self.integers, *self.biases):
-            digest.update(b"-" if array is None else array.tobytes())
-        return digest.digest()
-
-
-@dataclass(frozen=True)
-class Quantisation:
-    """How one layer's real weights become integers.
-
-    Args:
-        name: the layer.
-        parameter, bias: names of the parameters in the converted network; bias may be
-            empty.
-        factor, bias_factor: integers are round(real * factor).
-    """
-
-    name: str
-    parameter: str
-    bias: str
-    factor: float
-    bias_factor: float
+from .weights import Quantisation, Weights
 
 
 @dataclass(frozen=True)
@@ -108,39 +63,6 @@ class MaskedModel:
         return table(self.plan, self.report)
 
 
-def quantise(
-    plan: Plan, report: PlanReport, parameters: Mapping[str, np.ndarray]
-) -> Weights:
-    """Round a network's real weights to the plan's integers.
-
-    Args:
-        plan, report: made for this network.
-        parameters: real arrays by name, as `parameters_of` gives them.
-
-    Raises: PlanError if a parameter is missing, not finite, or has another shape.
-    """
-    integers, biases = [], []
-    for shape, how in zip(plan.weights, report.weights, strict=True):
-        array = parameters.get(how.parameter)
-        if array is None or array.size != shape.elements:
-            raise PlanError(
-                f"{how.name}: the plan expects weights of shape {shape.shape}; make "
-                "the plan from this network."
-            )
-        dtype = kernels.ring_dtype(shape.ring)
-        real = np.asarray(array, dtype=np.float64).reshape(shape.shape)
-        if not np.isfinite(real).all():
-            raise PlanError(f"{how.name}: a weight is NaN or infinite.")
-        whole = shape.arrange(np.rint(real * how.factor).astype(np.int64))
-        integers.append(whole.astype(dtype))
-        bias = None
-        if how.bias:
-            shift = np.asarray(parameters[how.bias], dtype=np.float64).reshape(-1)
-            bias = np.rint(shift * how.bias_factor).astype(np.int64).astype(dtype)
-        biases.append(bias)
-    return Weights(tuple(integers), tuple(biases))
-
-
 _HEAD = (
     "layer", "shape", "ring", "scale", "powers", "opens", "sends", "seen", "allowed",
     "noise",
@@ -166,9 +88,7 @@ def table(plan: Plan, report: PlanReport) -> str:
                 packed_bytes(elements, bits)
                 for bits in (*part.opened_bits, act.sent_bits)
             )
-        shape = (
-            plan.shapes[number + 1] if isinstance(part, Step) else plan.logits_shape
-        )
+        shape = plan.shapes[number + 1] if isinstance(part, Step) else plan.logits_shape
         rows.append(
             (
                 known.name,

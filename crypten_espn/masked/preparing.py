@@ -29,8 +29,8 @@ from .material import (
     with_mask,
 )
 from .messages import CLIENT, DEALER, SERVER, Protocol, Receive, receive, send
-from .model import Weights
 from .plan import Plan, Step, part_shape
+from .weights import Weights
 
 
 class ServerPreparation:

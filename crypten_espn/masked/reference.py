@@ -10,8 +10,8 @@ import torch
 
 from . import kernels
 from .linear import Operands, accumulate
-from .model import Weights
 from .plan import INPUT, Plan, Step, part_shape
+from .weights import Weights
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,9 @@ def activate(step: Step, z: np.ndarray, coins: Rounding | None) -> np.ndarray:
     act = step.activation
     y = np.full(z.shape, act.constant, dtype=np.int64)
     if act.linear is not None:
-        base = _truncated(z, act.linear.shift, None if coins is None else coins.first[0])
+        base = _truncated(
+            z, act.linear.shift, None if coins is None else coins.first[0]
+        )
         y += base * np.int64(act.linear.coefficient)
     for k, group in enumerate(act.groups):
         base = _truncated(z, group.shift, None if coins is None else coins.first[k])

@@ -25,6 +25,7 @@ from .packing import pack, packed_bytes, unpack
 PROTOCOL_VERSION = 1
 MAGIC = b"ESPN"
 _HEADER = struct.Struct("<4sHHIQ")  # magic, version, kind, tag, payload bytes
+HEADER_BYTES = _HEADER.size
 _KIND_RING, _KIND_BYTES, _KIND_HELLO, _KIND_ABORT = 1, 2, 3, 4
 _HELLO = struct.Struct("<H30s32s")  # protocol version, role, digest of the plan
 _CHUNK = 1 << 20

@@ -8,14 +8,14 @@ in a power of a polynomial.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from ...polynomial import Polynomial
-from ..plan import Group
+from ..plan import Group, Linear
 
 
 @dataclass(frozen=True)
@@ -102,77 +102,117 @@ def measured_effect(
     )
 
 
-def choose_groups(
-    polynomial: Polynomial, *, scale: int, value_scale: int, effect: Effect
-) -> tuple[Group, ...]:
+@dataclass(frozen=True)
+class Truncations:
+    """A polynomial's powers at their truncations, and what rounding does then.
+
+    Args:
+        linear, groups: as the plan holds them.
+        by_coins: the outputs' mean square error by truncated x; it differs from run to
+            run.
+        by_coefficients: by rounded coefficients; the same in every run.
+    """
+
+    linear: Linear | None
+    groups: tuple[Group, ...]
+    by_coins: float
+    by_coefficients: float
+
+
+def choose_truncations(
+    polynomial: Polynomial, *, frac_bits: int, value_frac_bits: int, effect: Effect
+) -> Truncations:
     """Which truncation serves which powers of a polynomial.
 
-    1. The linear term keeps every bit; it costs no dealer value.
-    2. The square has a truncation of its own; from the third power on, an odd one and
+    1. The square has a truncation of its own; from the third power on, an odd one and
        the even one above it share theirs.
-    3. A truncation keeps as many bits as its powers' coefficients allow: the rounding
-       of x against the rounding of the coefficient at scale F - k f_k.
+    2. A truncation keeps as many bits as its powers' coefficients allow: the rounding
+       of x against the rounding of the coefficient at F - k f_k bits.
+    3. The linear term keeps all bits, or as many as serve its coefficient; it costs no
+       dealer value and uses the first group's mask, so it drops no more than that.
 
     Args:
         polynomial: public.
-        scale: fractional bits of the opened z.
-        value_scale: F.
+        frac_bits: g, of the opened z.
+        value_frac_bits: F.
         effect: of errors of the result.
     """
+    numerators = polynomial.numerators
     groups = []
-    for powers, bits, _ in _truncations(polynomial, scale, value_scale, effect):
+    by_coins = by_coefficients = 0.0
+    for powers in _shared(k for k in range(2, len(numerators)) if numerators[k]):
+        bits, coin, coefficient = _best(
+            polynomial, powers, range(frac_bits + 1), frac_bits, value_frac_bits, effect
+        )
         coeffs = [0] * (powers[-1] + 1)
         for k in powers:
-            coeffs[k] = _coefficient(polynomial, k, value_scale - k * bits)
-        groups.append(Group(scale - bits, tuple(coeffs)))
-    return tuple(groups)
+            coeffs[k] = _coefficient(polynomial, k, value_frac_bits - k * bits)
+        groups.append(Group(frac_bits - bits, tuple(coeffs)))
+        by_coins += coin
+        by_coefficients += coefficient
+    linear = None
+    if (len(numerators) > 1 and numerators[1]) or not groups:
+        least = frac_bits - groups[0].shift if groups else 0
+        bits, coin, coefficient = _best(
+            polynomial,
+            [1],
+            range(least, frac_bits + 1),
+            frac_bits,
+            value_frac_bits,
+            effect,
+        )
+        factor = _coefficient(polynomial, 1, value_frac_bits - bits)
+        linear = Linear(frac_bits - bits, factor)
+        by_coins += coin
+        by_coefficients += coefficient
+    return Truncations(linear, tuple(groups), by_coins, by_coefficients)
 
 
-def evaluation_error(
-    polynomial: Polynomial, *, scale: int, value_scale: int, effect: Effect
-) -> float:
-    """The outputs' mean square error by what `choose_groups` truncates and rounds.
-
-    Args: as for `choose_groups`.
-    """
-    found = _truncations(polynomial, scale, value_scale, effect)
-    return sum(error for _, _, error in found)
-
-
-def _truncations(
-    polynomial: Polynomial, scale: int, value_scale: int, effect: Effect
-) -> Iterator[tuple[list[int], int, float]]:
-    """Powers that share a truncation, the fractional bits it leaves, the error then.
-
-    A truncation that drops bits goes to one of two neighbours at random, on average a
-    sixth of a squared unit away; a coefficient is off in the same way everywhere.
-    """
+def _shared(powers: Iterable[int]) -> list[list[int]]:
+    """Powers from the square on, those together that share a truncation."""
     buckets: list[list[int]] = []
-    numerators = polynomial.numerators
-    for k in [k for k in range(1, len(numerators)) if numerators[k]] or [1]:
+    for k in powers:
         first = buckets[-1][0] if buckets else 0
         if first >= 3 and first % 2 == 1 and k == first + 1:
             buckets[-1].append(k)
         else:
             buckets.append([k])
-    for powers in buckets:
-        slope = {k - 1: k * polynomial.coeffs[k] for k in powers}
-        by_unit = effect.of_signs(slope) / 6
-        errors = []
-        for bits in range(scale + 1):
-            off = {}
-            for k in powers:
-                at = value_scale - k * bits
-                kept = math.ldexp(_coefficient(polynomial, k, at), -at)
-                off[k] = kept - polynomial.coeffs[k]
-            by_x = by_unit * 2.0 ** (-2 * bits) if bits < scale else 0.0
-            errors.append(by_x + effect.of_bias(off))
-        best = errors.index(min(errors))
-        yield powers, best, errors[best]
+    return buckets
+
+
+def _best(
+    polynomial: Polynomial,
+    powers: Sequence[int],
+    choices: Iterable[int],
+    frac_bits: int,
+    value_frac_bits: int,
+    effect: Effect,
+) -> tuple[int, float, float]:
+    """The fractional bits that move the output least, and both errors then.
+
+    A truncation that drops bits goes to one of two neighbours at random, on average a
+    sixth of a squared unit away; a coefficient is off in the same way everywhere.
+    """
+    coeffs = (*polynomial.coeffs, 0.0)
+    by_unit = effect.of_signs({k - 1: k * coeffs[k] for k in powers}) / 6
+    found = []
+    for bits in choices:
+        off = {}
+        for k in powers:
+            at = value_frac_bits - k * bits
+            kept = math.ldexp(_coefficient(polynomial, k, at), -at)
+            off[k] = kept - coeffs[k]
+        by_x = by_unit * 2.0 ** (-2 * bits) if bits < frac_bits else 0.0
+        by_coefficient = effect.of_bias(off)
+        found.append((by_x + by_coefficient, bits, by_x, by_coefficient))
+    _, bits, by_x, by_coefficient = min(found, key=lambda entry: entry[0])
+    return bits, by_x, by_coefficient
 
 
 def _coefficient(polynomial: Polynomial, k: int, bits: int) -> int:
     """The coefficient of x**k at that many fractional bits."""
+    if k >= len(polynomial.numerators):
+        return 0
     return shifted(polynomial.numerators[k], bits - polynomial.frac_bits)
 
 
