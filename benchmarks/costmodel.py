@@ -34,12 +34,9 @@ from pathlib import Path
 
 from crypten_espn.cost import GLOO_DELAYS, PAYLOAD, Traffic
 from crypten_espn.errors import EspnError
-from crypten_espn.processor import REFERENCE, Processor, calibrate
-from crypten_espn.projection import (
-    EngineCost,
-    engine_costs,
-    workload,
-)
+from crypten_espn.estimate.engines import EngineCost, engine_costs
+from crypten_espn.estimate.processor import REFERENCE, Processor, calibrate
+from crypten_espn.estimate.workload import workload
 
 from .harness import ROOT, Results, ResultsError, Row, columns
 from .inference import CLASSES

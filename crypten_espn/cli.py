@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from . import doctor, estimate
+from . import doctor
 from .convert import MASKED, check, convert
 from .demo import run as run_demo
 from .errors import DataError, EspnError
+from .estimate import command as estimate
 from .masked.material import material_info
 from .pillar import command as training
 from .pillar.recipes import load_network

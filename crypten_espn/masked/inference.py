@@ -185,7 +185,7 @@ def client(plan: Plan, material: ClientMaterial, x: np.ndarray) -> Protocol[np.n
 
     Returns: the output's integers, (batch, *logits_shape), modulo 2**ring.
 
-    Cost: a message for each linear part: the input at m bits, each activation at m + 16.
+    Cost: a message for each linear part: the input at m bits, an activation at m + 16.
 
     Error: as `server`.
 

@@ -40,7 +40,7 @@ class PlanReport:
     Args:
         parts: by linear part, the output last.
         weights: by weight.
-        logits_error: estimated standard deviation of a logit's error from all roundings.
+        logits_error: estimated standard deviation of a logit's error, all roundings.
         coins_error: of that, what differs between two inferences of one input.
     """
 

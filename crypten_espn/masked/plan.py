@@ -30,8 +30,8 @@ import numpy as np
 import torch
 from msgspec import Meta
 
-from ..wire.packing import packed_bytes
 from ..errors import PlanError, RangeError, ShapeError
+from ..wire.packing import packed_bytes
 from . import kernels
 from .linear import Conv, Expression, Operation, Read, Shape, shape_of
 
@@ -337,7 +337,7 @@ class Plan(_Strict, frozen=True, dict=True):
         """
         if len(text) > MAX_TEXT:
             raise PlanError(
-                f"A plan of {len(text):,} bytes was given; at most {MAX_TEXT:,} are read."
+                f"A plan of {len(text):,} bytes was given; {MAX_TEXT:,} are the most."
             )
         try:
             return msgspec.json.decode(text, type=Plan)
@@ -523,8 +523,8 @@ class _Checked:
         self._elements += elements
         if elements > MAX_VALUE or self._elements > MAX_ELEMENTS:
             raise PlanError(
-                f"{place}: {elements:,} elements, {self._elements:,} so far; a plan may "
-                f"have {MAX_VALUE:,} in one value and {MAX_ELEMENTS:,} in all."
+                f"{place}: {elements:,} elements, {self._elements:,} so far; "
+                f"{MAX_VALUE:,} in one value and {MAX_ELEMENTS:,} in all are allowed."
             )
 
     def _expression(self, root: Operation, ring: int, place: str) -> Shape:

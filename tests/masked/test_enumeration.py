@@ -55,7 +55,7 @@ def mask_value(r: np.ndarray, shift: int, m: int, top: np.ndarray) -> np.ndarray
 
 
 def first_opening(z: int, m: int, shifts: tuple[int, ...]):
-    """c, the client's view of every group by the engine's kernel, and the truths x_k."""
+    """c, the client's view of every group by the kernel, and the truths x_k."""
     r, *deltas = listed(*[1 << m] * len(shifts))
     c = z + (1 << (m - 2)) + r
     shifted = np.empty((len(shifts), len(r)), dtype=np.int64)

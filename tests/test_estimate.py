@@ -20,20 +20,16 @@ from benchmarks.harness import Results
 from crypten_espn import cli
 from crypten_espn.cost import GLOO_DELAYS
 from crypten_espn.errors import ConversionError, EspnError, ShapeError
+from crypten_espn.estimate.deployment import Deployment, capacities, per_million
+from crypten_espn.estimate.engines import engine_costs
+from crypten_espn.estimate.processor import REFERENCE, calibrate
+from crypten_espn.estimate.workload import workload
 from crypten_espn.launch import run_parties
-from crypten_espn.masked.planning.builder import make_plan
+from crypten_espn.masked.planning import make_plan
 from crypten_espn.onnx_graph import export
 from crypten_espn.pillar import networks
 from crypten_espn.pillar.storage import save_network
-from crypten_espn.processor import REFERENCE, calibrate
-from crypten_espn.projection import (
-    Deployment,
-    capacities,
-    engine_costs,
-    per_million,
-    workload,
-)
-from crypten_espn.session import SessionCost
+from crypten_espn.simulate import SessionCost
 
 POLYNOMIAL = espn.Polynomial.fit(torch.relu, degree=4)
 WAN = Deployment(rtt_s=0.1, bits_per_second=100e6)

@@ -16,11 +16,11 @@ from dataclasses import dataclass, fields
 import numpy as np
 import torch
 
-from .errors import EspnError
-from .masked import kernels
-from .randomness import Keystream
-from .wire.channel import Channel
-from .wire.connect import Listener, connect_channel
+from ..errors import EspnError
+from ..masked import kernels
+from ..randomness import Keystream
+from ..wire.channel import Channel
+from ..wire.connect import Listener, connect_channel
 
 
 @dataclass(frozen=True)
@@ -157,25 +157,30 @@ def _convolutions(dtype: torch.dtype) -> _Task:
 
 _ELEMENTS = 1 << 17
 _MANY = 1 << 19  # the dealer's values then come from memory, as in an inference
-# Degree 4 as the planner groups it: x, x^2, and x^3 with x^4.
-_SHIFTS, _DEGREES = np.array([0, 10, 14]), np.array([1, 2, 4])
-_VALUES = 1 + sum(int(d) - 1 for d in _DEGREES)
+# Degree 4 as the planner groups it: x at the server alone, x^2, and x^3 with x^4.
+_SHIFTS, _DEGREES = np.array([7, 18]), np.array([2, 4])
+_RING, _DROP, _STEP = 32, 32, 16
+_VALUES = int(_DEGREES.sum())
 
 
 def _polynomials() -> _Task:
-    """A party's share of one activation layer, and the next opening."""
-    opened = np.arange(_MANY, dtype=np.int32)
+    """The server's share of one activation layer, and the next opening."""
+    c = np.arange(_MANY, dtype=np.int32)
+    deltas = np.ones((1, _MANY), dtype=np.int32)
+    openings = np.empty((2, _MANY), dtype=np.int32)
     values = np.ones((2, _VALUES, _MANY), dtype=np.int64)
-    public = np.ones((3, 5), dtype=np.int64)
+    public = np.ones((2, 5), dtype=np.int64)
     out = np.empty(_MANY, dtype=np.int64)
     following = np.empty(_MANY, dtype=np.int32)
 
     def run() -> None:
+        kernels.shifted_openings(c, deltas, bits=_RING, shifts=_SHIFTS, out=openings)
         kernels.polynomial_share(
-            opened, values, bits=32, shifts=_SHIFTS, degrees=_DEGREES, public=public,
-            constant=1, out=out,
+            openings, values, widths=_RING - _SHIFTS, degrees=_DEGREES, public=public,
+            constant=1, start=0, step=0, out=out,
         )  # fmt: skip
-        kernels.rescale(out, out, bits=64, drop=32, out=following)
+        kernels.add_linear(c, bits=_RING, shift=0, coefficient=1, out=out)
+        kernels.truncate(out, out, bits=64, drop=_DROP, step=_STEP, out=following)
 
     return run, _VALUES * _MANY
 
@@ -183,16 +188,17 @@ def _polynomials() -> _Task:
 def _deals() -> _Task:
     """What the dealer does for one activation layer."""
     stream = Keystream()
-    masks = np.arange(_ELEMENTS, dtype=np.int64)
-    table = np.ones((3, 4, 5), dtype=np.int64)
+    masks = np.ones((2, _ELEMENTS), dtype=np.int32)
+    rounding = np.ones(_ELEMENTS, dtype=np.int64)
+    table = np.ones((2, 4, 5), dtype=np.int64)
 
     def run() -> None:
         taken = torch.empty(2, _VALUES, _ELEMENTS, dtype=torch.int64)
         stream.fill(taken)
         array = taken.numpy()
         kernels.deal_polynomial(
-            masks, array, bits=32, shifts=_SHIFTS, degrees=_DEGREES, table=table,
-            out=np.empty_like(array),
+            masks, rounding, array, bits=_RING, shifts=_SHIFTS, degrees=_DEGREES,
+            table=table, linear=1, linear_shift=0, out=np.empty_like(array),
         )  # fmt: skip
 
     return run, 2 * _VALUES * _ELEMENTS

@@ -9,22 +9,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from .errors import EspnError
-from .pillar.networks import NETWORKS
+from ..errors import EspnError
+from ..pillar.networks import NETWORKS
+from ..protocols import TRUNCATIONS
+from ..table import aligned
+from .deployment import Deployment, capacities, per_million
+from .engines import EngineCost, engine_costs, engines
 from .processor import REFERENCE, Processor, calibrate
-from .projection import (
-    ALIASES,
-    ENGINES,
-    Deployment,
-    EngineCost,
-    Workload,
-    capacities,
-    engine_costs,
-    per_million,
-    workload,
-)
-from .protocols import TRUNCATIONS
-from .table import aligned
+from .workload import ALIASES, Workload, workload
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,9 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--engines",
         nargs="+",
-        choices=ENGINES,
-        default=ENGINES,
-        help="which ones, of " + ", ".join(ENGINES),
+        choices=engines(),
+        default=engines(),
+        help="which ones, of " + ", ".join(engines()),
         metavar="ENGINE",
     )
     parser.add_argument(
