@@ -41,8 +41,9 @@ from crypten_espn.projection import (
     workload,
 )
 
-from .harness import ROOT, Results, ResultsError, Row, columns
 from .inference import CLASSES
+from .rows import ROOT, Results, ResultsError, Row
+from .tables import columns
 
 __all__ = ["COLUMNS", "PAYLOAD", "Check", "checks", "from_shapes", "table_rows"]
 COLUMNS = (

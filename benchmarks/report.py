@@ -8,7 +8,7 @@
     python -m benchmarks.report --compare OLD_DIRECTORY --only render
 
 Steps run one after another; one that fails is reported and the others still run. How a
-README says where a table belongs is told in `benchmarks.tables`.
+README says where a table belongs is told in `benchmarks.documents`.
 """
 
 from __future__ import annotations
@@ -24,12 +24,17 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import accuracy, activations, costmodel, figures, harness, inference, wan
-from .harness import Results, ResultsError, write_atomically
-from .tables import UNFOLDED, recorded_commands, update_readme
+from . import activations, costmodel, inference, link, plots, tables
+from .accuracy import command as accuracy
+from .accuracy import rows as accuracies
+from .compare import report_comparison
+from .documents import UNFOLDED, recorded_commands, update_readme
+from .figures import command as figures
+from .figures.drawing import pictures
+from .rows import ROOT, Results, ResultsError, write_atomically
 
 RESULTS = Path(__file__).resolve().parent / "results"
-READMES = (harness.ROOT / "README.md", harness.ROOT / "benchmarks" / "README.md")
+READMES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
 PROFILES = ("lan", "metro", "wan")
 
 
@@ -149,8 +154,8 @@ def _measure_paths(folder: Path) -> list[str]:
     measured, problems = [], []
     for name in PROFILES:
         try:
-            with wan.Path(name) as path:
-                result = wan.self_test(path)
+            with link.Path(name) as path:
+                result = link.self_test(path)
                 print(result, flush=True)
                 measured.append(
                     {
@@ -165,7 +170,7 @@ def _measure_paths(folder: Path) -> list[str]:
                 )
                 if not result.passed:
                     problems.append(f"the {name} path is not as set: {result}")
-        except wan.PathError as error:
+        except link.PathError as error:
             problems.append(f"the {name} path: {error}")
     write_atomically(folder / "paths.json", json.dumps(measured, indent=1) + "\n")
     return problems
@@ -192,34 +197,36 @@ def render(folder: Path) -> list[Path]:
     for name, results in runs.items():
         if results.rows:
             files.append(folder / f"{name}.csv")
-            write_atomically(files[-1], harness.to_csv(results))
-            draw = activations.plot if name == "activations" else harness.plot_dots
+            write_atomically(files[-1], tables.to_csv(results))
+            draw = activations.plot if name == "activations" else plots.plot_dots
             files += draw(results.rows, folder / name)
     tested = _accuracy(folder)
     if tested:
         files.append(folder / "accuracy.csv")
         write_atomically(files[-1], _accuracy_csv(*tested))
-        files += accuracy.plot(tested[1], folder / "accuracy")
+        files += accuracies.plot(tested[1], folder / "accuracy")
     files.append(folder / "index.html")
     write_atomically(files[-1], _page(folder, runs, tested))
     return files
 
 
-def _accuracy(folder: Path) -> tuple[dict[str, Any], list[accuracy.Accuracy]] | None:
+def _accuracy(folder: Path) -> tuple[dict[str, Any], list[accuracies.Accuracy]] | None:
     path = folder / "accuracy.json"
     if not path.exists():
         return None
     try:
         content = json.loads(path.read_text())
-        rows = [accuracy.Accuracy(**values) for values in content["rows"]]
+        rows = [accuracies.Accuracy(**values) for values in content["rows"]]
         return (content["machine"], rows) if rows else None
     except (KeyError, TypeError, ValueError) as error:
         raise ResultsError(f"{path}: not a results file ({error})") from error
 
 
-def _accuracy_csv(machine: Mapping[str, Any], rows: Sequence[accuracy.Accuracy]) -> str:
+def _accuracy_csv(
+    machine: Mapping[str, Any], rows: Sequence[accuracies.Accuracy]
+) -> str:
     stamp = {name: machine[name] for name in ("commit", "date", "processor")}
-    return harness.csv_text([{**dataclasses.asdict(row), **stamp} for row in rows])
+    return tables.csv_text([{**dataclasses.asdict(row), **stamp} for row in rows])
 
 
 STYLE = """
@@ -244,7 +251,7 @@ figure { margin: 1rem 0; } img { max-width: 100%; background: white; }
 def _page(
     folder: Path,
     runs: Mapping[str, Results],
-    tested: tuple[dict[str, Any], list[accuracy.Accuracy]] | None,
+    tested: tuple[dict[str, Any], list[accuracies.Accuracy]] | None,
 ) -> str:
     first = next(iter(runs.values()))
     commands = recorded_commands(folder)
@@ -253,7 +260,7 @@ def _page(
         "<meta name='viewport' content='width=device-width, initial-scale=1'>",
         f"<title>crypten-espn benchmarks</title><style>{STYLE}</style></head><body>",
         "<h1>crypten-espn benchmarks</h1>",
-        f"<p>{_text(harness.machine_line(first.machine))}</p>",
+        f"<p>{_text(tables.machine_line(first.machine))}</p>",
         "<p>Semi-honest, two parties, a dealer that does not collude. Online seconds "
         "are medians of interleaved repetitions, from a common start until the slower "
         "party is done; 95 % intervals of the median.</p>",
@@ -276,7 +283,7 @@ def _page(
         parts.append(f"<h2>{titles[name]}</h2>")
         parts.append(_command(commands.get(name)))
         parts += map(_figure, sorted(folder.glob(f"{name}-*.svg")))
-        parts.append(_html_table(harness.COLUMNS, map(harness.cells, results.rows)))
+        parts.append(_html_table(tables.COLUMNS, map(tables.cells, results.rows)))
         for cell in results.skipped:
             where = f"{cell.network} {cell.model} {cell.activation} {cell.engine}"
             parts.append(f"<p>Not run: {_text(where)}: {_text(cell.reason)}</p>")
@@ -289,8 +296,8 @@ def _page(
     if tested:
         parts += ["<h2>Accuracy</h2>", _command(commands.get("accuracy"))]
         parts.append(_figure(folder / "accuracy.svg"))
-        parts.append(_html_table(accuracy.COLUMNS, map(accuracy.cells, tested[1])))
-    drawn = figures.pictures(folder)
+        parts.append(_html_table(accuracies.COLUMNS, map(accuracies.cells, tested[1])))
+    drawn = pictures(folder)
     if drawn:
         parts += ["<h2>Training</h2>", _command("python -m benchmarks.figures")]
     for caption, path in drawn:
@@ -345,7 +352,7 @@ def compare(old: Path, new: Path) -> int:
         before, after = old / f"{name}.json", new / f"{name}.json"
         if before.exists() and after.exists():
             compared += 1
-            status |= harness.report_comparison(before, Results.read(after))
+            status |= report_comparison(before, Results.read(after))
     if not compared:
         raise ResultsError(f"{old} and {new} have no results file in common")
     return status

@@ -33,8 +33,8 @@ import torch
 from crypten_espn.errors import EspnError
 from crypten_espn.pillar.recipes import RECIPES, Recipe, find_recipe, fine_tuning, train
 
-from . import harness
-from .harness import ResultsError
+from .rows import ResultsError, machine, write_atomically
+from .tables import columns, csv_text
 
 KINDS = ("polynomial", "relu", "finetuned")
 RESULTS = Path("benchmarks/results/training")
@@ -68,9 +68,9 @@ def follow(
         train(recipe, out=folder, data=data, start=start, progress=not quiet)
     result = json.loads((folder / "result.json").read_text())
     del result["path"]
-    record = {"kind": kind, "machine": harness.machine(), **result}
+    record = {"kind": kind, "machine": machine(), **result}
     out.mkdir(parents=True, exist_ok=True)
-    harness.write_atomically(out / f"{title}.json", json.dumps(record, indent=1) + "\n")
+    write_atomically(out / f"{title}.json", json.dumps(record, indent=1) + "\n")
     shutil.copyfile(folder / "log.csv", out / f"{title}.csv")
     return f"{title}: test accuracy {result['test_accuracy']:.2%}"
 
@@ -111,7 +111,7 @@ def _row(
     points = {r["recipe"]["seed"]: 100 * r["test_accuracy"] for r in records}
     against = {r["recipe"]["seed"]: 100 * r["test_accuracy"] for r in relu}
     paired = [points[seed] - against[seed] for seed in points if seed in against]
-    machine = records[-1]["machine"]
+    made_on = records[-1]["machine"]
     return {
         "recipe": recipe["name"],
         "network": recipe["network"],
@@ -128,7 +128,7 @@ def _row(
         if paired and kind != "relu"
         else "",
         "minutes": f"{statistics.mean(r['seconds'] for r in records) / 60:.0f}",
-        **{name: str(machine[name]) for name in ("commit", "date", "processor")},
+        **{name: str(made_on[name]) for name in ("commit", "date", "processor")},
     }
 
 
@@ -188,11 +188,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped; the same command continues", file=sys.stderr)
         return 130
-    harness.write_atomically(
-        options.out.parent / "training.csv", harness.csv_text(rows)
-    )
+    write_atomically(options.out.parent / "training.csv", csv_text(rows))
     shown = [name for name in rows[0] if name not in ("commit", "date", "processor")]
-    print(harness.columns([shown, *([r[c] for c in shown] for r in rows)], left=3))
+    print(columns([shown, *([r[c] for c in shown] for r in rows)], left=3))
     return 0
 
 

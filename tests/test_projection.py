@@ -16,7 +16,7 @@ from torch import nn
 
 import crypten_espn as espn
 from benchmarks import costmodel
-from benchmarks.harness import Results
+from benchmarks.rows import Results
 from crypten_espn import cli
 from crypten_espn.cost import GLOO_DELAYS
 from crypten_espn.errors import ConversionError, EspnError, ShapeError

@@ -14,13 +14,16 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import activations, inference, party, wan
-from benchmarks.harness import Results
+from benchmarks import activations, inference, link, party
+from benchmarks.party import measure as measuring
+from benchmarks.party.measure import MARK
+from benchmarks.party.on_crypten import corrections
+from benchmarks.rows import Results
 
 
 def as_parties(body: Callable[[party.Control], Any]) -> list[Any]:
     """Run `body` in two threads joined by a control connection; the values by rank."""
-    port = wan.free_port()
+    port = link.free_port()
     values: list[Any] = [None, None]
 
     def run(rank: int) -> None:
@@ -115,7 +118,7 @@ def run_counted(
 def test_the_slower_party_counts_and_the_first_run_does_not(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(party, "FILL_S", 0.0)
+    monkeypatch.setattr(measuring, "FILL_S", 0.0)
     emitted, runs = run_counted(60.0)
     assert runs == [3, 3] and len(emitted) == 3
     for sample in emitted[:2]:
@@ -126,8 +129,8 @@ def test_the_slower_party_counts_and_the_first_run_does_not(
 
 
 def test_short_systems_run_more_often(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(party, "FILL_S", 0.1)
-    monkeypatch.setattr(party, "MANY", 7)
+    monkeypatch.setattr(measuring, "FILL_S", 0.1)
+    monkeypatch.setattr(measuring, "MANY", 7)
     emitted, runs = run_counted(60.0, seconds=0.0005, repeat=3)
     assert runs == [8, 8] and len(emitted) == 8
 
@@ -135,7 +138,7 @@ def test_short_systems_run_more_often(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_long_systems_run_less_often_and_their_first_run_counts(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(party, "LONG_RUN_S", 0.1)
+    monkeypatch.setattr(measuring, "LONG_RUN_S", 0.1)
     emitted, runs = run_counted(0.35, repeat=5)
     assert runs == [3, 3] and len(emitted) == 4  # 3 x 0.1 s, then the end
 
@@ -186,7 +189,7 @@ def test_progress_says_where_a_long_run_is(
 def test_elements_a_dealer_sends(
     function: str, args: tuple[Any, ...], kwargs: dict[str, Any], elements: int
 ) -> None:
-    assert party.corrections(function, args, kwargs) == elements
+    assert corrections(function, args, kwargs) == elements
 
 
 def test_samples_of_a_benchmark_that_dies_are_kept(
@@ -201,7 +204,7 @@ def test_samples_of_a_benchmark_that_dies_are_kept(
         "import json, sys, time\n"
         "if json.loads(sys.argv[2])['rank'] == 1:\n"
         "    time.sleep(60)\n"
-        f"print({party.MARK + json.dumps(sample)!r}, flush=True)\n"
+        f"print({MARK + json.dumps(sample)!r}, flush=True)\n"
         "time.sleep(0.2)\n"
         "raise SystemExit('out of memory')\n"
     )
@@ -236,10 +239,10 @@ def test_samples_of_an_interrupted_run_are_kept(
 
     def interrupted(*_: Any, on_line: Callable[[int, str], None], **__: Any) -> None:
         for seconds in (1.0, 2.0, 6.0):
-            on_line(0, party.MARK + json.dumps({**sample, "online_s": seconds}))
+            on_line(0, MARK + json.dumps({**sample, "online_s": seconds}))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(wan.Path, "run", interrupted)
+    monkeypatch.setattr(link.Path, "run", interrupted)
     path = tmp_path / "rows.json"
     assert inference.main(["--networks", "loopback", "wan", "--json", str(path)]) == 130
     (row,) = Results.read(path).rows
@@ -254,7 +257,7 @@ def test_samples_of_an_interrupted_run_are_kept(
 @pytest.mark.timeout(180)
 def test_two_hosts_run_what_one_does(tmp_path: Path) -> None:
     path = tmp_path / "rows.json"
-    port = wan.free_port()
+    port = link.free_port()
     commands = [
         [
             *(sys.executable, "-m", "benchmarks.inference", "--rank", str(rank)),

@@ -10,15 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import (
-    accuracy,
-    activations,
-    costmodel,
-    figures,
-    inference,
-    report,
-)
-from benchmarks.harness import Results, ResultsError
+from benchmarks import activations, costmodel, inference, report
+from benchmarks.accuracy import command as accuracy
+from benchmarks.figures import command as figures
+from benchmarks.rows import Results, ResultsError
 
 from .result_cases import LOOPBACK, WAN, write_results
 

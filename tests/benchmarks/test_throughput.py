@@ -7,7 +7,7 @@ import pytest
 from benchmarks import throughput
 from crypten_espn.session import MaskedModel
 
-from .masked_cases import planned, residual
+from ..masked_cases import planned, residual
 
 
 def test_ways_leave_out_what_would_be_one_image():

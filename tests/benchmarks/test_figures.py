@@ -16,9 +16,14 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import figures, report
-from benchmarks.figures import Budget, Finished, Outcome, Run
-from benchmarks.harness import ResultsError
+from benchmarks import plots, report
+from benchmarks.figures import cells, command, drawing, finished, training
+from benchmarks.figures.cells import Budget
+from benchmarks.figures.finished import Finished
+from benchmarks.figures.lines import FIT_BITS
+from benchmarks.figures.polynomials import polynomial, real_fit
+from benchmarks.figures.training import Outcome, Run
+from benchmarks.rows import ResultsError
 from crypten_espn.errors import DataError
 from crypten_espn.pillar.data import Dataset, Images, Normalization
 from crypten_espn.pillar.recipes import find_recipe
@@ -58,7 +63,7 @@ def one_thread():
 RECIPE = dataclasses.replace(
     find_recipe("fashion-convnet"), epochs=6, batch_size=16, learning_rate=0.05
 )
-TREATED = Run(RECIPE, figures.polynomial("aware", 4, 10, 5.0), True, 64)
+TREATED = Run(RECIPE, polynomial("aware", 4, 10, 5.0), True, 64)
 
 
 def changed(run: Run, *, clip: bool | None = None, **fields: float) -> Run:
@@ -70,12 +75,12 @@ def changed(run: Run, *, clip: bool | None = None, **fields: float) -> Run:
 def trained(run: Run, data: Dataset) -> tuple[Outcome, int]:
     """The outcome without its time, and the steps that were reported."""
     ticks: list[int] = []
-    outcome = figures.train(run, data, tick=ticks.append)
+    outcome = training.train(run, data, tick=ticks.append)
     return dataclasses.replace(outcome, seconds=0.0), sum(ticks)
 
 
 def test_each_fit_has_the_coefficients_it_names():
-    fit = figures.polynomial
+    fit = polynomial
     assert fit("aware", 4, 8, 5.0).numerators == (70, 128, 45, 0, -1)
     assert fit("rounded", 4, 8, 5.0).numerators == (75, 128, 42, 0, -1)
     cut = fit("truncated", 4, 8, 5.0)
@@ -86,25 +91,25 @@ def test_each_fit_has_the_coefficients_it_names():
     assert errors == sorted(errors) and errors[2] > 5 * errors[0]
     real = fit("real", 6, 8, 5.0)
     assert real.numerators == fit("real", 7, 8, 5.0).numerators
-    assert real.coeffs == pytest.approx(figures.real_fit(6, 5.0), abs=1e-11)
+    assert real.coeffs == pytest.approx(real_fit(6, 5.0), abs=1e-11)
     assert real.rmse(torch.relu) <= fit("aware", 6, 20, 5.0).rmse(torch.relu)
 
 
 def test_equal_polynomials_share_one_run():
     budget = Budget(RECIPE, 64, (1, 2))
     runs = {
-        figure: {cell.run.key for cell in figures.cells(figure, budget)}
-        for figure in figures.FIGURES
+        figure: {cell.run.key for cell in cells.cells(figure, budget)}
+        for figure in cells.FIGURES
     }
     # Odd degrees add nothing, and at 10 bits nothing is left above degree 4.
-    assert len(figures.cells(3, budget)) == 2 * (3 * 8 + 1)
+    assert len(cells.cells(3, budget)) == 2 * (3 * 8 + 1)
     assert len(runs[3]) == 2 * (4 + 2 + 4 + 1)
-    assert len(runs[5]) == 2 * len(figures.BETAS)
+    assert len(runs[5]) == 2 * len(cells.BETAS)
     assert len(runs[3] & runs[4]) == 2  # clip and penalty, degree 6, two seeds
     assert len(runs[3] & runs[11]) == 2  # degree 4 at 10 bits
-    untreated = [c for c in figures.cells(3, budget) if c.series == "untreated"]
+    untreated = [c for c in cells.cells(3, budget) if c.series == "untreated"]
     assert all(not c.run.clip and c.run.recipe.beta == 0 for c in untreated)
-    treated = [c for c in figures.cells(3, budget) if c.series.startswith("treated")]
+    treated = [c for c in cells.cells(3, budget) if c.series.startswith("treated")]
     assert all(c.run.clip and c.run.recipe.beta > 0 for c in treated)
 
 
@@ -122,7 +127,7 @@ def test_run_learns_records_every_step_and_repeats(data, one_thread):
 
 def test_penalty_and_clip_act_on_large_inputs(data, one_thread):
     """On an interval that is left from the first step."""
-    narrow = figures.polynomial("aware", 4, 10, 0.5)
+    narrow = polynomial("aware", 4, 10, 0.5)
     run = dataclasses.replace(TREATED, polynomial=narrow)
     free = changed(run, clip=False, beta=0.0, radius=0.5, learning_rate=0.01)
     clipped = changed(free, clip=True)
@@ -148,7 +153,7 @@ def test_divergence_ends_a_run_and_names_the_step(data, one_thread):
 
 def test_inputs_are_counted_before_the_activation():
     network = nn.Sequential(nn.ReLU(), nn.Identity(), nn.ReLU()).eval()
-    seen = figures._Inputs(network, 5.0)
+    seen = training._Inputs(network, 5.0)
     network(torch.tensor([-7.0, -5.0, 1.0, 6.0]))
     assert (seen.largest, seen.inside, seen.total) == (7.0, 2 + 3, 8)
     seen.reset()
@@ -157,7 +162,8 @@ def test_inputs_are_counted_before_the_activation():
 
 
 def use(monkeypatch: pytest.MonkeyPatch, data: Dataset) -> None:
-    monkeypatch.setattr(figures, "_data_of", lambda recipe, folder: data)
+    for module in (command, finished):
+        monkeypatch.setattr(module, "data_of", lambda recipe, folder: data)
 
 
 TINY = ("--jobs", "1", "--images", "32", "--epochs", "1")
@@ -170,7 +176,7 @@ def table(path: Path) -> list[dict[str, str]]:
 
 def failing_at(count: int) -> Callable[..., Outcome]:
     """A `train` that is interrupted in its run number `count`."""
-    real, calls = figures.train, [0]
+    real, calls = training.train, [0]
 
     def train(run: Run, data: Dataset, *, tick: Callable[[int], None]) -> Outcome:
         calls[0] += 1
@@ -191,30 +197,30 @@ def unsaved(figure: Any, stem: Path) -> list[Path]:
 
 def test_interrupted_figures_go_on_where_they_were(data, tmp_path, monkeypatch, capsys):
     use(monkeypatch, data)
-    monkeypatch.setattr(figures.harness, "save_figure", unsaved)
+    monkeypatch.setattr(plots, "save_figure", unsaved)
     arguments = [*TINY, "--json", str(tmp_path / "runs.json")]
     with monkeypatch.context() as patch:
-        patch.setattr(figures, "train", failing_at(3))
-        assert figures.main([*arguments, "--figure", "5", "11"]) == 130
+        patch.setattr(finished, "train", failing_at(3))
+        assert command.main([*arguments, "--figure", "5", "11"]) == 130
     kept = Finished(tmp_path / "runs.json").rows
     assert len(kept) == 2 and not list(tmp_path.glob("*.csv"))
 
-    assert figures.main([*arguments, "--figure", "5", "11"]) == 0
+    assert command.main([*arguments, "--figure", "5", "11"]) == 0
     assert "14 of 16 runs to train" in capsys.readouterr().out
     rows = Finished(tmp_path / "runs.json").rows
     assert len(rows) == 16 and kept.items() <= rows.items()
     with monkeypatch.context() as patch:
-        patch.setattr(figures, "train", failing_at(1))
-        assert figures.main([*arguments, "--figure", "5"]) == 0
-        assert figures.main([*arguments, "--figure", "5", "--fresh"]) == 130
+        patch.setattr(finished, "train", failing_at(1))
+        assert command.main([*arguments, "--figure", "5"]) == 0
+        assert command.main([*arguments, "--figure", "5", "--fresh"]) == 130
     assert Finished(tmp_path / "runs.json").rows == rows
 
     lines = table(tmp_path / "figure5-fashion-mnist.csv")
-    assert [float(line["beta"]) for line in lines] == list(figures.BETAS)
+    assert [float(line["beta"]) for line in lines] == list(cells.BETAS)
     assert {line["seed"] for line in lines} == {"1"}
     assert all(line["images"] == "32" and line["commit"] for line in lines)
     fits = table(tmp_path / "figure11-fashion-mnist-fit.csv")
-    assert len(fits) == 2 * len(figures.FIT_BITS) * 3
+    assert len(fits) == 2 * len(FIT_BITS) * 3
     by_fit = [
         [float(f["rmse"]) for f in fits if f["series"] == series]
         for series in ("aware", "rounded", "truncated")
@@ -224,7 +230,7 @@ def test_interrupted_figures_go_on_where_they_were(data, tmp_path, monkeypatch, 
 
 def test_figures_3_and_4_show_divergence(data, tmp_path, monkeypatch):
     use(monkeypatch, data)
-    real = figures.train
+    real = training.train
 
     def train(run: Run, data: Dataset, *, tick: Callable[[int], None]) -> Outcome:
         """Untreated runs of degree 6 and above diverge, the others are real."""
@@ -234,10 +240,10 @@ def test_figures_3_and_4_show_divergence(data, tmp_path, monkeypatch):
             return Outcome(None, 3, None, None, (4.0, 1e9), 0.1)
         return real(run, data, tick=tick)
 
-    monkeypatch.setattr(figures, "train", train)
+    monkeypatch.setattr(finished, "train", train)
     out = tmp_path / "runs.json"
     arguments = ["--figure", "3", "4", "--seeds", "1", "2", "--json", str(out)]
-    assert figures.main([*TINY, *arguments]) == 0
+    assert command.main([*TINY, *arguments]) == 0
     lines = table(tmp_path / "figure3-fashion-mnist.csv")
     diverged = [line for line in lines if line["diverged_at_step"]]
     assert {(line["series"], line["degree"]) for line in diverged} == {
@@ -254,7 +260,7 @@ def test_figures_3_and_4_show_divergence(data, tmp_path, monkeypatch):
     for stem in ("figure3-fashion-mnist", "figure4-fashion-mnist"):
         assert (tmp_path / f"{stem}.png").stat().st_size > 10_000
         assert "<svg" in (tmp_path / f"{stem}.svg").read_text()
-    captions = [caption for caption, _ in figures.pictures(tmp_path)]
+    captions = [caption for caption, _ in drawing.pictures(tmp_path)]
     assert [c.partition(".")[0] for c in captions] == ["Figure 3", "Figure 4"]
 
 
@@ -262,15 +268,15 @@ def test_bad_input_loses_nothing(data, tmp_path, monkeypatch, capsys):
     out = tmp_path / "runs.json"
     out.write_text('{"runs": [{"settings": {}}]}')
     absent = ["--dataset", "cifar10", "--data", str(tmp_path / "none")]
-    assert figures.main([*absent, "--json", str(out), "--fresh"]) == 2
+    assert command.main([*absent, "--json", str(out), "--fresh"]) == 2
     assert "curl" in capsys.readouterr().err
     use(monkeypatch, data)
-    assert figures.main([*TINY, "--json", str(out)]) == 2
+    assert command.main([*TINY, "--json", str(out)]) == 2
     assert "--fresh" in capsys.readouterr().err
     assert out.read_text() == '{"runs": [{"settings": {}}]}'
     for bad in (["--jobs", "0"], ["--figure", "6"], ["--images", "31"]):
         with pytest.raises(SystemExit):
-            figures.main([*TINY, *bad, "--json", str(out)])
+            command.main([*TINY, *bad, "--json", str(out)])
 
 
 def test_worker_hands_its_error_on_and_leaves(tmp_path):
@@ -280,7 +286,9 @@ def test_worker_hands_its_error_on_and_leaves(tmp_path):
     )
     before = set(multiprocessing.active_children())
     with pytest.raises(DataError, match="CIFAR-10"):
-        figures._in_processes([run], str(tmp_path), 1, figures.tqdm(disable=True), keep)
+        finished._in_processes(
+            [run], str(tmp_path), 1, finished.tqdm(disable=True), keep
+        )
     # The pool's own thread joins its workers too: whichever comes second learns no
     # exit status, so `is_alive` may be wrong. The sentinel is not.
     for process in set(multiprocessing.active_children()) - before:
@@ -300,6 +308,6 @@ def test_a_damaged_file_is_named(tmp_path):
 
 def test_report_runs_the_figures_and_shows_them(tmp_path):
     (step,) = [s for s in report.steps(full=True) if s.module == "figures"]
-    options = figures.make_parser().parse_args(step.arguments)
+    options = command.make_parser().parse_args(step.arguments)
     assert options.full and options.fresh
-    assert report.MAINS["figures"] is figures.main
+    assert report.MAINS["figures"] is command.main

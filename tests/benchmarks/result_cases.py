@@ -6,8 +6,8 @@ import dataclasses
 import json
 from pathlib import Path
 
-from benchmarks import accuracy
-from benchmarks.harness import Results, Row, Skipped, Spread
+from benchmarks.accuracy import rows as accuracy
+from benchmarks.rows import Results, Row, Skipped, Spread
 
 LOOPBACK = Row(
     model="minionn",

@@ -12,9 +12,11 @@ from pathlib import Path as File
 
 import pytest
 
-from benchmarks import wan
+from benchmarks import link
+from benchmarks.link import path
+from benchmarks.link.system import call, worker
 
-ROOT = File(__file__).resolve().parent.parent
+ROOT = File(__file__).resolve().parents[2]
 CAP_NET_ADMIN, CAP_SYS_ADMIN, PR_CAPBSET_DROP = 12, 21, 24
 
 
@@ -22,9 +24,9 @@ CAP_NET_ADMIN, CAP_SYS_ADMIN, PR_CAPBSET_DROP = 12, 21, 24
 def _missing_capability() -> str:
     """Why namespaces cannot be made here; empty if they can."""
     try:
-        with wan.Path("1ms"):
+        with link.Path("1ms"):
             return ""
-    except wan.PathError as error:
+    except link.PathError as error:
         return str(error)
 
 
@@ -36,7 +38,7 @@ def namespaces() -> None:
 
 def _drop_capabilities() -> None:
     for capability in (CAP_NET_ADMIN, CAP_SYS_ADMIN):
-        wan._call("prctl", PR_CAPBSET_DROP, capability, 0, 0, 0)
+        call("prctl", PR_CAPBSET_DROP, capability, 0, 0, 0)
 
 
 def _without_privileges(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -73,7 +75,7 @@ def _alive(pid: int) -> bool:
 def test_profile_by_name_and_by_numbers(
     text: str, rtt_ms: float, mbit: float | None
 ) -> None:
-    profile = wan.Profile.parse(text)
+    profile = link.Profile.parse(text)
     assert (profile.rtt_ms, profile.mbit) == (pytest.approx(rtt_ms), mbit)
 
 
@@ -81,20 +83,20 @@ def test_profile_by_name_and_by_numbers(
     "text", ["moon", "", "50", "5ms,6ms", "0mbit", "-1ms", "10mbit,20mbit", "5ms,"]
 )
 def test_unknown_profile_names_the_known_ones(text: str) -> None:
-    with pytest.raises(wan.PathError, match=r"loopback, lan, metro, wan.*50ms,20mbit"):
-        wan.Profile.parse(text)
+    with pytest.raises(link.PathError, match=r"loopback, lan, metro, wan.*50ms,20mbit"):
+        link.Profile.parse(text)
 
 
 def test_number_of_parties_is_checked() -> None:
-    with pytest.raises(wan.PathError, match="2 to 8 parties, not 1"):
-        wan.Path("wan", parties=1)
+    with pytest.raises(link.PathError, match="2 to 8 parties, not 1"):
+        link.Path("wan", parties=1)
 
 
 @pytest.mark.usefixtures("namespaces")
 @pytest.mark.timeout(60)
 def test_path_keeps_its_round_trip_and_rate() -> None:
-    with wan.Path("8ms,200mbit") as path:
-        result = wan.self_test(path, seconds=1.0, trips=60)
+    with link.Path("8ms,200mbit") as path:
+        result = link.self_test(path, seconds=1.0, trips=60)
         counts = path.counts()
     assert result.rtt_ms == pytest.approx(8.0, rel=0.1)
     assert result.mbit == pytest.approx(200.0, rel=0.05)
@@ -104,13 +106,12 @@ def test_path_keeps_its_round_trip_and_rate() -> None:
 @pytest.mark.usefixtures("namespaces")
 @pytest.mark.timeout(60)
 def test_three_parties_reach_each_other() -> None:
-    probe = [sys.executable, wan.__file__, "--probe"]
-    with wan.Path("6ms,100mbit", parties=3) as path:
+    with link.Path("6ms,100mbit", parties=3) as path:
         for server, client in ((0, 2), (2, 1)):
             commands = [["true"]] * 3
             where = [path.addresses[server], "20000"]
-            commands[server] = [*probe, "echo-server", *where, "1"]
-            commands[client] = [*probe, "echo", *where, "20"]
+            commands[server] = worker("probe", "echo-server", *where, 1)
+            commands[client] = worker("probe", "echo", *where, 20)
             result = path.run(commands, timeout=30)[client]
             assert '"median_s": 0.00' in result.stdout
 
@@ -121,8 +122,8 @@ def test_dead_party_is_named_and_earlier_lines_are_kept() -> None:
     seen: list[tuple[int, str]] = []
     failing = "echo row; echo 'no such model' >&2; sleep 0.3; exit 3"
     with (
-        wan.Path("1ms") as path,
-        pytest.raises(wan.PartyError, match=r"party 1 ended with status 3:\nno such"),
+        link.Path("1ms") as path,
+        pytest.raises(link.PartyError, match=r"party 1 ended with status 3:\nno such"),
     ):
         path.run(
             [["sleep", "60"], ["sh", "-c", failing]],
@@ -133,10 +134,10 @@ def test_dead_party_is_named_and_earlier_lines_are_kept() -> None:
 
 @pytest.mark.timeout(60)
 def test_party_out_of_time_and_command_not_found() -> None:
-    with wan.Path("loopback") as path:
-        with pytest.raises(wan.PartyError, match=r"party 0 did not end within 0\.3 s"):
+    with link.Path("loopback") as path:
+        with pytest.raises(link.PartyError, match=r"party 0 did not end within 0\.3 s"):
             path.run([["sleep", "60"], ["true"]], timeout=0.3)
-        with pytest.raises(wan.PartyError, match=r"cannot run no-such-program"):
+        with pytest.raises(link.PartyError, match=r"cannot run no-such-program"):
             path.run([["true"], ["no-such-program"]], timeout=30)
 
 
@@ -180,7 +181,7 @@ def test_without_privileges_the_message_says_what_to_do() -> None:
 
 
 def test_without_privileges_the_fallback_is_labelled() -> None:
-    show = ["sh", "-c", f"echo model ${wan.SLEEP_VARIABLE} $MASTER_ADDR"]
+    show = ["sh", "-c", f"echo model ${path.SLEEP_VARIABLE} $MASTER_ADDR"]
     result = _without_privileges("--profile", "5ms,10mbit", "--fallback", "--", *show)
     if "using the sleep model" not in result.stderr:
         pytest.skip("this kernel lets users who are not root make namespaces")
@@ -189,7 +190,7 @@ def test_without_privileges_the_fallback_is_labelled() -> None:
 
 
 def test_sleep_model_is_off_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(wan.SLEEP_VARIABLE, raising=False)
-    assert wan.sleep_per_message() is None
-    monkeypatch.setenv(wan.SLEEP_VARIABLE, "100,8")
-    assert wan.sleep_per_message() == (0.05, 1e-6)
+    monkeypatch.delenv(path.SLEEP_VARIABLE, raising=False)
+    assert path.sleep_per_message() is None
+    monkeypatch.setenv(path.SLEEP_VARIABLE, "100,8")
+    assert path.sleep_per_message() == (0.05, 1e-6)

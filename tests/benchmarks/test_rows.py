@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks import harness
-from benchmarks.harness import Results, ResultsError, Row, Skipped, Spread
+from benchmarks import rows, tables
+from benchmarks.plots import plot_lines
+from benchmarks.rows import Results, ResultsError, Row, Skipped, Spread
 
 
 def make_row(**changes: Any) -> Row:
@@ -81,21 +82,21 @@ def test_a_failed_write_keeps_the_old_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "results.json"
-    harness.write_atomically(path, "old")
+    rows.write_atomically(path, "old")
 
     def full(*_: object) -> None:
         raise OSError(28, "no space left")
 
     monkeypatch.setattr(os, "replace", full)
     with pytest.raises(OSError, match="no space"):
-        harness.write_atomically(path, "new")
+        rows.write_atomically(path, "new")
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["results.json"]
 
 
 def test_machine_header_names_what_the_seconds_depend_on() -> None:
-    header = harness.machine()
+    header = rows.machine()
     assert header["cores"] >= 1 and header["processor"] and header["torch"]
-    line = harness.machine_line(header)
+    line = tables.machine_line(header)
     assert header["commit"] in line and header["date"] in line
 
 
@@ -114,10 +115,10 @@ def test_table_and_csv_show_every_row_and_every_skipped_cell() -> None:
     results.add(make_row())
     results.add(make_row(activation="masked", engine="masked", mbit=None))
     results.skip(Skipped("vgg16", "espn", "crypten+gloo", "wan", "over the limit"))
-    text = harness.table(results)
+    text = tables.table(results)
     assert "espn (direct)" in text and "masked" in text
     assert "skipped: wan  vgg16  espn  crypten+gloo: over the limit" in text
-    first, second = csv.DictReader(io.StringIO(harness.to_csv(results)))
+    first, second = csv.DictReader(io.StringIO(tables.to_csv(results)))
     assert first["online_s"] == "2" and first["online_s_max"] == "3"
     assert (first["bytes_sent_0"], first["bytes_sent_1"]) == ("1000", "900")
     assert first["commit"] == results.machine["commit"] and first["date"]
@@ -126,7 +127,7 @@ def test_table_and_csv_show_every_row_and_every_skipped_cell() -> None:
 
 def test_plots_are_written_as_png_and_svg(tmp_path: Path) -> None:
     points = [(float(x), Spread.of([x + 1.0, x + 2.0])) for x in (0, 50, 100)]
-    files = harness.plot_lines(
+    files = plot_lines(
         tmp_path / "figure",
         {"espn": points, "relu": points},
         title="one layer",

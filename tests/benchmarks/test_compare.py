@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from benchmarks import harness
-from benchmarks.harness import Results, ResultsError, Row, Spread
+from benchmarks.compare import compare
+from benchmarks.rows import Results, ResultsError, Row, Spread
 
 ROW = Row(
     model="resnet18",
@@ -83,7 +84,7 @@ def test_nothing_in_common_is_an_error_not_a_pass(
     old = write(tmp_path / "old.json", ROW)
     new = write(tmp_path / "new.json", dataclasses.replace(ROW, model="vgg16"))
     with pytest.raises(ResultsError, match="no cell in common"):
-        harness.compare(Results.read(old), Results.read(new))
+        compare(Results.read(old), Results.read(new))
     assert harness.main(["--compare", old, new]) == 2
     assert harness.main(["--compare", str(tmp_path / "absent.json"), new]) == 2
     assert "absent.json: not a results file" in capsys.readouterr().err

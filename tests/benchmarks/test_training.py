@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from benchmarks import training
-from benchmarks.harness import ResultsError
+from benchmarks.rows import ResultsError
 from crypten_espn.pillar import data
 from crypten_espn.pillar.recipes import RECIPES
 
-from .test_recipes import TINY, toy_dataset
+from ..test_recipes import TINY, toy_dataset
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,26 @@
+"""What runs inside each party: a common start, CrypTen over two channels, samples.
+
+The parent process starts this code once per rank and network. The parties agree over
+a control connection of their own, so what is measured is not warmed up by it; rank 0
+prints one line of JSON per sample.
+"""
+
+from .collect import Collector, run_on_networks
+from .control import Control
+from .measure import Result, System, emit_line, measure
+from .on_crypten import CryptenSystem, crypten_channels, deal, leave, slow_down
+
+__all__ = [
+    "Collector",
+    "Control",
+    "CryptenSystem",
+    "Result",
+    "System",
+    "crypten_channels",
+    "deal",
+    "emit_line",
+    "leave",
+    "measure",
+    "run_on_networks",
+    "slow_down",
+]
