@@ -7,7 +7,7 @@ prints one line of JSON per sample.
 
 from .collect import Collector, run_on_networks
 from .control import Control
-from .measure import Result, System, emit_line, measure
+from .measuring import Result, System, emit_line, measure
 from .on_crypten import CryptenSystem, crypten_channels, deal, leave, slow_down
 
 __all__ = [

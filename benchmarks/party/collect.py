@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from .. import link
 from ..rows import Results, Row, Skipped, Spread, system_name
-from .measure import MARK
+from .measuring import MARK
 
 
 class Collector:

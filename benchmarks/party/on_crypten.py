@@ -15,7 +15,7 @@ import crypten_espn.channel
 import crypten_espn.correlated  # repairs CrypTen before it is imported, below
 
 from ..link import path
-from .measure import Result
+from .measuring import Result
 
 
 @contextlib.contextmanager

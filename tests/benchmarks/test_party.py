@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from benchmarks import activations, inference, link, party
-from benchmarks.party import measure as measuring
-from benchmarks.party.measure import MARK
+from benchmarks.party import measuring
+from benchmarks.party.measuring import MARK
 from benchmarks.party.on_crypten import corrections
 from benchmarks.rows import Results
 
