@@ -239,7 +239,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             task=task,
             provider=options.provider,
             threads=options.threads,
-            fallback=options.fallback,
             idle_restart=not options.warm,
             timeout_s=options.timeout_s,
         )

@@ -322,7 +322,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 task=_task(options),
                 provider=options.provider,
                 threads=options.threads,
-                fallback=options.fallback,
                 idle_restart=not options.warm,
                 timeout_s=options.timeout_s,
             )

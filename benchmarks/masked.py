@@ -20,7 +20,7 @@ from crypten_espn.masked import offline, online
 from crypten_espn.masked.plan import Plan, quantise
 from crypten_espn.masked.planning.builder import make_plan, parameters_of
 
-from .party import Control, Result, slow_down
+from .party import Control, Result
 
 FRAME_BYTES = 20  # the channel's header of each message, left out of the count
 
@@ -79,7 +79,6 @@ class MaskedSystem:
             where = f"{self._address}:{control.receive()}"
             self._channel = connect_channel(where, timeout=600.0, peer="rank 0")
         self._channel.pace()
-        slow_down(self._channel)
         self._weights = weights
         opened = offline.opened_weights(
             self._plan,

@@ -53,11 +53,6 @@ def add_run_options(
         help="end a network's parties after this; default 7200",
     )
     parser.add_argument(
-        "--fallback",
-        action="store_true",
-        help="without the right to make namespaces, sleep per message, and say so",
-    )
-    parser.add_argument(
         "--warm",
         action="store_true",
         help="no TCP slow start after idle (net.ipv4.tcp_slow_start_after_idle=0)",

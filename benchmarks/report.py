@@ -125,14 +125,12 @@ MAINS: Mapping[str, Callable[[Sequence[str]], int]] = {
 # ---------------------------------------------------------------------------- running
 
 
-def run(chosen: Sequence[Step], folder: Path, *, fallback: bool) -> list[str]:
+def run(chosen: Sequence[Step], folder: Path) -> list[str]:
     """Measure the paths, then every step; what went wrong, one line each."""
     problems = _measure_paths(folder)
     for step in chosen:
         file = folder / f"{step.name}.json"
         arguments = [*step.arguments, "--json", str(file)]
-        if fallback and step.module in ("activations", "inference"):
-            arguments.append("--fallback")
         print(f"\n== {step.command}", flush=True)
         before = _written(file)
         try:
@@ -393,15 +391,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="run, render or put tables into the READMEs; all three by default",
     )
     parser.add_argument("--compare", type=Path, metavar="OLD_DIRECTORY")
-    parser.add_argument(
-        "--fallback", action="store_true", help="without namespaces, sleep per message"
-    )
     options = parser.parse_args(arguments)
     problems: list[str] = []
     try:
         if options.only in (None, "run"):
             chosen = _choose(steps(full=options.full), options.steps)
-            problems = run(chosen, options.out, fallback=options.fallback)
+            problems = run(chosen, options.out)
         if options.only in (None, "render"):
             for file in render(options.out):
                 print(file)

@@ -19,14 +19,10 @@ def _print_line(rank: int, line: str) -> None:
     print(f"[{rank}] {line}", end="", flush=True)
 
 
-def _self_test_main(names: Sequence[str], parties: int, fallback: bool) -> int:
+def _self_test_main(names: Sequence[str], parties: int) -> int:
     failed = False
     for name in names:
-        with Path(name, parties=parties, fallback=fallback) as path:
-            if path.kind == "sleep":
-                print(f"{path.label}: nothing to measure, no path was made")
-                failed = True
-                continue
+        with Path(name, parties=parties) as path:
             result = self_test(path)
             verdict = "ok"
             if path.kind == "tcp" and not result.passed:
@@ -58,11 +54,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--selftest", action="store_true", help="measure delay and rate of the path"
     )
     parser.add_argument(
-        "--fallback",
-        action="store_true",
-        help="without namespaces, sleep per message instead of failing",
-    )
-    parser.add_argument(
         "command",
         nargs="*",
         help="run this per rank, with RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT set",
@@ -72,12 +63,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         if options.selftest:
-            return _self_test_main(profiles, options.parties, options.fallback)
+            return _self_test_main(profiles, options.parties)
         if not options.command:
             parser.error("nothing to do: give --selftest or a command to run")
-        with Path(
-            profiles[0], parties=options.parties, fallback=options.fallback
-        ) as path:
+        with Path(profiles[0], parties=options.parties) as path:
             print(path.profile, file=sys.stderr)
             commands = [options.command] * options.parties
             path.run(commands, on_line=_print_line)

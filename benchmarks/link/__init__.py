@@ -32,8 +32,7 @@ What the path does and does not model:
 Needs root, or a kernel that lets users make namespaces, and /dev/net/tun. No
 program is called and no name is given out: namespaces are anonymous and devices
 are not persistent, so the kernel removes both when the last process in them ends,
-however it ends. Where they cannot be had, `Path(profile, fallback=True)` falls back
-to a sleep per message over loopback, and says so in its label.
+however it ends. Where they cannot be had, entering a Path says what is missing.
 """
 
 from .path import PartyError, PartyResult, Path

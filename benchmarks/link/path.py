@@ -8,7 +8,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,8 +16,6 @@ from .forwarder import SHORT_DELAY_S
 from .probe import exchange, free_port
 from .profile import PathError, Profile
 from .system import DEVICE, worker
-
-SLEEP_VARIABLE = "CRYPTEN_ESPN_SLEEP_MODEL"
 
 
 class PartyError(PathError):
@@ -40,17 +37,15 @@ class Path:
     Args:
         profile: a Profile, or what Profile.parse accepts.
         parties: how many ends the path has (2, or 3 with the dealer).
-        fallback: without the right to make namespaces, sleep per message over
-            loopback instead of failing; `label` says so.
         idle_restart: whether TCP slow-starts again after an idle time, as kernels do
             unless told otherwise; if not, `label` says "(warm)".
     Raises: PathError, on entry, when the path cannot be set up.
 
     Attributes, after entry:
-        kind: "loopback", "tcp" (namespaces) or "sleep" (the fallback).
+        kind: "loopback", or "tcp" in namespaces.
         addresses: the parties' IPv4 addresses.
         congestion: TCP's congestion control on the path; "" on loopback.
-        label: the profile's name, with "(sleep model)" or "(warm)" where it applies.
+        label: the profile's name, with "(warm)" where it applies.
     """
 
     def __init__(
@@ -58,14 +53,12 @@ class Path:
         profile: Profile | str,
         *,
         parties: int = 2,
-        fallback: bool = False,
         idle_restart: bool = True,
     ) -> None:
         self.profile = Profile.parse(profile) if isinstance(profile, str) else profile
         if not 2 <= parties <= 8:
             raise PathError(f"a path joins 2 to 8 parties, not {parties}")
         self.parties = parties
-        self.fallback = fallback
         self.idle_restart = idle_restart
         self.kind = "loopback"
         self.addresses = ("127.0.0.1",) * parties
@@ -79,8 +72,6 @@ class Path:
     @property
     def label(self) -> str:
         name = self.profile.name
-        if self.kind == "sleep":
-            return f"{name} (sleep model)"
         return name if self.idle_restart or self.kind != "tcp" else f"{name} (warm)"
 
     # ------------------------------------------------------------ entry and exit
@@ -91,12 +82,6 @@ class Path:
         try:
             self._start_forwarder()
             self._calibrate()
-        except PathError as error:
-            self.close()
-            if not self.fallback:
-                raise
-            print(f"{error}\nusing the sleep model instead", file=sys.stderr)
-            self.kind = "sleep"
         except BaseException:
             self.close()
             raise
@@ -120,8 +105,7 @@ class Path:
             raise PathError(
                 f"no network namespaces here ({answer['error']}): run as root, with "
                 "/dev/net/tun present (in a container: --cap-add NET_ADMIN --cap-add "
-                "SYS_ADMIN --device /dev/net/tun), or accept the sleep-per-message "
-                "model (--fallback)"
+                "SYS_ADMIN --device /dev/net/tun), or measure on loopback alone"
             )
         folder = f"/proc/{self._forwarder.pid}"
         self._namespaces = [f"{folder}/fd/{fd}" for fd in answer["namespaces"]]
@@ -194,9 +178,6 @@ class Path:
         }
         environment["WORLD_SIZE"] = str(self.parties)
         environment["GLOO_SOCKET_IFNAME"] = DEVICE if self.kind == "tcp" else "lo"
-        if self.kind == "sleep":
-            rate = self.profile.mbit or 0.0
-            environment[SLEEP_VARIABLE] = f"{self.profile.rtt_ms},{rate}"
         return environment
 
     def start(
@@ -327,15 +308,3 @@ def _deliver(
     for line in stream:
         sink.append(line)
         on_line(rank, line)
-
-
-def sleep_per_message() -> tuple[float, float] | None:
-    """(seconds per message, seconds per byte) if the sleep model is asked for.
-
-    Parties ask this once; Path sets the variable behind it only in the fallback.
-    """
-    text = os.environ.get(SLEEP_VARIABLE)
-    if text is None:
-        return None
-    rtt_ms, mbit = (float(part) for part in text.split(","))
-    return rtt_ms / 2e3, 8 / (mbit * 1e6) if mbit else 0.0

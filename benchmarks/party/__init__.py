@@ -8,7 +8,7 @@ prints one line of JSON per sample.
 from .collect import Collector, run_on_networks
 from .control import Control
 from .measuring import Result, System, emit_line, measure
-from .on_crypten import CryptenSystem, crypten_channels, deal, leave, slow_down
+from .on_crypten import CryptenSystem, crypten_channels, deal, leave
 
 __all__ = [
     "Collector",
@@ -22,5 +22,4 @@ __all__ = [
     "leave",
     "measure",
     "run_on_networks",
-    "slow_down",
 ]

@@ -130,7 +130,6 @@ def run_on_networks(
     task: Mapping[str, Any],
     provider: str,
     threads: int,
-    fallback: bool,
     idle_restart: bool,
     timeout_s: float,
 ) -> bool:
@@ -151,9 +150,7 @@ def run_on_networks(
     parties = 3 if provider == "TTP" else 2
     ended_well = True
     for profile in profiles:
-        with link.Path(
-            profile, parties=parties, fallback=fallback, idle_restart=idle_restart
-        ) as path:
+        with link.Path(profile, parties=parties, idle_restart=idle_restart) as path:
             how = f", congestion control {path.congestion}" if path.congestion else ""
             print(f"{profile} ({path.label}{how})", flush=True)
             if path.congestion:

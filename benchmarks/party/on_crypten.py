@@ -14,7 +14,6 @@ import torch
 import crypten_espn.channel
 import crypten_espn.correlated  # repairs CrypTen before it is imported, below
 
-from ..link import path
 from .measuring import Result
 
 
@@ -43,9 +42,8 @@ def crypten_channels(
         base = comm.get()
         with crypten_espn.channel.use_direct_channel(
             host=address, listen=listen or address, timeout=600.0
-        ) as channel:
+        ):
             direct = comm.get()
-            _install_sleep_model(base, channel)
             try:
                 yield {"gloo": base, "direct": direct}
             finally:
@@ -69,55 +67,6 @@ def deal() -> None:
     crypten.cfg.mpc.provider = "TTP"
     torch.set_num_threads(1)
     crypten_espn.correlated.Dealer()
-
-
-def _install_sleep_model(base: Any, channel: Any) -> None:
-    """Under the fallback of `link.Path`: one sleep per message received."""
-    model = path.sleep_per_message()
-    if model is None:
-        return
-    per_message_s, per_byte_s = model
-
-    def tensor_bytes(value: Any) -> int:
-        if torch.is_tensor(value):
-            return value.numel() * value.element_size()
-        return sum(map(tensor_bytes, value)) if isinstance(value, list) else 0
-
-    def slowed(function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            result = function(*args, **kwargs)
-            time.sleep(per_message_s + per_byte_s * tensor_bytes(args[0]))
-            return result
-
-        return call
-
-    for name in ("all_reduce", "broadcast", "reduce", "all_gather", "recv", "scatter"):
-        setattr(base, name, slowed(getattr(base, name)))
-    slow_down(channel)
-
-
-def slow_down(channel: Any) -> None:
-    """The sleep model, where it is in force, for one direct channel."""
-    model = path.sleep_per_message()
-    if model is None:
-        return
-    per_message_s, per_byte_s = model
-    receive = channel._receive_frame
-
-    def receive_late(
-        kind: int,
-        tag: int,
-        size: int | None,
-        *,
-        limit: int = crypten_espn.channel.MAX_BYTES_MESSAGE,
-        outgoing: Any = None,
-    ) -> Any:
-        data = receive(kind, tag, size, limit=limit, outgoing=outgoing)
-        # after it came: a sleep before would run beside the sender's own
-        time.sleep(per_message_s + per_byte_s * len(data))
-        return data
-
-    channel._receive_frame = receive_late
 
 
 class CryptenSystem:

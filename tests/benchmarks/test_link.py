@@ -13,7 +13,6 @@ from pathlib import Path as File
 import pytest
 
 from benchmarks import link
-from benchmarks.link import path
 from benchmarks.link.system import call, worker
 
 ROOT = File(__file__).resolve().parents[2]
@@ -176,21 +175,5 @@ def test_without_privileges_the_message_says_what_to_do() -> None:
     if result.returncode == 0:
         pytest.skip("this kernel lets users who are not root make namespaces")
     assert result.returncode == 2
-    assert "run as root" in result.stderr and "--fallback" in result.stderr
+    assert "run as root" in result.stderr and "loopback alone" in result.stderr
     assert "Traceback" not in result.stderr
-
-
-def test_without_privileges_the_fallback_is_labelled() -> None:
-    show = ["sh", "-c", f"echo model ${path.SLEEP_VARIABLE} $MASTER_ADDR"]
-    result = _without_privileges("--profile", "5ms,10mbit", "--fallback", "--", *show)
-    if "using the sleep model" not in result.stderr:
-        pytest.skip("this kernel lets users who are not root make namespaces")
-    assert result.returncode == 0
-    assert "[0] model 5.0,10.0 127.0.0.1" in result.stdout
-
-
-def test_sleep_model_is_off_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(path.SLEEP_VARIABLE, raising=False)
-    assert path.sleep_per_message() is None
-    monkeypatch.setenv(path.SLEEP_VARIABLE, "100,8")
-    assert path.sleep_per_message() == (0.05, 1e-6)

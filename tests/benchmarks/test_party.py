@@ -217,7 +217,6 @@ def test_samples_of_a_benchmark_that_dies_are_kept(
         task={},
         provider="TFP",
         threads=1,
-        fallback=False,
         idle_restart=True,
         timeout_s=30.0,
     )

@@ -58,12 +58,12 @@ def test_commands_are_those_that_wrote_the_results(
     monkeypatch.setattr(report, "PROFILES", ())
     benches = {"activations": interrupted, "inference": refused}
     monkeypatch.setattr(report, "MAINS", benches)
-    problems = report.run([network], folder, fallback=False)
+    problems = report.run([network], folder)
     assert problems == ["inference: ResultsError: no path"]
     with pytest.raises(KeyboardInterrupt):
-        report.run([layer, warm], folder, fallback=False)
+        report.run([layer, warm], folder)
     benches["activations"] = lambda arguments: 3
-    problems = report.run([activation], folder, fallback=False)
+    problems = report.run([activation], folder)
     assert problems == ["activations ended with status 3"]
     assert json.loads((folder / "commands.json").read_text()) == {
         "inference": "python -m benchmarks.inference",
@@ -102,7 +102,7 @@ def test_steps_are_chosen_by_name(
 ) -> None:
     ran: list[str] = []
 
-    def run(chosen: Sequence[report.Step], out: Path, *, fallback: bool) -> list[str]:
+    def run(chosen: Sequence[report.Step], out: Path) -> list[str]:
         ran.extend(step.name for step in chosen)
         return []
 
