@@ -1,26 +1,33 @@
-"""Tables in the READMEs, made from the CSV files of a results folder.
+"""Tables of the documents, made from the JSON files of a results folder.
 
-A table stands between `<!-- begin benchmark NAME -->` and `<!-- end benchmark NAME -->`
-and is one of TABLES, or else the rows of NAME.csv. Below it stand the commands that
-wrote the results, commit and date.
+In README.md and docs/ a table stands between `<!-- begin benchmark NAME -->` and
+`<!-- end benchmark NAME -->`; docs/benchmarks.md is rendered whole from
+`pages/benchmarks.md`, which asks for its tables by name. A table is one of TABLES, or
+else the rows of NAME.json. Below it stand the commands that wrote the results, commit
+and date.
 """
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+import pandas
 
 from crypten_espn.cost import GLOO_DELAYS, Traffic
 
+from . import training
+from .accuracy import rows as accuracy
 from .inference import RELU_PROTOCOLS
-from .rows import ResultsError, system_name, write_atomically
+from .rows import Results, ResultsError, write_atomically
+from .tables import STAMP, frame, stamped
 
 FOLDED, UNFOLDED = RELU_PROTOCOLS
-Line = Mapping[str, str]  # of a CSV file, or of a table: text by column
+NOT_RUN = "not run"
 
 
 def recorded_commands(folder: Path) -> dict[str, str]:
@@ -29,10 +36,31 @@ def recorded_commands(folder: Path) -> dict[str, str]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def update_readme(path: Path, folder: Path) -> tuple[list[str], list[str]]:
+def load(folder: Path, name: str) -> pandas.DataFrame | None:
+    """The results of that name as a frame; None where there are none.
+
+    Raises: ResultsError for a file that holds something else, or no rows.
+    """
+    if name == "training":
+        where = folder / "training"
+        return training.summary(where) if where.is_dir() else None
+    path = folder / f"{name}.json"
+    if not path.exists():
+        return None
+    if name == "accuracy":
+        machine, rows = accuracy.read(path)
+        found = stamped([dataclasses.asdict(row) for row in rows], machine)
+    else:
+        found = frame(Results.read(path))
+    if found.empty:
+        raise ResultsError(f"{path}: no rows; run the benchmarks")
+    return found
+
+
+def update(path: Path, folder: Path) -> tuple[list[str], list[str]]:
     """Replace the benchmark tables between markers.
 
-    Returns: names of the tables replaced, and of those without a CSV, left alone.
+    Returns: names of the tables replaced, and of those without results, left alone.
     Raises: ResultsError for a marker without its end.
     """
     text = path.read_text()
@@ -46,47 +74,38 @@ def update_readme(path: Path, folder: Path) -> tuple[list[str], list[str]]:
         if end < 0:
             raise ResultsError(f"{path}: benchmark {name} begins and does not end")
         position = end
-        if not (folder / f"{_table(name).sources[0]}.csv").exists():
+        made = markdown(folder, name)
+        if made is None:
             missing.append(name)
             continue
-        table = markdown(folder, name)
-        text = text[:body] + table + text[end:]
-        position = body + len(table)
+        text = text[:body] + made + text[end:]
+        position = body + len(made)
         replaced.append(name)
     if replaced:
         write_atomically(path, text)
     return replaced, missing
 
 
-def markdown(folder: Path, name: str) -> str:
-    """A table as Markdown; below it, for each CSV, its command, commit and date."""
-    table = _table(name)
-    lines: list[dict[str, str]] = []
+def markdown(folder: Path, name: str) -> str | None:
+    """A table as Markdown; below it, for each source, its command, commit and date.
+
+    Returns: None if the first of its sources is not there.
+    """
+    table = TABLES.get(name) or Table((name,), _runs)
+    sources = {source: load(folder, source) for source in table.sources}
+    found = {source: rows for source, rows in sources.items() if rows is not None}
+    if table.sources[0] not in found:
+        return None
     notes = []
-    for source in table.sources:
-        path = folder / f"{source}.csv"
-        if not path.exists():
-            continue  # of several, the first is there
-        with open(path, newline="") as handle:
-            rows = list(csv.DictReader(handle))
-        if not rows:
-            raise ResultsError(f"{path}: no rows; run the benchmarks")
-        lines += rows
-        stamp = "commit {commit}, {date}, {processor}".format(**rows[0])
+    for source, rows in found.items():
+        stamp = "commit {commit}, {date}, {processor}".format(**rows.iloc[0])
         command = recorded_commands(folder).get(source)
         notes.append((f"`{command}`: " if command else "") + f"{stamp}.")
-    try:
-        body = table.rows(lines)
-    except KeyError as error:
-        raise ResultsError(
-            f"{folder}: {name} has no column {error}; run the benchmarks"
-        ) from error
-    if not body:
-        raise ResultsError(f"{folder}: nothing for the table {name}")
-    head = list(body[0])
-    out = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    out += ["| " + " | ".join(line.values()) + " |" for line in body]
-    return "\n".join([*out, "", "\n".join(notes), ""])
+    body = table.make(pandas.concat(found.values(), ignore_index=True))
+    lines = [list(body.columns), *body.fillna("").astype(str).to_numpy().tolist()]
+    out = ["| " + " | ".join(line) + " |" for line in lines]
+    out.insert(1, "|" + "---|" * len(body.columns))
+    return "\n".join([*out, "", *notes, ""])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,193 +113,163 @@ class Table:
     """How a table is made.
 
     Args:
-        sources: names of the CSV files; it needs the first.
-        rows: the table's rows from all their lines.
+        sources: names of the results; it needs the first.
+        make: the table, all text, from the rows of all of them.
     """
 
     sources: tuple[str, ...]
-    rows: Callable[[Sequence[Line]], list[dict[str, str]]]
-
-
-def _table(name: str) -> Table:
-    return TABLES.get(name) or Table((name,), functools.partial(_each, _run))
-
-
-def _each(
-    columns: Callable[[Line], dict[str, str]], lines: Sequence[Line]
-) -> list[dict[str, str]]:
-    return [columns(line) for line in lines]
+    make: Callable[[pandas.DataFrame], pandas.DataFrame]
 
 
 # ------------------------------------------------------------------- whole networks
 
-# Columns: title, and activation and engine in the rows.
+# Activation and engine in the rows, and the title of their column.
 SYSTEMS = {
-    "masked": ("masked", "masked"),
-    "espn": ("espn", "crypten+direct"),
-    "opened_mask": ("opened_mask", "crypten+direct"),
-    "beaver": ("beaver", "crypten+direct"),
-    "ReLU": (FOLDED, "crypten+direct"),
-    "ReLU (gloo)": (FOLDED, "crypten+gloo"),
-    "unfolded ReLU (gloo)": (UNFOLDED, "crypten+gloo"),
+    ("masked", "masked"): "masked",
+    ("espn", "crypten+direct"): "espn",
+    ("opened_mask", "crypten+direct"): "opened_mask",
+    ("beaver", "crypten+direct"): "beaver",
+    (FOLDED, "crypten+direct"): "ReLU",
+    (FOLDED, "crypten+gloo"): "ReLU (gloo)",
+    (UNFOLDED, "crypten+gloo"): "unfolded ReLU (gloo)",
 }
 
 
-def _by_model(lines: Sequence[Line], network: str) -> dict[str, dict[str, Line]]:
-    """Lines of that path by model and title in SYSTEMS."""
-    titles = {system: title for title, system in SYSTEMS.items()}
-    found: dict[str, dict[str, Line]] = {}
-    for line in lines:
-        title = titles.get((line["activation"], line["engine"]))
-        if line["network"] == network and title is not None:
-            found.setdefault(line["model"], {})[title] = line
-    return found
+def _wide(rows: pandas.DataFrame, network: str, value: str) -> pandas.DataFrame:
+    """That column on one path: a line for each model, a column for each system."""
+    titles = [
+        SYSTEMS.get(pair) for pair in zip(rows.activation, rows.engine, strict=True)
+    ]
+    found = rows.assign(title=titles)
+    found = found[(found.network == network) & found.title.notna()]
+    found = found.drop_duplicates(["model", "title"], keep="last")
+    wide = found.pivot(index="model", columns="title", values=value)
+    shown = [title for title in SYSTEMS.values() if title in wide.columns]
+    return wide.reindex(index=found.model.unique(), columns=shown)
 
 
 def _by_system(
-    network: str, cell: Callable[[Line], str], lines: Sequence[Line]
-) -> list[dict[str, str]]:
-    """A row for each model on that path, a column for each system that was run."""
-    found = _by_model(lines, network)
-    shown = [title for title in SYSTEMS if any(title in row for row in found.values())]
-    return [
-        {
-            "network": model,
-            **{t: cell(row[t]) if t in row else "not run" for t in shown},
-        }
-        for model, row in found.items()
-    ]
+    network: str, cell: Callable[[Any], str], rows: pandas.DataFrame
+) -> pandas.DataFrame:
+    wide = _wide(rows.assign(cell=rows.apply(cell, axis=1)), network, "cell")
+    return wide.fillna(NOT_RUN).rename_axis("network").reset_index()
 
 
-def _seconds(line: Line) -> str:
-    return f"{_three_digits(line['offline_s'])} + {_three_digits(line['online_s'])}"
+def _seconds(row: Any) -> str:
+    return f"{_digits(row.offline_s)} + {_digits(row.online_s)}"
 
 
-def _wire(line: Line) -> str:
-    return f"{line['rounds']}, {_sent(line) / 1e6:.1f} MB"
+def _wire(row: Any) -> str:
+    return f"{row.rounds}, {row.sent / 1e6:.1f} MB"
 
 
-def _gains(lines: Sequence[Line]) -> list[dict[str, str]]:
+def _gains(rows: pandas.DataFrame) -> pandas.DataFrame:
     """How many times faster online, for each model on wan; and the masked engine's time
     against the sum of its messages' delays, its bytes and its time over loopback."""
-    near = _by_model(lines, "loopback")
-    rows = []
-    for model, far in _by_model(lines, "wan").items():
-        online = {title: float(line["online_s"]) for title, line in far.items()}
-
-        def times(slow: str, fast: str, online: Mapping[str, float] = online) -> str:
-            both = slow in online and fast in online
-            return f"{online[slow] / online[fast]:.1f}" if both else "not run"
-
-        against_parts = "not run"
-        if "masked" in far and "masked" in near.get(model, {}):
-            parts = _parts(far["masked"], near[model]["masked"])
-            against_parts = f"{online['masked'] / parts:.2f}"
-        rows.append(
-            {
-                "network": model,
-                "ReLU (gloo) / masked": times("ReLU (gloo)", "masked"),
-                "ReLU / masked": times("ReLU", "masked"),
-                "espn / masked": times("espn", "masked"),
-                "ReLU / espn": times("ReLU", "espn"),
-                "masked / its parts": against_parts,
-            }
-        )
-    return rows
-
-
-def _parts(far: Line, near: Line) -> float:
-    """Seconds of a cell's delays and bytes, and of the same over loopback."""
-    traffic = Traffic(
-        rounds=int(far["rounds"]),
-        bytes_sent=(int(far["bytes_sent_0"]), int(far["bytes_sent_1"])),
-        alternating=far["engine"] == "masked",
-        delays=GLOO_DELAYS if far["engine"].endswith("+gloo") else 1,
+    far = _wide(rows, "wan", "online_s")
+    far = far.reindex(columns=list(SYSTEMS.values()))
+    near = _wide(rows, "loopback", "online_s").reindex(index=far.index)
+    masked = rows[(rows.network == "wan") & (rows.engine == "masked")]
+    parts = {
+        row.model: _parts(row, near.masked[row.model]) for row in masked.itertuples()
+    }
+    pairs = (("ReLU (gloo)", "masked"), ("ReLU", "masked"), ("espn", "masked"))
+    found = {f"{slow} / {fast}": (far[slow] / far[fast], 1) for slow, fast in pairs}
+    found["ReLU / espn"] = (far["ReLU"] / far["espn"], 1)
+    found["masked / its parts"] = (far["masked"] / pandas.Series(parts), 2)
+    table = pandas.DataFrame(
+        {
+            title: ratio.reindex(far.index).map(f"{{:.{digits}f}}".format)
+            for title, (ratio, digits) in found.items()
+        }
     )
+    return table.replace("nan", NOT_RUN).rename_axis("network").reset_index()
+
+
+def _parts(row: Any, seconds: float) -> float:
+    """Seconds of a row's delays and bytes, and of the same over loopback."""
+    traffic = Traffic(
+        rounds=row.rounds,
+        bytes_sent=(row.bytes_sent_0, row.bytes_sent_1),
+        alternating=row.engine == "masked",
+        delays=GLOO_DELAYS if row.engine.endswith("+gloo") else 1,
+    )
+    rate = float("inf") if pandas.isna(row.mbit) else 1e6 * row.mbit
     return traffic.seconds_at(
-        rtt_s=float(far["rtt_ms"]) / 1e3,
-        bits_per_second=1e6 * float(far["mbit"] or "inf"),
-        seconds=float(near["online_s"]),
+        rtt_s=row.rtt_ms / 1e3, bits_per_second=rate, seconds=seconds
     )
 
 
 # ------------------------------------------------------------ one activation layer
 
 
-def _layer(lines: Sequence[Line]) -> list[dict[str, str]]:
-    """A row for each system, a column of milliseconds for each path; and the time on
+def _layer(rows: pandas.DataFrame) -> pandas.DataFrame:
+    """A line for each system, a column of milliseconds for each path; and the time on
     the longest path of unlimited rate against its delays and its time over loopback."""
-    systems: dict[str, dict[str, Line]] = {}
-    for line in lines:
-        name = system_name(line["activation"], line["engine"])
-        systems.setdefault(name, {})[line["network"]] = line
-    longest = max(
-        (line for line in lines if not line["mbit"]),
-        key=lambda line: float(line["rtt_ms"]),
-    )["network"]
-    rows = []
-    for name, by_path in systems.items():
-        near, far = by_path["loopback"], by_path[longest]
-        online = {path: float(line["online_s"]) for path, line in by_path.items()}
-        rows.append(
-            {
-                "protocol": name,
-                "rounds": near["rounds"],
-                "MB sent": f"{_sent(near) / 1e6:.2f}",
-                **{path: _three_digits(1e3 * s) for path, s in online.items()},
-                f"{longest} / its parts": f"{online[longest] / _parts(far, near):.2f}",
-                "offline": _three_digits(1e3 * float(near["offline_s"])),
-            }
-        )
-    return rows
+    longest = rows[rows.mbit.isna()].sort_values("rtt_ms").network.iloc[-1]
+    online = rows.pivot(index="system", columns="network", values="online_s")
+    near = rows[rows.network == "loopback"].set_index("system")
+    far = rows[rows.network == longest].set_index("system")
+    parts = [_parts(far.loc[name], near.online_s[name]) for name in far.index]
+    share = far.online_s / pandas.Series(parts, index=far.index)
+    paths = {path: (1e3 * online[path]).map(_digits) for path in rows.network.unique()}
+    table = pandas.DataFrame(
+        {
+            "rounds": near.rounds,
+            "MB sent": (near.sent / 1e6).map("{:.2f}".format),
+            **paths,
+            f"{longest} / its parts": share.map("{:.2f}".format),
+            "offline": (1e3 * near.offline_s).map(_digits),
+        }
+    )
+    ordered = table.reindex(rows.system.unique())
+    return ordered.rename_axis("protocol").reset_index()
 
 
 # ------------------------------------------------------------------------ one row each
 
 
-def _run(line: Line) -> dict[str, str]:
-    low, high = (_three_digits(line[f"online_s_{end}"]) for end in ("low", "high"))
-    return {
-        "network": line["network"],
-        "model": line["model"],
-        "protocol": system_name(line["activation"], line["engine"]),
-        "rounds": line["rounds"],
-        "MB sent": f"{_sent(line) / 1e6:.2f}",
-        "runs": line["runs"],
-        "online s": _three_digits(line["online_s"]),
-        "95 %": f"{low} to {high}",
-        "offline s": _three_digits(line["offline_s"]),
-        "total s": _three_digits(line["total_s"]),
-    }
+def _runs(rows: pandas.DataFrame) -> pandas.DataFrame:
+    low, high = rows.online_s_low.map(_digits), rows.online_s_high.map(_digits)
+    return pandas.DataFrame(
+        {
+            "network": rows.network,
+            "model": rows.model,
+            "protocol": rows.system,
+            "rounds": rows.rounds,
+            "MB sent": (rows.sent / 1e6).map("{:.2f}".format),
+            "runs": rows.runs,
+            "online s": rows.online_s.map(_digits),
+            "95 %": low + " to " + high,
+            "offline s": rows.offline_s.map(_digits),
+            "total s": rows.total_s.map(_digits),
+        }
+    )
 
 
-def _sent(line: Line) -> int:
-    return int(line["bytes_sent_0"]) + int(line["bytes_sent_1"])
+def _accuracies(rows: pandas.DataFrame) -> pandas.DataFrame:
+    percent = "{:.2%}".format
+    protocol = rows.system + (" " + rows.truncation.astype("string")).fillna("")
+    return pandas.DataFrame(
+        {
+            "network": rows.model,
+            "activation": rows.activation,
+            "protocol": protocol,
+            "bits": rows.precision_bits.astype("Int64").astype("string"),
+            "images": rows.images,
+            "clear": rows.clear.map(percent),
+            "quantised": rows.quantised.map(percent, na_action="ignore"),
+            "private": rows.private.map(percent),
+            "same answer": rows.agreement.map(percent),
+            "logit error": rows.max_abs_error.map("{:.3f}".format),
+            "s/image": rows.total_s.map(_digits),
+        }
+    )
 
 
-def _three_digits(number: str | float) -> str:
-    return f"{float(number):#.3g}".rstrip(".")
-
-
-def _accuracy(line: Line) -> dict[str, str]:
-    quantised = line["quantised"]
-    return {
-        "network": line["model"],
-        "activation": line["activation"],
-        "protocol": " ".join(filter(None, (line["system"], line["truncation"]))),
-        "bits": line["precision_bits"],
-        "images": line["images"],
-        "clear": f"{float(line['clear']):.2%}",
-        "quantised": f"{float(quantised):.2%}" if quantised else "",
-        "private": f"{float(line['private']):.2%}",
-        "same answer": f"{float(line['agreement']):.2%}",
-        "logit error": f"{float(line['max_abs_error']):.3f}",
-        "s/image": _three_digits(line["total_s"]),
-    }
-
-
-def _training(line: Line) -> dict[str, str]:
-    return {k: v for k, v in line.items() if k not in ("commit", "date", "processor")}
+def _digits(number: float) -> str:
+    """Three significant digits; empty for what was not measured."""
+    return "" if pandas.isna(number) else f"{number:#.3g}".rstrip(".")
 
 
 _WHOLE = ("inference", "large", "unfolded")
@@ -292,6 +281,6 @@ TABLES = {
     "networks-wire": Table(_WHOLE, functools.partial(_by_system, "loopback", _wire)),
     "networks-gains": Table(_WHOLE, _gains),
     "activations": Table(("activations",), _layer),
-    "accuracy": Table(("accuracy",), functools.partial(_each, _accuracy)),
-    "training": Table(("training",), functools.partial(_each, _training)),
+    "accuracy": Table(("accuracy",), _accuracies),
+    "training": Table(("training",), lambda rows: rows.drop(columns=list(STAMP))),
 }

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .compare import report_comparison
-from .rows import Results, write_atomically
-from .tables import table, to_csv
+from .rows import Results
+from .tables import frame, table
 
 
 def add_run_options(
@@ -71,6 +71,7 @@ def finish(results: Results, options: argparse.Namespace, *, ended_well: bool) -
     """Print the table, write the CSV, compare; the exit status."""
     print(table(results))
     if options.csv:
-        write_atomically(Path(options.csv), to_csv(results))
+        Path(options.csv).parent.mkdir(parents=True, exist_ok=True)
+        frame(results).to_csv(options.csv, index=False, float_format="%.6g")
     changed = report_comparison(options.compare, results) if options.compare else 0
     return changed if ended_well else 3

@@ -1,14 +1,16 @@
-"""Rows as aligned text and as CSV."""
+"""Rows as aligned text, and as frames: what CSV files and documents are made from."""
 
 from __future__ import annotations
 
-import csv
-import io
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .rows import FIELDS, Results, Row, Spread
+import pandas
 
+from .rows import Results, Row
+
+STAMP = ("commit", "date", "processor")
 COLUMNS = (
     "network",
     "model",
@@ -75,33 +77,30 @@ def machine_line(header: Mapping[str, Any]) -> str:
     )
 
 
-def to_csv(results: Results) -> str:
-    """Rows as CSV text: the fields of Row, spreads as five columns, commit and date."""
-    stamp = {name: results.machine[name] for name in ("commit", "date", "processor")}
-    return csv_text([{**_flat(row), **stamp} for row in results.rows])
+def frame(results: Results) -> pandas.DataFrame:
+    """A line for each row: its fields, system and both parties' bytes, and the stamp.
+
+    A spread is its median, under the field's name; what else it holds has a suffix:
+    online_s_min, online_s_max, online_s_low, online_s_high.
+    """
+    return stamped([_flat(row) for row in results.rows], results.machine)
 
 
-def csv_text(lines: Sequence[Mapping[str, object]]) -> str:
-    """Lines with the same keys as CSV text; None is empty."""
-    out = io.StringIO()
-    writer = csv.DictWriter(out, list(lines[0]) if lines else [], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(lines)
-    return out.getvalue()
+def stamped(
+    lines: Sequence[Mapping[str, Any]], machine: Mapping[str, Any]
+) -> pandas.DataFrame:
+    """Lines as a frame, with the commit, date and processor that they come from."""
+    return pandas.DataFrame(lines).assign(**{name: machine[name] for name in STAMP})
 
 
-def _flat(row: Row) -> dict[str, object]:
-    line: dict[str, object] = {}
-    for field in FIELDS:
-        value = getattr(row, field.name)
-        if isinstance(value, Spread):
-            figures = (value.median, value.min, value.max, *value.ci95)
-            ends = ("", "_min", "_max", "_low", "_high")
-            for end, figure in zip(ends, figures, strict=True):
-                line[field.name + end] = f"{figure:.6g}"
-        elif isinstance(value, tuple):
-            line.update({f"{field.name}_{rank}": v for rank, v in enumerate(value)})
-        else:
-            line[field.name] = value
-    line["runs"] = row.online_s.repeats
-    return line
+def _flat(row: Row) -> dict[str, Any]:
+    line = dataclasses.asdict(row)
+    for name in ("online_s", "offline_s", "total_s"):
+        spread = line.pop(name)
+        low, high = spread["ci95"]
+        line[name] = spread["median"]
+        ends = {"min": spread["min"], "max": spread["max"], "low": low, "high": high}
+        line.update({f"{name}_{end}": value for end, value in ends.items()})
+    line["bytes_sent_0"], line["bytes_sent_1"] = line.pop("bytes_sent")
+    sent = sum(row.bytes_sent)
+    return {**line, "runs": row.online_s.repeats, "system": row.system, "sent": sent}

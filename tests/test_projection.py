@@ -348,14 +348,14 @@ def test_command_refuses_with_a_cure(capsys, tmp_path):
     assert "name a file in a folder that exists" in capsys.readouterr().err
 
 
-README = Path(__file__).resolve().parent.parent / "benchmarks" / "README.md"
+BENCHMARKS = Path(__file__).resolve().parent.parent / "docs" / "benchmarks.md"
 SHOWN = re.compile(
     r"^    \$ crypten-espn (estimate .*?)\n((?:    .*\n|\n(?=    ))+)", re.M
 )
 
 
-def test_projections_in_the_benchmarks_readme_are_what_the_command_prints(capsys):
-    text = README.read_text().replace("\\\n", "")
+def test_projections_in_the_documents_are_what_the_command_prints(capsys):
+    text = BENCHMARKS.read_text().replace("\\\n", "")
     blocks = SHOWN.findall(text)
     assert len(blocks) == 2
     for arguments, expected in blocks:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
 
-from crypten_espn.pillar.recipes import Recipe
+from crypten_espn.pillar.recipes import Recipe, find_recipe
 
 from .polynomials import REAL_BITS, polynomial
-from .training import Run
+from .training import FOLLOWED, Run
 
 FIGURES = (3, 4, 5, 11)
 DEGREES = range(2, 10)
@@ -111,3 +113,21 @@ def cells(figure: int, budget: Budget) -> list[Cell]:
             for fit in ("aware", "truncated"):
                 found += budget.cells(fit, fit, degree, bits)
     return found
+
+
+def budgets(finished: Iterable[Mapping[str, Any]]) -> list[Budget]:
+    """What was trained, by the settings of finished runs: budgets with all seeds."""
+    seeds: dict[tuple[Any, ...], set[int]] = {}
+    shared = [name for name in FOLLOWED if name not in ("beta", "seed")]
+    for settings in finished:
+        key = (settings["images"], *(settings[name] for name in shared))
+        seeds.setdefault(key, set()).add(settings["seed"])
+    base = find_recipe("fashion-convnet")
+    return [
+        Budget(
+            dataclasses.replace(base, **dict(zip(shared, values, strict=True))),
+            images,
+            tuple(sorted(some)),
+        )
+        for (images, *values), some in seeds.items()
+    ]

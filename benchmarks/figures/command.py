@@ -21,7 +21,7 @@ set, with no clip; no epoch is selected and the test set is not read.
 
 Every finished run is kept in the --json file at once. The same command trains only what
 is missing there, then draws; --fresh trains everything again. CSV, PNG and SVG are
-written beside that file.
+written to --pictures.
 
 Source: Diaa et al., USENIX Security 2024, figures 3, 4, 5 and 11.
 """
@@ -40,13 +40,14 @@ import torch
 from crypten_espn.errors import EspnError
 from crypten_espn.pillar.recipes import find_recipe
 
-from ..rows import ResultsError
+from ..rows import ROOT, ResultsError
 from .cells import FIGURES, Budget, cells
 from .drawing import LEARNING_RATE, draw
 from .finished import Finished, data_of, train_missing
 from .training import first_images
 
-RESULTS = Path(__file__).resolve().parent / "results"
+RESULTS = ROOT / "benchmarks" / "results"
+PICTURES = ROOT / "out" / "benchmarks"
 BATCH_SIZE = 32
 
 
@@ -98,7 +99,14 @@ def make_parser() -> argparse.ArgumentParser:
         type=Path,
         default=RESULTS / "figures.json",
         metavar="FILE",
-        help="finished runs; CSV and pictures go beside it",
+        help="finished runs",
+    )
+    parser.add_argument(
+        "--pictures",
+        type=Path,
+        default=PICTURES,
+        metavar="DIR",
+        help="where CSV, PNG and SVG go (default: out/benchmarks)",
     )
     return parser
 
@@ -141,7 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for figure, runs in list(waiting.items()):
                 if all(run in finished for run in runs):
                     del waiting[figure]
-                    files = draw(figure, budget, finished, options.json.parent)
+                    files = draw(figure, budget, finished, options.pictures)
                     print(*files, sep="\n", flush=True)
 
         keys = {run.key: run for runs in waiting.values() for run in runs}

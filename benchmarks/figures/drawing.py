@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas
+
 from crypten_espn.pillar.recipes import Recipe
 
 from .. import plots
-from ..rows import write_atomically
-from ..tables import csv_text
 from .cells import (
     BETAS,
     BOTH,
@@ -27,6 +28,7 @@ from .cells import (
     UNTREATED,
     Budget,
     Cell,
+    budgets,
     cells,
 )
 from .finished import Finished
@@ -90,15 +92,33 @@ def draw(figure: int, budget: Budget, finished: Finished, folder: Path) -> list[
     All runs of the figure are finished.
     """
     drawn = cells(figure, budget)
+    folder.mkdir(parents=True, exist_ok=True)
     name = stem(figure, budget.recipe, folder)
     files = []
     for suffix, lines in tables(figure, drawn, finished).items():
         files.append(folder / f"{name.name}{suffix}.csv")
-        write_atomically(files[-1], csv_text(lines))
+        pandas.DataFrame(lines).to_csv(files[-1], index=False)
     plot = {3: _plot_degrees, 4: _plot_escapes, 5: _plot_betas, 11: _plot_fits}
     picture = plot[figure](drawn, finished, budget)
     picture.suptitle(f"{TITLES[figure]}\n{budget}", fontsize=9)
     return files + plots.save_figure(picture, name)
+
+
+def draw_complete(finished: Finished, folder: Path) -> list[Path]:
+    """Every figure of which all runs are finished, over the seeds for which they are;
+    the files written."""
+    files = []
+    for budget in budgets(row.settings for row in finished.rows.values()):
+        for figure in FIGURES:
+            left = {
+                cell.run.recipe.seed
+                for cell in cells(figure, budget)
+                if cell.run not in finished
+            }
+            if seeds := tuple(seed for seed in budget.seeds if seed not in left):
+                complete = dataclasses.replace(budget, seeds=seeds)
+                files += draw(figure, complete, finished, folder)
+    return files
 
 
 def _grouped(drawn: Sequence[Cell], finished: Finished) -> dict[Any, list[Outcome]]:

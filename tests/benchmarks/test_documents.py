@@ -1,4 +1,4 @@
-"""Tables in the READMEs are made from the CSV files, and from nothing else."""
+"""Tables in the READMEs are made from the JSON files, and from nothing else."""
 
 from __future__ import annotations
 
@@ -7,10 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import documents, report
+from benchmarks import documents
 from benchmarks.rows import Results, ResultsError, Spread
 
 from .result_cases import LOOPBACK, WAN, write_results
+
+
+def markdown(folder: Path, name: str) -> str:
+    made = documents.markdown(folder, name)
+    assert made is not None
+    return made
 
 
 @pytest.fixture
@@ -20,21 +26,20 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_readme_table_is_replaced_between_its_markers(folder: Path) -> None:
-    report.render(folder)
     readme = folder / "README.md"
     readme.write_text(
         "before\n<!-- begin benchmark inference -->\nold\n"
         "<!-- end benchmark inference -->\nbetween\n"
         "<!-- begin benchmark accuracy -->\n<!-- end benchmark accuracy -->\nafter\n"
     )
-    assert documents.update_readme(readme, folder) == (["inference", "accuracy"], [])
+    assert documents.update(readme, folder) == (["inference", "accuracy"], [])
     text = readme.read_text()
     assert text.startswith("before\n<!-- begin benchmark inference -->\n| network |")
     assert "| wan | minionn | masked | 16 | 1.50 | 1 | 1.10 |" in text
     assert "| 62.50% | 87.50% |" in text and "old" not in text
     assert "`python -m benchmarks.inference`: commit " in text
     assert text.endswith("<!-- end benchmark accuracy -->\nafter\n")
-    documents.update_readme(readme, folder)
+    documents.update(readme, folder)
     assert readme.read_text() == text
 
 
@@ -47,15 +52,14 @@ def test_systems_side_by_side_are_made_from_every_file(folder: Path) -> None:
     results.add(dataclasses.replace(relu, model="vgg16", online_s=Spread.of([20.25])))
     large = Results(folder / "large.json")
     large.add(dataclasses.replace(WAN, model="resnet50"))
-    report.render(folder)
-    seconds = documents.markdown(folder, "networks-wan").splitlines()
+    seconds = markdown(folder, "networks-wan").splitlines()
     assert seconds[0] == "| network | masked | unfolded ReLU (gloo) |"
     assert seconds[2] == "| minionn | 0.100 + 1.10 | 0.100 + 1.10 |"
     assert seconds[3] == "| resnet50 | 0.100 + 1.10 | not run |"
     assert seconds[4] == "| vgg16 | not run | 0.100 + 20.2 |"
     assert seconds[6].startswith("`python -m benchmarks.inference`: commit")
     assert all(note.startswith("commit ") for note in seconds[7:9])  # none is known
-    assert "| minionn | 16, 1.5 MB |" in documents.markdown(folder, "networks-wire")
+    assert "| minionn | 16, 1.5 MB |" in markdown(folder, "networks-wire")
 
 
 def test_marker_without_end_is_refused_and_missing_results_are_named(
@@ -64,9 +68,9 @@ def test_marker_without_end_is_refused_and_missing_results_are_named(
     readme = folder / "README.md"
     readme.write_text("<!-- begin benchmark inference -->\n")
     with pytest.raises(ResultsError, match="inference begins and does not end"):
-        documents.update_readme(readme, folder)
+        documents.update(readme, folder)
     readme.write_text("<!-- begin benchmark moon -->\n<!-- end benchmark moon -->\n")
-    assert documents.update_readme(readme, folder) == ([], ["moon"])
+    assert documents.update(readme, folder) == ([], ["moon"])
 
 
 def test_gains_are_those_of_the_rows_on_wan(folder: Path) -> None:
@@ -81,8 +85,7 @@ def test_gains_are_those_of_the_rows_on_wan(folder: Path) -> None:
             dataclasses.replace(WAN, activation=name, engine=engine, online_s=online)
         )
     results.add(dataclasses.replace(WAN, model="vgg16"))  # not run over loopback
-    report.render(folder)
-    lines = documents.markdown(folder, "networks-gains").splitlines()
+    lines = markdown(folder, "networks-gains").splitlines()
     parts = 16 * 0.05 + 1.5e6 * 8 / (100e6 * 1448 / 1500) + 0.03
     assert lines[2] == f"| minionn | 15.0 | 7.0 | 3.0 | 2.3 | {1.1 / parts:.2f} |"
     assert lines[3] == "| vgg16 |" + 5 * " not run |"
@@ -112,8 +115,7 @@ def test_one_layer_puts_the_paths_beside_one_another(folder: Path) -> None:
                 online_s=Spread.of([seconds]),
             )
         )
-    report.render(folder)
-    head, _, row, *_ = documents.markdown(folder, "activations").splitlines()
+    head, _, row, *_ = markdown(folder, "activations").splitlines()
     assert head == (
         "| protocol | rounds | MB sent | loopback | 25ms | 100ms | wan "
         "| 100ms / its parts | offline |"

@@ -166,6 +166,10 @@ def use(monkeypatch: pytest.MonkeyPatch, data: Dataset) -> None:
         monkeypatch.setattr(module, "data_of", lambda recipe, folder: data)
 
 
+def places(folder: Path) -> tuple[str, ...]:
+    return ("--json", str(folder / "runs.json"), "--pictures", str(folder))
+
+
 TINY = ("--jobs", "1", "--images", "32", "--epochs", "1")
 
 
@@ -198,7 +202,7 @@ def unsaved(figure: Any, stem: Path) -> list[Path]:
 def test_interrupted_figures_go_on_where_they_were(data, tmp_path, monkeypatch, capsys):
     use(monkeypatch, data)
     monkeypatch.setattr(plots, "save_figure", unsaved)
-    arguments = [*TINY, "--json", str(tmp_path / "runs.json")]
+    arguments = [*TINY, *places(tmp_path)]
     with monkeypatch.context() as patch:
         patch.setattr(finished, "train", failing_at(3))
         assert command.main([*arguments, "--figure", "5", "11"]) == 130
@@ -241,8 +245,7 @@ def test_figures_3_and_4_show_divergence(data, tmp_path, monkeypatch):
         return real(run, data, tick=tick)
 
     monkeypatch.setattr(finished, "train", train)
-    out = tmp_path / "runs.json"
-    arguments = ["--figure", "3", "4", "--seeds", "1", "2", "--json", str(out)]
+    arguments = ["--figure", "3", "4", "--seeds", "1", "2", *places(tmp_path)]
     assert command.main([*TINY, *arguments]) == 0
     lines = table(tmp_path / "figure3-fashion-mnist.csv")
     diverged = [line for line in lines if line["diverged_at_step"]]
@@ -260,6 +263,17 @@ def test_figures_3_and_4_show_divergence(data, tmp_path, monkeypatch):
     for stem in ("figure3-fashion-mnist", "figure4-fashion-mnist"):
         assert (tmp_path / f"{stem}.png").stat().st_size > 10_000
         assert "<svg" in (tmp_path / f"{stem}.svg").read_text()
+    # Drawn again from the file alone, they are the same.
+    again = tmp_path / "again"
+    files = drawing.draw_complete(Finished(tmp_path / "runs.json"), again)
+    assert {file.name for file in files} == {
+        f"{stem}{end}"
+        for stem in ("figure3-fashion-mnist", "figure4-fashion-mnist")
+        for end in (".csv", ".png", ".svg")
+    } | {"figure4-fashion-mnist-runs.csv"}
+    for file in files:
+        if file.suffix == ".csv":
+            assert file.read_text() == (tmp_path / file.name).read_text()
     captions = [caption for caption, _ in drawing.pictures(tmp_path)]
     assert [c.partition(".")[0] for c in captions] == ["Figure 3", "Figure 4"]
 

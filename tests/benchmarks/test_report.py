@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import activations, costmodel, inference, report
+from benchmarks import activations, costmodel, inference, page, report
 from benchmarks.accuracy import command as accuracy
 from benchmarks.figures import command as figures
+from benchmarks.page import RUNS, render
 from benchmarks.rows import Results, ResultsError
 
 from .result_cases import LOOPBACK, WAN, write_results
@@ -25,22 +26,41 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_page_holds_every_cell_and_needs_no_other_file(folder: Path) -> None:
-    files = {file.name for file in report.render(folder)}
+    files = {file.name for file in render(folder, folder)}
     assert {"inference.csv", "accuracy.csv", "index.html"} <= files
     assert {"inference-wan.png", "inference-wan.svg", "accuracy.png"} <= files
-    page = (folder / "index.html").read_text()
-    assert "data:image/svg+xml;base64," in page and "&lt;too long&gt;" in page
-    assert "http://" not in page and "https://" not in page and "<script" not in page
-    assert "python -m benchmarks.inference" in page
+    text = (folder / "index.html").read_text()
+    assert "data:image/svg+xml;base64," in text and "&lt;too long&gt;" in text
+    assert "http://" not in text and "https://" not in text and "<script" not in text
+    assert "python -m benchmarks.inference" in text
     with open(folder / "inference.csv", newline="") as handle:
         lines = list(csv.DictReader(handle))
     assert [line["network"] for line in lines] == ["loopback", "wan"]
     assert all(line["commit"] and line["date"] for line in lines)
 
 
+def test_document_is_made_whole_and_says_what_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for the cost model's table, which takes long: its lines are given."""
+    line = ("7 cells", "from shapes", "15%", "1%", "`python -m`")
+    monkeypatch.setattr(page.costmodel, "validated", lambda folder: [line])
+    text = page.document(report.RESULTS)
+    assert "| 7 cells | from shapes | 15% | 1% | `python -m` |\n\nFrom shapes" in text
+    kept = report.WHOLE.read_text()
+
+    def tables(text: str) -> list[str]:
+        return [one for one in text.splitlines() if one.startswith("|")]
+
+    assert set(tables(text)) - {f"| {' | '.join(line)} |"} <= set(tables(kept))
+    assert "{" + "{" not in text and "{" + "%" not in text
+    with pytest.raises(ResultsError, match=r"no inference\.json"):
+        page.document(tmp_path)
+
+
 def test_a_folder_without_results_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ResultsError, match="no results there"):
-        report.render(tmp_path)
+        render(tmp_path, tmp_path)
 
 
 def test_commands_are_those_that_wrote_the_results(
@@ -119,8 +139,8 @@ def test_steps_are_chosen_by_name(
 def test_every_step_is_a_command_its_benchmark_accepts(full: bool) -> None:
     steps = report.steps(full=full)
     names = {step.name for step in steps}
-    assert names <= {*report.RUNS, "accuracy", "figures"}
-    assert names >= {*report.RUNS, "accuracy"} if full else names >= {"inference"}
+    assert names <= {*RUNS, "accuracy", "figures"}
+    assert names >= {*RUNS, "accuracy"} if full else names >= {"inference"}
     parsers = {"activations": activations, "inference": inference, "figures": figures}
     for step in steps:
         benchmark = parsers.get(step.module, accuracy)

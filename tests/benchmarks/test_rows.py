@@ -118,7 +118,9 @@ def test_table_and_csv_show_every_row_and_every_skipped_cell() -> None:
     text = tables.table(results)
     assert "espn (direct)" in text and "masked" in text
     assert "skipped: wan  vgg16  espn  crypten+gloo: over the limit" in text
-    first, second = csv.DictReader(io.StringIO(tables.to_csv(results)))
+    first, second = csv.DictReader(
+        io.StringIO(tables.frame(results).to_csv(index=False, float_format="%.6g"))
+    )
     assert first["online_s"] == "2" and first["online_s_max"] == "3"
     assert (first["bytes_sent_0"], first["bytes_sent_1"]) == ("1000", "900")
     assert first["commit"] == results.machine["commit"] and first["date"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -31,8 +30,8 @@ def options(folder: Path, *more: str) -> list[str]:
 def test_runs_and_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     kinds = ("--kinds", "finetuned", "polynomial", "relu")
     assert training.main(options(tmp_path, *kinds, "--seeds", "1", "2")) == 0
-    table = (tmp_path / "results/training.csv").read_text()
-    rows = {line["activation"]: line for line in csv.DictReader(table.splitlines())}
+    table = training.summary(tmp_path / "results/training")
+    rows = {line["activation"]: line for line in table.to_dict("records")}
     assert list(rows) == ["degree 2", "ReLU", "degree 2, fine-tuned"]
     assert {line["seeds"] for line in rows.values()} == {"1 2"}
     results = {}
