@@ -152,7 +152,7 @@ def document(folder: Path) -> str:
     def table(name: str) -> str:
         made = documents.markdown(folder, name)
         if made is None:
-            raise ResultsError(f"{folder}: no {name}.json; run the benchmarks")
+            raise ResultsError(f"{folder}: no results of {name}; run the benchmarks")
         return made.rstrip("\n")
 
     environment = jinja2.Environment(
