@@ -51,7 +51,7 @@ from crypten_espn.pillar.storage import load_network
 from crypten_espn.randomness import Keystream
 from crypten_espn.table import aligned
 
-from .harness import machine
+from .rows import machine
 
 QUARTIC = espn.Polynomial((322, 512, 160, 0, -3), 10, (-5.0, 5.0))
 BUNDLED = Path(espn.__file__).parent / "data" / "fashion_resnet_poly.safetensors"

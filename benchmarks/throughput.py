@@ -38,7 +38,8 @@ from crypten_espn.session import (
 )
 
 from . import inference
-from .harness import Spread, columns, machine, write_atomically
+from .rows import Spread, machine, write_atomically
+from .tables import columns
 
 _TICK_S = 1.0 / os.sysconf("SC_CLK_TCK")
 _SERVER, _CLIENT, _DEALER = range(3)

@@ -24,7 +24,7 @@ import numpy as np
 
 from crypten_espn.masked import kernels
 
-from .harness import machine, write_atomically
+from .rows import machine, write_atomically
 
 CHUNK = 1 << 20
 

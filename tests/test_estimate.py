@@ -16,7 +16,7 @@ from torch import nn
 
 import crypten_espn as espn
 from benchmarks import costmodel
-from benchmarks.harness import Results
+from benchmarks.rows import Results
 from crypten_espn import cli
 from crypten_espn.cost import GLOO_DELAYS
 from crypten_espn.errors import ConversionError, EspnError, ShapeError
@@ -344,14 +344,14 @@ def test_command_refuses_with_a_cure(capsys, tmp_path):
     assert "name a file in a folder that exists" in capsys.readouterr().err
 
 
-README = Path(__file__).resolve().parent.parent / "benchmarks" / "README.md"
+BENCHMARKS = Path(__file__).resolve().parent.parent / "docs" / "benchmarks.md"
 SHOWN = re.compile(
     r"^    \$ crypten-espn (estimate .*?)\n((?:    .*\n|\n(?=    ))+)", re.M
 )
 
 
-def test_projections_in_the_benchmarks_readme_are_what_the_command_prints(capsys):
-    text = README.read_text().replace("\\\n", "")
+def test_projections_in_the_documents_are_what_the_command_prints(capsys):
+    text = BENCHMARKS.read_text().replace("\\\n", "")
     blocks = SHOWN.findall(text)
     assert len(blocks) == 2
     for arguments, expected in blocks:

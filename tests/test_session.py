@@ -30,7 +30,7 @@ from crypten_espn.errors import (
 from crypten_espn.wire.channel import Channel
 from crypten_espn.wire.connect import connect_channel
 
-from .masked_cases import planned, residual
+from .masked.cases import planned, residual
 
 
 @pytest.fixture(scope="module")
