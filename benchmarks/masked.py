@@ -15,7 +15,7 @@ import torch
 
 import crypten_espn
 from crypten_espn.masked.dealing import Dealing
-from crypten_espn.masked.drivers import AGREEMENT_BYTES, over
+from crypten_espn.masked.drivers import TOLD_BYTES, over
 from crypten_espn.masked.inference import client, server
 from crypten_espn.masked.material import ClientMaterial, Pairing, ServerMaterial
 from crypten_espn.masked.messages import DEALER, Protocol, Receive, Send
@@ -103,8 +103,8 @@ class MaskedSystem:
         side.channel.pace()
         logits = side.infer()
         sent, _ = _payload(side.channel)
-        # Both sides compare which material they used, after the logits.
-        sent -= AGREEMENT_BYTES
+        # Both sides also tell which material they used.
+        sent -= TOLD_BYTES
 
         def finish() -> Result:
             checked = None if logits is None else self._check(logits)

@@ -119,10 +119,10 @@ def simulate_model(
     end = time.perf_counter()
     cost = SessionCost(
         plan.messages,
-        online.bytes_sent(CLIENT, agreements=1),
+        online.bytes_sent(CLIENT),
         offline.bytes_sent(DEALER) // 8,
         end - middle,
-        online.bytes_sent(SERVER, agreements=1),
+        online.bytes_sent(SERVER),
         Cost(0, _sent(CLIENT, opening, offline), 0, middle - start),
         _sent(SERVER, opening, offline),
         _sent(DEALER, opening, offline),

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-import crypten_espn.wire.crypten
 import crypten_espn.correlated  # repairs CrypTen before it is imported, below
+import crypten_espn.wire.crypten
 
 from .measuring import Result
 

@@ -11,10 +11,10 @@ from typing import Any, TypeVar
 from ..errors import MaterialError
 from ..wire.channel import HEADER_BYTES, Channel
 from ..wire.packing import pack, packed_bytes, unpack
-from .messages import Agree, Protocol, Receive, Send
+from .messages import Compare, Protocol, Receive, Send, Tell
 
 T = TypeVar("T")
-AGREEMENT_BYTES = 32
+TOLD_BYTES = 32
 
 
 def over(part: Protocol[T], channels: Mapping[str, Channel], *, tag: int = 0) -> T:
@@ -36,22 +36,21 @@ def over(part: Protocol[T], channels: Mapping[str, Channel], *, tag: int = 0) ->
                 answer = channels[event.to].send_parts(event.parts, tag=tag)
             elif isinstance(event, Receive):
                 answer = channels[event.of].receive_parts(event.parts, tag=tag)
+            elif isinstance(event, Tell):
+                answer = channels[event.to].send_bytes(event.digest, tag=tag)
             else:
-                channel = channels[event.party]
-                channel.send_bytes(event.digest, tag=tag)
-                answer = _agree(
-                    event, channel.receive_bytes(limit=AGREEMENT_BYTES, tag=tag)
-                )
+                told = channels[event.of].receive_bytes(limit=TOLD_BYTES, tag=tag)
+                answer = _compare(event, told)
     except StopIteration as end:
         return end.value
     finally:
         part.close()
 
 
-def _agree(mine: Agree, theirs: bytes) -> None:
+def _compare(mine: Compare, theirs: bytes) -> None:
     if not hmac.compare_digest(mine.digest, theirs):
         raise MaterialError(
-            f"The {mine.party} used material of another inference, session or plan, so "
+            f"The {mine.of} used material of another inference, session or plan, so "
             "the result is worthless and was dropped. Prepare material together again."
         )
 
@@ -62,17 +61,19 @@ class Transcript:
 
     Args:
         messages: sender, receiver and payload bytes of each message of ring elements.
+        told: how often each party told the other what to compare.
         sends: the messages themselves.
     """
 
     messages: list[tuple[str, str, int]] = field(default_factory=list)
+    told: dict[str, int] = field(default_factory=dict)
     sends: list[tuple[str, Send]] = field(default_factory=list, repr=False)
 
-    def bytes_sent(self, sender: str, *, agreements: int = 0) -> int:
+    def bytes_sent(self, sender: str) -> int:
         """Bytes a party puts on the wire, frame headers included."""
         payloads = [size for who, _, size in self.messages if who == sender]
-        frames = len(payloads) + agreements
-        return sum(payloads) + frames * HEADER_BYTES + agreements * AGREEMENT_BYTES
+        payloads += [TOLD_BYTES] * self.told.get(sender, 0)
+        return sum(payloads) + len(payloads) * HEADER_BYTES
 
 
 def together(
@@ -100,23 +101,20 @@ def together(
             while True:
                 answer: Any = None
                 if event is not None:
-                    other = event.party if isinstance(event, Agree) else event.of
-                    queue = queues.get((other, name))
+                    queue = queues.get((event.of, name))
                     if not queue:
                         break
                     answer = _take(event, queue.popleft())
                 moved = True
                 try:
                     event = part.send(answer)
-                    while isinstance(event, Send):
+                    while isinstance(event, Send | Tell):
                         _post(name, event, queues, transcript, keep)
                         event = part.send(None)
                 except StopIteration as end:
                     values[name] = end.value
                     del running[name]
                     break
-                if isinstance(event, Agree):
-                    queues.setdefault((name, event.party), deque()).append(event)
                 waiting[name] = event
         if not moved:
             raise RuntimeError(f"{', '.join(running)} wait for each other.")
@@ -125,23 +123,28 @@ def together(
 
 def _post(
     name: str,
-    event: Send,
+    event: Send | Tell,
     queues: dict[tuple[str, str], deque[Any]],
     transcript: Transcript,
     keep: bool,
 ) -> None:
+    queue = queues.setdefault((name, event.to), deque())
+    if isinstance(event, Tell):
+        transcript.told[name] = transcript.told.get(name, 0) + 1
+        queue.append(event.digest)
+        return
     data = [(bytes(pack(array, bits=bits)), bits) for array, bits in event.parts]
     transcript.messages.append((name, event.to, event.payload))
     if keep:
         kept = tuple((array.copy(), bits) for array, bits in event.parts)
         transcript.sends.append((name, Send(event.to, kept)))
-    queues.setdefault((name, event.to), deque()).append(data)
+    queue.append(data)
 
 
-def _take(event: Receive | Agree, message: Any) -> Any:
+def _take(event: Receive | Compare, message: Any) -> Any:
     """What a waiting part gets from a message, checked as a channel would."""
-    if isinstance(event, Agree):
-        return _agree(event, message.digest)
+    if isinstance(event, Compare):
+        return _compare(event, message)
     expected = [packed_bytes(count, bits) for count, bits in event.parts]
     if [len(data) for data, _ in message] != expected:
         raise RuntimeError(f"The {event.of} sent parts of another size than expected.")

@@ -41,7 +41,17 @@ from ..wire.packing import packed_bytes
 from . import kernels
 from .linear import Operands, accumulate
 from .material import ClientMaterial, ServerMaterial
-from .messages import CLIENT, SERVER, Agree, Protocol, Receive, Send, receive, send
+from .messages import (
+    CLIENT,
+    SERVER,
+    Compare,
+    Protocol,
+    Receive,
+    Send,
+    Tell,
+    receive,
+    send,
+)
 from .plan import INPUT, Plan, Step
 from .weights import Weights
 
@@ -78,8 +88,11 @@ def server(plan: Plan, weights: Weights, material: ServerMaterial) -> Protocol[N
     share = yield from server_layers(
         plan, weights, material, data.reshape(batch, *first.shape)
     )
+    # Whoever used other material than the client would send it noise, or worse.
+    digest = material.pairing.digest(plan)
+    yield Compare(CLIENT, digest)
+    yield Tell(CLIENT, digest)
     yield send(CLIENT, share, plan.output.ring)
-    yield Agree(CLIENT, material.pairing.digest(plan))
 
 
 def server_layers(
@@ -200,8 +213,10 @@ def client(plan: Plan, material: ClientMaterial, x: np.ndarray) -> Protocol[np.n
     masked = x.astype(kernels.ring_dtype(first.ring)) - material.input_mask
     yield send(SERVER, masked, first.ring)
     share = yield from client_layers(plan, material)
+    digest = material.pairing.digest(plan)
+    yield Tell(SERVER, digest)
+    yield Compare(SERVER, digest)
     (theirs,) = yield receive(SERVER, share.size, plan.output.ring)
-    yield Agree(SERVER, material.pairing.digest(plan))
     return theirs.reshape(share.shape) + share
 
 

@@ -41,15 +41,26 @@ class Receive:
 
 
 @dataclass(frozen=True)
-class Agree:
-    """Compare 32 bytes with the other party; different ones end in a MaterialError."""
+class Tell:
+    """Tell the other party 32 bytes that it compares with its own."""
 
-    party: str
+    to: str
     digest: bytes
 
 
+@dataclass(frozen=True)
+class Compare:
+    """Wait for what the other party tells; other bytes end in a MaterialError."""
+
+    of: str
+    digest: bytes
+
+
+Event = Send | Receive | Tell | Compare
+
+
 T = TypeVar("T")
-Protocol = Generator[Send | Receive | Agree, Any, T]
+Protocol = Generator[Event, Any, T]
 
 
 def send(to: str, array: np.ndarray, bits: int) -> Send:
