@@ -31,11 +31,11 @@ import torch
 from crypten.common import rng
 from crypten.mpc import MPCTensor
 from crypten.mpc import provider as crypten_provider
-from crypten.mpc.primitives import ArithmeticSharedTensor
 from crypten.mpc.provider.ttp_provider import TTPClient
 
 from ..correlated import Dealer as TupleDealer
 from ..errors import MaterialError, RandomnessError, WorldSizeError
+from ..protocols.shares import shared
 from ..protocols.truncation import exact
 from ..randomness import new_seed
 from ..wire.packing import pack, packed_bytes, unpack
@@ -191,13 +191,8 @@ class ComposedEngine:
         output = torch.from_numpy(np.ascontiguousarray(result).astype(np.int64))
         drop = plan.output.frac_bits - frac_bits
         lifted = exact(output, max(drop, 0), ring_bits=plan.output.ring)
-        answer = MPCTensor([])
-        answer._tensor = ArithmeticSharedTensor.from_shares(
-            (lifted << max(-drop, 0)).reshape(batch, *plan.output_shape),
-            precision=frac_bits,
-        )
-        answer.ptype = x.ptype
-        return answer
+        lifted = (lifted << max(-drop, 0)).reshape(batch, *plan.output_shape)
+        return shared(lifted, frac_bits=frac_bits)
 
     def _layers(
         self, material: ServerMaterial | ClientMaterial, own: np.ndarray

@@ -10,7 +10,6 @@ from typing import Any
 import crypten
 import crypten.communicator as comm
 from crypten.mpc import MPCTensor
-from crypten.mpc.primitives import ArithmeticSharedTensor
 from omegaconf import OmegaConf
 
 from ..cost import Cost
@@ -21,6 +20,7 @@ from .beaver import BEAVER
 from .espn import ESPN
 from .opened_mask import OPENED_MASK
 from .protocol import Protocol
+from .shares import shared
 
 # Settings, estimates and benchmarks read this table; a protocol enters it here.
 PROTOCOLS: dict[str, Protocol] = {p.name: p for p in (ESPN, OPENED_MASK, BEAVER)}
@@ -196,7 +196,4 @@ def polyval(x: MPCTensor, polynomial: Polynomial) -> MPCTensor:
     result = chosen.protocol.evaluate(share, powers_input, form)
     shrink = truncation.exact if chosen.exact(world_size) else truncation.local
     result = shrink(result, form.out_bits - frac_bits)
-    output = MPCTensor([])
-    output._tensor = ArithmeticSharedTensor.from_shares(result, precision=frac_bits)
-    output.ptype = x.ptype
-    return output
+    return shared(result, frac_bits=frac_bits)

@@ -15,6 +15,7 @@ from crypten.mpc import MPCTensor
 
 from ..errors import RangeError
 from ..randomness import Keystream
+from .shares import shared
 
 MOST_BITS = 40
 
@@ -42,12 +43,11 @@ def with_noise(x: MPCTensor, *, noise_bits: int) -> MPCTensor:
     checked_noise_bits(noise_bits)
     if noise_bits == 0:
         return x
-    result = x.shallow_copy()
+    share = x.share
     if comm.get().get_rank() == 0:
         noise = Keystream().ring(tuple(x.size()), bits=noise_bits)
-        noise -= 1 << (noise_bits - 1)
-        result.share = x.share + noise.to(x.share.device)
-    return result
+        share = share + (noise - (1 << (noise_bits - 1))).to(share.device)
+    return shared(share, frac_bits=x.encoder._precision_bits)
 
 
 def checked_noise_bits(noise_bits: int) -> int:
