@@ -269,12 +269,13 @@ class Dealer(TTPServer):
                 f"the dealer is out of step with the parties since an earlier request "
                 f"failed ({self._failure}): start all parties again"
             )
-        keys = {"function": str, "device": (str, type(None)), "args": tuple}
+        keys: dict[str, Any] = {
+            "function": str, "device": (str, type(None)), "args": tuple, "kwargs": dict,
+        }  # fmt: skip
         if not (
             isinstance(message, dict)
-            and message.keys() == {*keys, "kwargs"}
+            and message.keys() == keys.keys()
             and all(isinstance(message[key], kind) for key, kind in keys.items())
-            and isinstance(message["kwargs"], dict)
         ):
             raise RandomnessError(
                 "what came is no request: a dictionary of function, device, args and "

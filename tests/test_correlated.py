@@ -20,7 +20,6 @@ from crypten_espn.launch import run_parties
 from tests import oracle
 
 SHAPES = [torch.Size(()), torch.Size((5,)), torch.Size((2, 3, 4))]
-TIMEOUT = 120
 
 
 def draw(cached):
@@ -55,7 +54,7 @@ def draw(cached):
 @pytest.mark.parametrize("cached", [False, True])
 def test_correlations_hold(provider, cached):
     with crypten.cfg.temp_override({"mpc.provider": provider}):
-        first, second = run_parties(draw, world_size=2, args=(cached,), timeout=TIMEOUT)
+        first, second = run_parties(draw, world_size=2, args=(cached,))
     for mine, theirs in zip(first, second, strict=True):
         (a, c0), (b, c1) = mine[0], theirs[0]
         products = [
@@ -84,7 +83,7 @@ def test_correlations_hold(provider, cached):
 
 def test_party_one_cannot_be_told_from_uniform_without_rank_zero():
     """Party 1's rescaling shares alone carry no relation to each other."""
-    _, second = run_parties(draw, world_size=2, args=(False,), timeout=TIMEOUT)
+    _, second = run_parties(draw, world_size=2, args=(False,))
     r, logical, arithmetic = second[2][3]
     assert not torch.equal(-(r >> 19), arithmetic)
     assert not torch.equal(-logical_shift(r, 19), logical)
@@ -115,9 +114,9 @@ def test_a_linear_polynomial_takes_no_powers():
 
 def refused_and_served_on() -> tuple[list[str], list[float]]:
     """Rank 0 names what is not dealt; then a product is made as if nothing was."""
-    refusals = []
+    refusals: list[str] = []
     if comm.get().get_rank() == 0:
-        for request in (
+        for name, *args in (
             ("_setup_generators",),
             ("__init__",),
             ("__class__",),
@@ -126,7 +125,7 @@ def refused_and_served_on() -> tuple[list[str], list[float]]:
             ("uninit",),
         ):
             with pytest.raises(RandomnessError) as caught:
-                TTPClient.get().ttp_request(request[0], None, *request[1:])
+                TTPClient.get().ttp_request(name, None, *args)
             refusals.append(str(caught.value))
         comm.get().send_obj(["no", "request"], 2, comm.get().ttp_group)
         refusals.append(comm.get().recv_obj(2, comm.get().ttp_group))
@@ -138,7 +137,7 @@ def refused_and_served_on() -> tuple[list[str], list[float]]:
 def test_the_dealer_refuses_what_it_does_not_deal_by_name_and_serves_on():
     with crypten.cfg.temp_override({"mpc.provider": "TTP"}):
         (refusals, first), (_, second) = run_parties(
-            refused_and_served_on, world_size=2, timeout=TIMEOUT
+            refused_and_served_on, world_size=2
         )
     names = ("_setup_generators", "__init__", "__class__", "answer", "_get_generators")
     for name, refusal in zip((*names, "uninit"), refusals, strict=False):
@@ -149,7 +148,7 @@ def test_the_dealer_refuses_what_it_does_not_deal_by_name_and_serves_on():
 
 
 def failed_and_out_of_step() -> list[str]:
-    refusals = []
+    refusals: list[str] = []
     if comm.get().get_rank() == 0:
         for function, *args in (
             ("additive", (2,), (2,), "frombuffer"),
@@ -163,7 +162,7 @@ def failed_and_out_of_step() -> list[str]:
 
 def test_a_dealer_that_failed_says_so_and_deals_nothing_wrong_afterwards():
     with crypten.cfg.temp_override({"mpc.provider": "TTP"}):
-        refusals, _ = run_parties(failed_and_out_of_step, world_size=2, timeout=TIMEOUT)
+        refusals, _ = run_parties(failed_and_out_of_step, world_size=2)
     assert "triples of 'frombuffer' were asked for" in refusals[0]
     assert "out of step" in refusals[1] and "frombuffer" in refusals[1]
 
@@ -201,4 +200,4 @@ def test_only_rank_zero_asks_the_dealer():
         crypten.cfg.temp_override({"mpc.provider": "TTP"}),
         pytest.raises(PeerError, match="rank 1 asked the dealer; only rank 0 may"),
     ):
-        run_parties(party, world_size=2, timeout=TIMEOUT)
+        run_parties(party, world_size=2)

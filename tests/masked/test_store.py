@@ -13,6 +13,7 @@ import tracemalloc
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -20,7 +21,7 @@ import pytest
 
 from crypten_espn.errors import MaterialError
 from crypten_espn.masked import journal
-from crypten_espn.masked.header import PAGE, Header
+from crypten_espn.masked.header import PAGE, Header, Layout
 from crypten_espn.masked.store import DATA, material_info
 from crypten_espn.masked.store_writer import MaterialWriter, remove_used_up
 
@@ -295,7 +296,7 @@ def swapped_within(folder: Path) -> None:
     path.write_bytes(data)
 
 
-def from_another_file(folder: Path, **changes: object) -> None:
+def from_another_file(folder: Path, **changes: Any) -> None:
     path, other = write(folder), write(folder.with_name("other"), **changes)
     data, foreign, header = path.read_bytes(), other.read_bytes(), header_of(path)
     start = header.offset(0)
@@ -366,8 +367,13 @@ def test_another_party_plan_model_or_layout_is_named(
 
 def test_the_layout_is_asked_for_the_headers_batch(tmp_path: Path) -> None:
     asked: list[int] = []
+
+    def noted(batch: int) -> Layout:
+        asked.append(batch)
+        return LAYOUT
+
     write(tmp_path / "m", batch=7)
-    store(tmp_path / "m", layout=lambda batch: asked.append(batch) or LAYOUT)
+    store(tmp_path / "m", layout=noted)
     assert asked == [7]
 
 
@@ -379,7 +385,7 @@ def test_material_of_an_earlier_version_is_named(tmp_path: Path) -> None:
     path.write_bytes(b"ESPNMAT1" + struct.pack("<I", 2) + b"{}" + bytes(PAGE))
     for use in (material_info, store, write):
         with pytest.raises(MaterialError, match="written by another version"):
-            use(folder)  # type: ignore[operator]
+            use(folder)
 
 
 @pytest.mark.parametrize(
@@ -394,7 +400,7 @@ def test_numbers_out_of_bounds_are_never_written(
     field: str, value: object, tmp_path: Path
 ) -> None:
     with pytest.raises(MaterialError, match="no material can be kept"):
-        write(tmp_path / "m", **{field: value})
+        write(tmp_path / "m", **{field: value})  # type: ignore[arg-type]
     assert not (tmp_path / "m").exists()
 
 
@@ -551,7 +557,7 @@ def test_a_folder_open_to_others_is_refused(mode: int, tmp_path: Path) -> None:
     folder.chmod(mode)
     for use in (material_info, store, write, remove_used_up):
         with pytest.raises(MaterialError, match=f"m has mode {mode:04o}.*chmod 700"):
-            use(folder)  # type: ignore[operator]
+            use(folder)
 
 
 @pytest.mark.parametrize("mode", [0o640, 0o602])
@@ -560,7 +566,7 @@ def test_a_file_open_to_others_is_refused(mode: int, tmp_path: Path) -> None:
     path.chmod(mode)
     for use in (material_info, store, write, remove_used_up):
         with pytest.raises(MaterialError, match=f"espn has mode {mode:04o}.*chmod 600"):
-            use(tmp_path / "m")  # type: ignore[operator]
+            use(tmp_path / "m")
 
 
 def test_links_are_not_followed(tmp_path: Path) -> None:
@@ -568,12 +574,12 @@ def test_links_are_not_followed(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "m")
     for use in (material_info, store, write, remove_used_up):
         with pytest.raises(MaterialError, match="link is a symbolic link"):
-            use(tmp_path / "link")  # type: ignore[operator]
+            use(tmp_path / "link")
     path.rename(tmp_path / "away")
     path.symlink_to(tmp_path / "away")
     for use in (material_info, store, write, remove_used_up):
         with pytest.raises(MaterialError, match="espn: it is a symbolic link"):
-            use(tmp_path / "m")  # type: ignore[operator]
+            use(tmp_path / "m")
     assert (tmp_path / "away").stat().st_size == path.stat().st_size
 
 
@@ -581,9 +587,9 @@ def test_paths_that_cannot_be_used_are_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for use in (material_info, store):
         with pytest.raises(MaterialError, match="nowhere holds no material"):
-            use(tmp_path / "nowhere")  # type: ignore[operator]
+            use(tmp_path / "nowhere")
         with pytest.raises(MaterialError, match="file holds no material"):
-            use(tmp_path / "file")  # type: ignore[operator]
+            use(tmp_path / "file")
     for place in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(MaterialError, match=f"{place}"):
             write(place)
@@ -631,7 +637,7 @@ def test_a_header_that_promises_too_much_is_refused_before_anything_is_allocated
     try:
         for use in (material_info, store):
             with pytest.raises(MaterialError, match=r"damaged|promises"):
-                use(tmp_path / "m")  # type: ignore[operator]
+                use(tmp_path / "m")
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
