@@ -38,7 +38,7 @@ def compiled(function: Callable[..., Any]) -> Any:
 
 
 def heats(calls: Callable[[], None]) -> Callable[[], None]:
-    """Decorator of a function that calls a module's kernels with every type they get."""
+    """Decorator of a function that calls a module's kernels with all their types."""
     _heaters.append(calls)
     return calls
 
