@@ -263,6 +263,8 @@ class MaskedDealer(TupleDealer):
     CrypTen session share no seed.
     """
 
+    requests = TupleDealer.requests | {"masked_plan", "masked_deal"}
+
     _dealings: dict[str, Dealing]
 
     def masked_plan(self, session: str, text: str) -> torch.Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..compiled import compiled
+from ..compiled import compiled, heats
 
 
 @compiled
@@ -86,3 +86,13 @@ def unpack(data: memoryview | bytes, count: int, *, bits: int) -> np.ndarray:
     out = np.empty(count, dtype=np.int32 if bits < 32 else np.int64)
     _unpack(words, bits, out)
     return out
+
+
+@heats
+def _pack_and_unpack() -> None:
+    for bits in (7, 33):
+        for dtype in (np.int32, np.int64):
+            values = np.ones(3, dtype=dtype)
+            unpack(pack(values, bits=bits), 3, bits=bits)
+            values.flags.writeable = False  # what `unpack` may return: another type
+            pack(values, bits=bits)
