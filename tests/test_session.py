@@ -179,15 +179,15 @@ def test_no_weight_reaches_the_client(pair, model, monkeypatch):
     """Nothing rank 1 receives holds a layer's weights, in ring form or as text."""
     server, dealer = pair
     received = []
-    original = Channel._receive_frame
+    original = Channel._receive
 
-    def record(self, *arguments, **options):
-        data = original(self, *arguments, **options)
-        if self.peer == "rank 0":
-            received.append(bytes(data))
-        return data
+    def record(self, *arguments):
+        buffers = original(self, *arguments)
+        if self.peer == "the server":
+            received.extend(bytes(buffer) for buffer in buffers)
+        return buffers
 
-    monkeypatch.setattr(Channel, "_receive_frame", record)
+    monkeypatch.setattr(Channel, "_receive", record)
     _, example = residual()
     with session.connect(server.address, dealer=dealer.address, timeout=10) as client:
         client.predict(example[:1])
@@ -233,10 +233,10 @@ def test_unreachable_and_silent_servers_are_errors_in_time():
         session.connect("127.0.0.1:1", timeout=0.5)
     from crypten_espn.wire.connect import Listener
 
-    with Listener("127.0.0.1:0") as silent:
+    with Listener("127.0.0.1:0", role="server") as silent:
         with pytest.raises(PeerError, match="silent"):
             session.connect(silent.address, timeout=0.5)
-        with contextlib.closing(silent.accept(peer="rank 1", timeout=1)):
+        with contextlib.closing(silent.accept(timeout=1)):
             pass
     assert time.monotonic() - start < 5
 
@@ -282,8 +282,10 @@ def test_client_that_dies_leaves_the_server_serving(pair):
 )
 def test_hostile_clients_are_dropped(pair, message):
     server, dealer = pair
-    with connect_channel(server.address, timeout=3) as channel:
-        channel.handshake(role="rank 1", digest=bytes(32))
+    with connect_channel(
+        server.address, role="client", peer_role="server", timeout=3
+    ) as channel:
+        channel.handshake(digest=bytes(32))
         channel.send_bytes(message)
         with pytest.raises(PeerError):
             channel.receive_bytes()

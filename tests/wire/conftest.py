@@ -1,0 +1,21 @@
+"""Connected channels that are closed when the test ends."""
+
+from __future__ import annotations
+
+import pytest
+
+from crypten_espn.wire.channel import socket_pair
+
+
+@pytest.fixture
+def pair():
+    """Make connected channels: the server's end, then the client's."""
+    made = []
+
+    def make(timeout):
+        made.extend(socket_pair(timeout=timeout))
+        return made[-2:]
+
+    yield make
+    for channel in made:
+        channel.close()
