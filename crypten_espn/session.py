@@ -51,7 +51,6 @@ from .masked.planning.builder import HEADROOM, make_plan, parameters_of
 from .randomness import new_seed
 from .wire.channel import Channel
 from .wire.connect import Incoming, Listener, connect_channel
-from .wire.packing import packed_bytes
 from .wire.tls import TLS
 
 TIMEOUT_S = 30.0
@@ -608,11 +607,7 @@ class ModelServer:
     def _answer_one(self, party: _Party, channel: Channel) -> bool:
         """One request: an inference, a preparation, or goodbye (False)."""
         party.load_ahead()
-        first = party.plan.segments[0]
-        one = packed_bytes(first.elements, first.ring)
-        header = channel.wait(
-            timeout=None, rings=range(one, 1 << 40), limit=_PLAN_BYTES
-        )
+        header = channel.wait(timeout=None, rings=range(1 << 40), limit=_PLAN_BYTES)
         if header.is_ring:
             tag = header.tag
             material = party.take(tag)

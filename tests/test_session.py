@@ -31,6 +31,7 @@ from crypten_espn.wire.channel import Channel
 from crypten_espn.wire.connect import connect_channel
 
 from .masked.cases import planned, residual
+from .wire.cases import certificates
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +179,7 @@ def test_many_in_flight(pair):
 def test_no_weight_reaches_the_client(pair, model, monkeypatch):
     """Nothing rank 1 receives holds a layer's weights, in ring form or as text."""
     server, dealer = pair
-    received = []
+    received: list[bytes] = []
     original = Channel._receive
 
     def record(self, *arguments):
@@ -454,23 +455,16 @@ def test_foreign_material_is_named_on_both_sides(pair, model, running, tmp_path)
 
 
 def test_tls_session(model, running, tmp_path):
-    from crypten_espn.wire.tls import TLS
-
-    from .wire.test_channel import certificates
-
-    files = {name: certificates(tmp_path, name) for name in ("a", "b")}
-    both = tmp_path / "both.pem"
-    both.write_bytes(files["a"][2].read_bytes() + files["b"][2].read_bytes())
-    first, second = (TLS(files[name][0], files[name][1], both) for name in ("a", "b"))
-    dealer = running(session.DealerServer("127.0.0.1:0", tls=first, timeout=5))
+    tls = certificates(tmp_path)
+    dealer = running(session.DealerServer("127.0.0.1:0", tls=tls["dealer"], timeout=5))
     server = running(
         session.ModelServer(
-            model, "127.0.0.1:0", dealer=dealer.address, tls=first, timeout=5
+            model, "127.0.0.1:0", dealer=dealer.address, tls=tls["server"], timeout=5
         )
     )
     network, example = residual()
     with session.connect(
-        server.address, dealer=dealer.address, tls=second, timeout=5
+        server.address, dealer=dealer.address, tls=tls["client"], timeout=5
     ) as client:
         logits = client.predict(example[:1])
     assert float((logits - network(example[:1])).abs().max()) < 0.01

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from crypten_espn.wire.channel import socket_pair
+from crypten_espn.wire.channel import Channel, socket_pair
 
 
 @pytest.fixture
 def pair():
     """Make connected channels: the server's end, then the client's."""
-    made = []
+    made: list[Channel] = []
 
     def make(timeout):
         made.extend(socket_pair(timeout=timeout))
