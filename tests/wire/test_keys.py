@@ -10,7 +10,6 @@ import stat
 import pytest
 from cryptography import x509
 
-from crypten_espn.cli import main
 from crypten_espn.errors import TransportError
 from crypten_espn.keys import make_keys
 from crypten_espn.wire.tls import TLS
@@ -148,6 +147,8 @@ def test_what_cannot_be_issued_is_named_and_leaves_nothing(tmp_path, asked, mess
 
 
 def test_the_command_prints_each_partys_options(tmp_path, capsys):
+    from crypten_espn.cli import main
+
     folder = tmp_path / "keys"
     asked = ["--server", "localhost", "--dealer", "127.0.0.1", "--client", "a", "b"]
     assert main(["keys", str(folder), *asked]) == 0
