@@ -13,6 +13,7 @@ def over_direct_channel():
     import torch
     from crypten import communicator as comm
 
+    from crypten_espn.errors import EspnError
     from crypten_espn.wire.crypten import use_direct_channel
 
     def collectives(rank):
@@ -56,7 +57,12 @@ def over_direct_channel():
         crypten.cryptensor(torch.ones(4), src=0).get_plain_text()
         last = channel.bytes_sent
     restored = comm.get() is before
-    return plain, direct, messages, size, last, restored
+    try:
+        with use_direct_channel(listen="0.0.0.0", timeout=20):
+            refusal = ""
+    except EspnError as error:
+        refusal = str(error)
+    return plain, direct, messages, size, last, restored, refusal
 
 
 def same(a, b):
@@ -73,12 +79,15 @@ def test_crypten_computes_the_same_over_a_direct_channel():
     from crypten_espn import run_parties
 
     outcomes = run_parties(over_direct_channel, world_size=2, timeout=60)
-    for plain, direct, messages, size, last, restored in outcomes:
+    for plain, direct, messages, size, last, restored, _ in outcomes:
         assert same(plain[0], direct[0])
         assert float((plain[1] - direct[1]).abs().max()) < 1e-3
         assert messages >= 19 and size > 20 * messages
         assert last == 4 * 8 + 20  # one opening: one message, one header
         assert restored
+    # Plain TCP for everybody is refused, and rank 1 does not wait for it.
+    assert "--insecure" in outcomes[0][-1]
+    assert outcomes[1][-1] == "Rank 0 cannot listen; it says why."
 
 
 def test_direct_channel_needs_two_crypten_processes():
