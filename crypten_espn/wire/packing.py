@@ -86,3 +86,13 @@ def unpack(data: memoryview | bytes, count: int, *, bits: int) -> np.ndarray:
     out = np.empty(count, dtype=np.int32 if bits < 32 else np.int64)
     _unpack(words, bits, out)
     return out
+
+
+def compile_kernels() -> None:
+    """Compile both kernels for every type, so that no message waits for it.
+
+    Cost: seconds at the first use on a machine, then read from a cache.
+    """
+    for dtype, bits in ((np.int32, 3), (np.int64, 33)):
+        values = np.arange(4, dtype=dtype)
+        unpack(pack(values, bits=bits), values.size, bits=bits)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from crypten_espn.errors import PeerError
-from crypten_espn.wire.channel import Channel
+from crypten_espn.wire.channel import Channel, socket_pair
 from crypten_espn.wire.connect import Listener, connect_channel
 from crypten_espn.wire.stream import INBOX_BYTES, MINIMUM_RATE, Deadline
 
@@ -103,6 +103,24 @@ def test_a_refusal_behind_other_messages_is_found(pair):
             left.send(LARGE, bits=64)
     left.close()
     other.result()
+
+
+def test_when_the_dealer_dies_the_dealer_is_blamed():
+    to_dealer, dealer = socket_pair(timeout=20, roles=("server", "dealer"))
+    to_client, client = socket_pair(timeout=20)
+
+    def send():
+        with client:
+            while True:
+                client.send(LARGE, bits=64)
+
+    other = in_thread(send)
+    dealer.close()
+    with to_dealer, pytest.raises(PeerError, match="Lost the dealer") as error:
+        to_dealer.receive(4, bits=64)
+    to_client.abort(str(error.value))
+    with pytest.raises(PeerError, match="the server stopped: Lost the dealer"):
+        other.result()
 
 
 def test_after_half_a_message_no_reason_is_read_as_its_rest(connected):

@@ -145,6 +145,16 @@ def test_another_authority_is_refused_on_both_sides(tls, tmp_path):
     assert "refused this side's certificate" in str(first)
 
 
+def test_an_expired_certificate_is_refused_on_both_sides(tls, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("crypten_espn.keys.CERTIFICATE_DAYS", 0)
+        (key,) = make_keys(tls["server"].authority.parent, clients=["expired"])
+    expired = TLS(key.certificate, key.key, key.authority)
+    first, second = meet(tls["server"], expired, expects=("client",), wants="server")
+    assert "its certificate was not accepted (certificate has expired)" in str(first)
+    assert "refused this side's certificate" in str(second)
+
+
 def test_tls_and_plain_tcp_do_not_meet(tls):
     with Listener("127.0.0.1:0", role="server", tls=tls["server"]) as listener:
         plain = connect_channel(listener.address, role="client", peer_role="server")
