@@ -69,16 +69,19 @@ class MaskedSystem:
             model = masked_model(graph, self._calibration)
             dealing = Dealing(model.plan)
             control.send([model.plan.to_json(), dealing.seeds[1].hex()])
-            with Listener(f"{self._listen}:0") as listener:
+            with Listener(
+                f"{self._listen}:0", role="server", insecure=True
+            ) as listener:
                 control.send(parse_address(listener.address)[1])
-                channel = listener.accept(
-                    timeout=120.0, peer_timeout=600.0, peer="rank 1"
-                )
+                incoming = listener.accept(timeout=120.0)
+                channel = incoming.open(peer_roles=("client",), timeout=600.0)
             self._side = _Server(channel, model, dealing)
         else:
             text, seed = control.receive()
             where = f"{self._address}:{control.receive()}"
-            channel = connect_channel(where, timeout=600.0, peer="rank 0")
+            channel = connect_channel(
+                where, role="client", peer_role="server", timeout=600.0, insecure=True
+            )
             plan = Plan.from_json(text)
             self._side = _Client(channel, plan, bytes.fromhex(seed), self._x)
         channel.pace()

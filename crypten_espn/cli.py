@@ -15,6 +15,7 @@ from .convert import MASKED, check, convert
 from .demo import run as run_demo
 from .errors import DataError, EspnError
 from .estimate import command as estimate
+from .keys import make_keys
 from .masked.material import material_info
 from .pillar import command as training
 from .pillar.recipes import load_network
@@ -261,6 +262,32 @@ def _session_commands(
             metavar=("CERTIFICATE", "KEY", "AUTHORITY"),
             help="PEM files for mutual TLS",
         )
+    keys = _command(
+        commands,
+        "keys",
+        _keys,
+        "make an authority and certificates with roles for --tls",
+        [
+            "crypten-espn keys keys --server model.example --dealer 10.0.0.7 "
+            "--client alice bob",
+            "crypten-espn keys keys --server model.example,10.0.0.5",
+            "crypten-espn keys keys --client carol    # the authority is used again",
+        ],
+    )
+    keys.add_argument("directory", type=Path, help="where the files go")
+    for role, what in (
+        ("server", "names or addresses that clients connect to"),
+        ("dealer", "names or addresses that both parties connect to"),
+        ("client", "names of clients"),
+    ):
+        keys.add_argument(
+            f"--{role}",
+            nargs="+",
+            default=[],
+            metavar="NAME",
+            help=f"{what}, a certificate each"
+            + ("" if role == "client" else "; join one host's by commas"),
+        )
     material = _command(
         commands,
         "material",
@@ -388,6 +415,19 @@ def _explain(args: argparse.Namespace) -> int:
 
 def _material(args: argparse.Namespace) -> int:
     print(material_info(args.folder))
+    return 0
+
+
+def _keys(args: argparse.Namespace) -> int:
+    made = make_keys(
+        args.directory, servers=args.server, dealers=args.dealer, clients=args.client
+    )
+    for key in made:
+        print(key)
+    print(
+        f"Give each party its own two files and {made[0].authority}; keep "
+        f"{args.directory / 'authority.key'} where no party runs."
+    )
     return 0
 
 

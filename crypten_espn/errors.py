@@ -64,6 +64,10 @@ class PlanError(EspnError, ValueError):
     """A network has no plan in the ring; the message names the layer."""
 
 
+class TransportError(EspnError, ValueError):
+    """A certificate, a key or an address cannot be used; nothing was connected."""
+
+
 class PeerError(EspnError, ConnectionError):
     """The other party is gone, silent, or does not speak our protocol."""
 

@@ -50,7 +50,7 @@ from .masked.plan import Plan, Weights, quantise
 from .masked.planning.builder import HEADROOM, make_plan, parameters_of
 from .randomness import new_seed
 from .wire.channel import Channel
-from .wire.connect import Listener, connect_channel
+from .wire.connect import Incoming, Listener, connect_channel
 from .wire.tls import TLS
 
 TIMEOUT_S = 30.0
@@ -188,7 +188,7 @@ class DealerServer:
     def __init__(
         self, address: str, *, tls: TLS | None = None, timeout: float = TIMEOUT_S
     ) -> None:
-        self._listener = Listener(address, tls=tls)
+        self._listener = Listener(address, role="dealer", tls=tls)
         self.address = self._listener.address
         self._timeout = timeout
         self._waiting: dict[str, tuple[dict[str, Any], Channel]] = {}
@@ -198,12 +198,10 @@ class DealerServer:
         """Accept parties until `close` is called."""
         while not self._closed:
             try:
-                channel = self._listener.accept(
-                    timeout=0.5, peer_timeout=self._timeout, peer="a party"
-                )
+                incoming = self._listener.accept()
             except PeerError:
                 continue
-            threading.Thread(target=self._greet, args=(channel,), daemon=True).start()
+            threading.Thread(target=self._greet, args=(incoming,), daemon=True).start()
 
     def close(self) -> None:
         self._closed = True
@@ -211,11 +209,18 @@ class DealerServer:
         for _, channel in list(self._waiting.values()):
             channel.close()
 
-    def _greet(self, channel: Channel) -> None:
-        with contextlib.suppress(EspnError), _telling(channel):
-            channel.handshake(role="dealer", digest=_GREETING)
+    def _greet(self, incoming: Incoming) -> None:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(contextlib.suppress(EspnError))
+            channel = incoming.open(
+                peer_roles=("server", "client"), timeout=self._timeout
+            )
+            stack.enter_context(_telling(channel))
+            role = channel.handshake(digest=_GREETING)
+            channel.peer = f"the {role}"
             hello = _hear(channel, "session", "rank", "digest", "plan")
-            channel.peer = f"rank {hello['rank']}"
+            if hello["rank"] != ("server", "client").index(role):
+                raise PeerError(f"A {role} has not rank {hello['rank']!r}.")
             other = self._waiting.pop(hello["session"], None)
             if other is None:
                 self._waiting[hello["session"]] = (hello, channel)
@@ -241,7 +246,7 @@ class DealerServer:
                 _tell(channel, {"seed": dealer.seeds[rank].hex()})
             reserved = _Reserved()
             while True:
-                down.wait(timeout=None)
+                down.wait(timeout=None, limit=_PLAN_BYTES)
                 order = _hear(down, "start", "count", "batch")
                 reserved.add(int(order["start"]), int(order["count"]))
                 dealer.batch = int(order["batch"])
@@ -337,10 +342,14 @@ class _Party:
                 "dealer=."
             )
         channel = connect_channel(
-            self.dealer, timeout=self._timeout, tls=self._tls, peer="the dealer"
+            self.dealer,
+            role=("server", "client")[self.rank],
+            peer_role="dealer",
+            timeout=self._timeout,
+            tls=self._tls,
         )
         with _telling(channel):
-            channel.handshake(role=f"rank {self.rank}", digest=_GREETING)
+            channel.handshake(digest=_GREETING)
             _tell(
                 channel,
                 {
@@ -507,7 +516,7 @@ class ModelServer:
         self._directory = None if directory is None else Path(directory)
         self._tls = tls
         self._timeout = timeout
-        self._listener = Listener(address, tls=tls)
+        self._listener = Listener(address, role="server", tls=tls)
         self.address = self._listener.address
         self._sessions: dict[str, _Party] = {}
         self._channels: list[Channel] = []
@@ -517,14 +526,10 @@ class ModelServer:
         """Accept clients until `close` is called."""
         while not self._closed:
             try:
-                channel = self._listener.accept(
-                    timeout=0.5, peer_timeout=self._timeout, peer="rank 1"
-                )
+                incoming = self._listener.accept()
             except PeerError:
                 continue
-            channel.pace()
-            self._channels.append(channel)
-            threading.Thread(target=self._answer, args=(channel,), daemon=True).start()
+            threading.Thread(target=self._answer, args=(incoming,), daemon=True).start()
 
     def close(self) -> None:
         """Stop accepting and drop every client."""
@@ -533,10 +538,15 @@ class ModelServer:
         for channel in self._channels:
             channel.close()
 
-    def _answer(self, channel: Channel) -> None:
-        with contextlib.suppress(EspnError), _telling(channel):
-            self.answer(channel)
-        channel.close()
+    def _answer(self, incoming: Incoming) -> None:
+        with (
+            contextlib.suppress(EspnError),
+            incoming.open(peer_roles=("client",), timeout=self._timeout) as channel,
+        ):
+            channel.pace()
+            self._channels.append(channel)
+            with _telling(channel):
+                self.answer(channel)
 
     def _party(self, session: str) -> _Party:
         """The session's state: what other connections use, or on disk, or new."""
@@ -571,14 +581,14 @@ class ModelServer:
             `serve`.
         """
         plan = self.model.plan
-        channel.handshake(role="rank 0", digest=_GREETING)
+        channel.handshake(digest=_GREETING)
         session = str(_hear(channel, "session")["session"])
         if session:
             _check_session(session)
         party = self._party(session)
         with self._using(party):
             _tell(channel, {"plan": plan.to_json(), "next": party.next_index})
-            channel.handshake(role="rank 0", digest=plan.digest)
+            channel.handshake(digest=plan.digest)
             while self._answer_one(party, channel):
                 pass
 
@@ -597,8 +607,9 @@ class ModelServer:
     def _answer_one(self, party: _Party, channel: Channel) -> bool:
         """One request: an inference, a preparation, or goodbye (False)."""
         party.load_ahead()
-        is_ring, tag = channel.wait(timeout=None)
-        if is_ring:
+        header = channel.wait(timeout=None, rings=range(1 << 40), limit=_PLAN_BYTES)
+        if header.is_ring:
+            tag = header.tag
             material = party.take(tag)
             batch = party.batches.pop(tag)
             start = time.perf_counter()
@@ -721,11 +732,11 @@ class Client:
             info = material_info(folder)
             session = info.session if info.remaining else ""
         with _telling(channel):
-            channel.handshake(role="rank 1", digest=_GREETING)
+            channel.handshake(digest=_GREETING)
             _tell(channel, {"session": session})
             greeting = _hear(channel, "plan", "next")
             self.plan = Plan.from_json(greeting["plan"])
-            channel.handshake(role="rank 1", digest=digest or self.plan.digest)
+            channel.handshake(digest=digest or self.plan.digest)
             self._party = _Party(
                 self.plan,
                 rank=1,
@@ -862,13 +873,17 @@ class Client:
     def _join(self) -> Channel:
         """One more connection to this session."""
         channel = connect_channel(
-            self._address, timeout=self._timeout, tls=self._tls, peer="rank 0"
+            self._address,
+            role="client",
+            peer_role="server",
+            timeout=self._timeout,
+            tls=self._tls,
         )
         with _telling(channel):
-            channel.handshake(role="rank 1", digest=_GREETING)
+            channel.handshake(digest=_GREETING)
             _tell(channel, {"session": self._party.session})
             _hear(channel, "plan", "next")
-            channel.handshake(role="rank 1", digest=self.plan.digest)
+            channel.handshake(digest=self.plan.digest)
         return channel
 
     def _predict(self, channel: Channel, x: torch.Tensor) -> torch.Tensor:
@@ -963,7 +978,9 @@ def connect(
     Raises: PeerError if the server cannot be reached; PlanMismatchError on both sides
         if it holds another plan; MaterialError if stored material is not for it.
     """
-    channel = connect_channel(address, timeout=timeout, tls=tls, peer="rank 0")
+    channel = connect_channel(
+        address, role="client", peer_role="server", timeout=timeout, tls=tls
+    )
     channel.pace()
     try:
         return Client(

@@ -31,6 +31,7 @@ from crypten_espn.wire.channel import Channel
 from crypten_espn.wire.connect import connect_channel
 
 from .masked.cases import planned, residual
+from .wire.cases import certificates
 
 
 @pytest.fixture(scope="module")
@@ -178,16 +179,16 @@ def test_many_in_flight(pair):
 def test_no_weight_reaches_the_client(pair, model, monkeypatch):
     """Nothing rank 1 receives holds a layer's weights, in ring form or as text."""
     server, dealer = pair
-    received = []
-    original = Channel._receive_frame
+    received: list[bytes] = []
+    original = Channel._receive
 
-    def record(self, *arguments, **options):
-        data = original(self, *arguments, **options)
-        if self.peer == "rank 0":
-            received.append(bytes(data))
-        return data
+    def record(self, *arguments):
+        buffers = original(self, *arguments)
+        if self.peer == "the server":
+            received.extend(bytes(buffer) for buffer in buffers)
+        return buffers
 
-    monkeypatch.setattr(Channel, "_receive_frame", record)
+    monkeypatch.setattr(Channel, "_receive", record)
     _, example = residual()
     with session.connect(server.address, dealer=dealer.address, timeout=10) as client:
         client.predict(example[:1])
@@ -233,10 +234,10 @@ def test_unreachable_and_silent_servers_are_errors_in_time():
         session.connect("127.0.0.1:1", timeout=0.5)
     from crypten_espn.wire.connect import Listener
 
-    with Listener("127.0.0.1:0") as silent:
+    with Listener("127.0.0.1:0", role="server") as silent:
         with pytest.raises(PeerError, match="silent"):
             session.connect(silent.address, timeout=0.5)
-        with contextlib.closing(silent.accept(peer="rank 1", timeout=1)):
+        with contextlib.closing(silent.accept(timeout=1)):
             pass
     assert time.monotonic() - start < 5
 
@@ -282,8 +283,10 @@ def test_client_that_dies_leaves_the_server_serving(pair):
 )
 def test_hostile_clients_are_dropped(pair, message):
     server, dealer = pair
-    with connect_channel(server.address, timeout=3) as channel:
-        channel.handshake(role="rank 1", digest=bytes(32))
+    with connect_channel(
+        server.address, role="client", peer_role="server", timeout=3
+    ) as channel:
+        channel.handshake(digest=bytes(32))
         channel.send_bytes(message)
         with pytest.raises(PeerError):
             channel.receive_bytes()
@@ -452,23 +455,16 @@ def test_foreign_material_is_named_on_both_sides(pair, model, running, tmp_path)
 
 
 def test_tls_session(model, running, tmp_path):
-    from crypten_espn.wire.tls import TLS
-
-    from .wire.test_channel import certificates
-
-    files = {name: certificates(tmp_path, name) for name in ("a", "b")}
-    both = tmp_path / "both.pem"
-    both.write_bytes(files["a"][2].read_bytes() + files["b"][2].read_bytes())
-    first, second = (TLS(files[name][0], files[name][1], both) for name in ("a", "b"))
-    dealer = running(session.DealerServer("127.0.0.1:0", tls=first, timeout=5))
+    tls = certificates(tmp_path)
+    dealer = running(session.DealerServer("127.0.0.1:0", tls=tls["dealer"], timeout=5))
     server = running(
         session.ModelServer(
-            model, "127.0.0.1:0", dealer=dealer.address, tls=first, timeout=5
+            model, "127.0.0.1:0", dealer=dealer.address, tls=tls["server"], timeout=5
         )
     )
     network, example = residual()
     with session.connect(
-        server.address, dealer=dealer.address, tls=second, timeout=5
+        server.address, dealer=dealer.address, tls=tls["client"], timeout=5
     ) as client:
         logits = client.predict(example[:1])
     assert float((logits - network(example[:1])).abs().max()) < 0.01

@@ -104,9 +104,9 @@ def calibrate(*, seconds: float = 0.1) -> Processor:
 def _connected() -> Iterator[tuple[Channel, Channel]]:
     """Both ends of a connection over loopback."""
     with (
-        Listener("127.0.0.1:0") as listener,
-        connect_channel(listener.address, timeout=30.0, peer="rank 0") as right,
-        listener.accept(timeout=30.0, peer_timeout=30.0, peer="rank 1") as left,
+        Listener("127.0.0.1:0", role="server") as listener,
+        connect_channel(listener.address, role="client", peer_role="server") as right,
+        listener.accept(timeout=30.0).open(peer_roles=("client",)) as left,
     ):
         yield left, right
 

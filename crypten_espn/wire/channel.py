@@ -1,35 +1,40 @@
-"""A direct two-party channel: one TCP connection, ring elements at their true width.
+"""A direct two-party channel: one connection, ring elements at their true width.
 
 CrypTen opens every value with gloo's all_reduce, which costs two round trips on two
 parties. Here a message is written to one socket and read from it, both directions at
 once, so an opening costs one one-way delay. A message holds ring elements packed to
 the bits their ring has. Nothing received is unpickled or executed: a message is
-checked for its kind, tag and length before a byte of it is used.
+checked for its kind, tag and length before a byte of it is used or allocated.
 """
 
 from __future__ import annotations
 
 import contextlib
-import select
 import socket
-import ssl
-import struct
-import time
-from collections.abc import Sequence
+from collections.abc import Collection, Container, Sequence
 
 import numpy as np
 
 from ..errors import PeerError, PlanMismatchError
+from .frames import (
+    HEADER_BYTES,
+    HELLO_BYTES,
+    ROLES,
+    Header,
+    Kind,
+    frame,
+    hello,
+    parse,
+    parse_hello,
+    printable,
+    reason,
+)
 from .packing import pack, packed_bytes, unpack
+from .stream import Reading, Stream, nothing
 
-PROTOCOL_VERSION = 1
-MAGIC = b"ESPN"
-_HEADER = struct.Struct("<4sHHIQ")  # magic, version, kind, tag, payload bytes
-HEADER_BYTES = _HEADER.size
-_KIND_RING, _KIND_BYTES, _KIND_HELLO, _KIND_ABORT = 1, 2, 3, 4
-_HELLO = struct.Struct("<H30s32s")  # protocol version, role, digest of the plan
-_CHUNK = 1 << 20
-MAX_BYTES_MESSAGE = 1 << 31
+# Seconds until a peer that vanished without a word is noticed while nothing is under
+# way: idle, then probes apart, and how many.
+_KEEPALIVE = {"TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 15, "TCP_KEEPCNT": 4}
 
 
 class Channel:
@@ -37,32 +42,59 @@ class Channel:
 
     Args:
         sock: connected stream socket, plain or TLS; the channel owns it from now on.
-        timeout: seconds without any progress after which the peer counts as dead.
+        role: what this side is, one of `ROLES`.
+        peer_roles: what the other side may be.
+        timeout: seconds the peer may be silent while a message is under way; the whole
+            message may take `timeout` and a second for every `stream.MINIMUM_RATE`
+            bytes.
         peer: what to call the other side in errors.
+        certificate_role: the role in the peer's certificate; None without TLS.
 
     Counters: `messages_sent`, `messages_received` and `bytes_sent`, `bytes_received`
     (payload and the 20-byte frame header; TLS and TCP framing excluded).
 
-    Error: every method raises PeerError when the peer is gone, silent for `timeout`
-    seconds, or sends something else than was expected.
+    Raises:
+        PeerError: by every method, when the peer is gone, silent for `timeout` seconds,
+            too slow, sends something else than was expected, or says why it stops.
     """
 
     def __init__(
-        self, sock: socket.socket, *, timeout: float = 30.0, peer: str = "peer"
+        self,
+        sock: socket.socket,
+        *,
+        role: str,
+        peer_roles: Collection[str],
+        timeout: float = 30.0,
+        peer: str = "the peer",
+        certificate_role: str | None = None,
     ) -> None:
+        assert role in ROLES and set(peer_roles) <= set(ROLES)
+        self.role = role
+        self.peer_roles = tuple(peer_roles)
+        self.certificate_role = certificate_role
         self.timeout = timeout
-        self.peer = peer
         self.messages_sent = self.messages_received = 0
         self.bytes_sent = self.bytes_received = 0
-        self._sock = sock
-        self._inbox = bytearray()
-        self._header: tuple[bytes, int, int, int, int] | None = None
-        self._closed = False
-        sock.setblocking(False)
+        self._stream = Stream(sock, peer=peer, last_word=self._last_word)
+        self._header: Header | None = None
         if sock.family in (socket.AF_INET, socket.AF_INET6):
             # Kernel buffers are left alone: setting them would switch off autotuning,
             # which a long fast link needs.
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for name, value in _KEEPALIVE.items():
+                with contextlib.suppress(OSError, AttributeError):
+                    option = getattr(socket, name)
+                    sock.setsockopt(socket.IPPROTO_TCP, option, value)
+
+    @property
+    def peer(self) -> str:
+        """What the other side is called in errors."""
+        return self._stream.peer
+
+    @peer.setter
+    def peer(self, name: str) -> None:
+        self._stream.peer = name
 
     def pace(self) -> None:
         """Keep TCP's speed through one inference, where the kernel offers BBR.
@@ -76,7 +108,7 @@ class Channel:
         with contextlib.suppress(OSError, AttributeError):
             option = socket.TCP_CONGESTION
             for name in (b"bbr", b"reno", b"bbr"):  # the first fails without BBR
-                self._sock.setsockopt(socket.IPPROTO_TCP, option, name)
+                self._stream.sock.setsockopt(socket.IPPROTO_TCP, option, name)
 
     # -- ring elements
 
@@ -103,10 +135,7 @@ class Channel:
 
         Cost: 1 round, packed_bytes(values.size, bits) bytes sent per party.
         """
-        frame = self._frame(_KIND_RING, tag, [pack(values, bits=bits)])
-        data = self._receive_frame(
-            _KIND_RING, tag, packed_bytes(values.size, bits), outgoing=[frame]
-        )
+        data = self.exchange_packed(pack(values, bits=bits), tag=tag)
         return unpack(data, values.size, bits=bits).reshape(values.shape)
 
     def send_parts(
@@ -122,7 +151,7 @@ class Channel:
             packed_bytes(values.size, bits).
         """
         packed = [pack(values, bits=bits) for values, bits in parts]
-        self._transfer([self._frame(_KIND_RING, tag, packed)], None)
+        self._send(Kind.RING, packed, tag=tag)
 
     def receive_parts(
         self, sizes: Sequence[tuple[int, int]], *, tag: int = 0
@@ -138,86 +167,120 @@ class Channel:
         Raises:
             PeerError: the message has another size or tag; nothing was allocated.
         """
-        total = sum(packed_bytes(count, bits) for count, bits in sizes)
-        data = self._receive_frame(_KIND_RING, tag, total)
-        result, start = [], 0
-        for count, bits in sizes:
-            end = start + packed_bytes(count, bits)
-            result.append(unpack(data[start:end], count, bits=bits))
-            start = end
-        return result
+        buffers = self._receive(
+            self._reading(
+                Kind.RING, tag, [packed_bytes(count, bits) for count, bits in sizes]
+            )
+        )
+        return [
+            unpack(data, count, bits=bits)
+            for data, (count, bits) in zip(buffers, sizes, strict=True)
+        ]
+
+    # -- ring elements that are packed already
+
+    def send_packed(self, data: memoryview, *, tag: int = 0) -> None:
+        """Send bytes that are ring elements to both sides."""
+        self._send(Kind.RING, [data], tag=tag)
+
+    def receive_packed(self, size: int, *, tag: int = 0) -> memoryview:
+        """Receive exactly `size` such bytes."""
+        return self._receive(self._reading(Kind.RING, tag, [size]))[0]
+
+    def exchange_packed(self, data: memoryview, *, tag: int = 0) -> memoryview:
+        """Send such bytes and receive as many, both at the same time."""
+        reading = self._reading(Kind.RING, tag, [len(data)])
+        return self._receive(reading, self._outgoing(Kind.RING, tag, [data]))[0]
 
     # -- bytes
 
     def send_bytes(self, data: bytes, *, tag: int = 0) -> None:
         """Send a byte string as one message."""
-        self._transfer([self._frame(_KIND_BYTES, tag, [memoryview(data)])], None)
+        self._send(Kind.BYTES, [memoryview(data)], tag=tag)
 
     def receive_bytes(self, *, limit: int = 1 << 24, tag: int = 0) -> bytes:
         """Receive one byte string of at most `limit` bytes."""
-        return bytes(self._receive_frame(_KIND_BYTES, tag, None, limit=limit))
+        return bytes(self._receive(self._reading(Kind.BYTES, tag, limit))[0])
 
     # -- control
 
-    def wait(self, *, timeout: float | None) -> tuple[bool, int]:
+    def wait(
+        self, *, timeout: float | None, rings: Container[int] = (), limit: int = -1
+    ) -> Header:
         """Wait for the next message without taking it.
 
-        Args:
-            timeout: seconds to wait while the peer is idle; None waits for ever.
+        What is neither acceptable kind nor size raises before the caller acts on it.
 
-        Returns: whether it holds ring elements (else bytes), and its tag.
+        Args:
+            timeout: seconds to wait while the peer is idle; None waits for ever (TCP
+                keepalive notices a peer whose host vanished). Once a byte arrived, the
+                header must be complete within the channel's own timeout.
+            rings: how many bytes of ring elements it may announce: a set, or a range.
+            limit: how long a byte string it may announce; none by default.
+
+        Returns: its kind, tag and bytes; the caller compares the tag.
         """
         if self._header is None:
-            saved = self.timeout
-            self.timeout = float("inf") if timeout is None else timeout
-            try:
-                self._header = self._next_header([])
-            finally:
-                self.timeout = saved
-        return self._header[2] == _KIND_RING, self._header[3]
+            idle = float("inf") if timeout is None else timeout
+            self._stream.transfer(
+                [], self._reading_header(), timeout=self.timeout, idle=idle
+            )
+        header = self._header
+        assert header is not None
+        known = (header.is_ring and header.size in rings) or (
+            header.kind == Kind.BYTES and header.size <= limit
+        )
+        if not known:
+            raise self._out_of_step(header, "something else at this point")
+        return header
 
-    def handshake(self, *, role: str, digest: bytes) -> str:
-        """Exchange protocol version, role and plan digest; nothing else is sent.
+    def handshake(self, *, digest: bytes) -> str:
+        """Exchange role and a digest; nothing else is sent.
 
         Args:
-            role: what this side is, at most 30 ASCII characters.
             digest: 32 bytes that must be the same on both sides.
 
-        Returns: the peer's role.
+        Returns: the peer's role, which is also the one in its certificate.
 
-        Raises: PlanMismatchError on both sides if the digests differ; PeerError if the
-            peer speaks another version or is the same role.
+        Raises:
+            PlanMismatchError: the digests differ; on both sides.
+            PeerError: the peer speaks another version, or has a role that is not among
+                `peer_roles` or not its certificate's; on both sides.
         """
-        hello = _HELLO.pack(PROTOCOL_VERSION, role.encode("ascii"), digest)
-        frame = self._frame(_KIND_HELLO, 0, [memoryview(hello)])
-        data = self._receive_frame(_KIND_HELLO, 0, _HELLO.size, outgoing=[frame])
-        version, name, theirs = _HELLO.unpack(bytes(data))
-        peer_role = name.rstrip(b"\0").decode("ascii", "replace")
-        if version != PROTOCOL_VERSION:
-            raise PeerError(
-                f"{self.peer} speaks protocol version {version}, this side "
-                f"{PROTOCOL_VERSION}. Install the same crypten-espn on both."
+        outgoing = self._outgoing(Kind.HELLO, 0, [hello(self.role, digest)])
+        (data,) = self._receive(self._reading(Kind.HELLO, 0, [HELLO_BYTES]), outgoing)
+        role, theirs = parse_hello(data, peer=self.peer)
+        if role not in self.peer_roles:
+            raise self._refused(
+                f"The {self.role} talks to a {' or a '.join(self.peer_roles)}; "
+                f"greeted by a {role}."
             )
-        if peer_role == role:
-            raise PeerError(f"Both sides act as {role}; one must take the other role.")
+        if self.certificate_role not in (None, role):
+            raise self._refused(
+                f"Greeted as a {role} with the certificate of a "
+                f"{self.certificate_role}."
+            )
         if theirs != digest:
             raise PlanMismatchError(
-                f"{role} holds plan {digest.hex()[:16]}, {peer_role} holds plan "
-                f"{theirs.hex()[:16]}. Both must use the same network, input shape and "
-                "precision; nothing was sent."
+                f"The {self.role} holds plan {digest.hex()[:16]}, the {role} holds "
+                f"plan {theirs.hex()[:16]}. Both must use the same network, input "
+                "shape and precision; nothing was sent."
             )
-        return peer_role
+        return role
 
-    def abort(self, reason: str) -> None:
-        """Tell the peer why this side stops, then close. Never raises."""
-        text = reason.encode("utf-8", "replace")[:1000]
-        with contextlib.suppress(PeerError, OSError, ValueError):
-            saved, self.timeout = self.timeout, min(self.timeout, 2.0)
-            try:
-                self._transfer([self._frame(_KIND_ABORT, 0, [memoryview(text)])], None)
-            finally:
-                self.timeout = saved
-        self.close()
+    def abort(self, text: str) -> None:
+        """Tell the peer why this side stops, then close. Never raises.
+
+        From any thread: where another one is using the channel, that one does it. A
+        message that is half written is cut instead, and the peer loses the reason.
+
+        Args:
+            text: without secrets; control characters are removed, and it is cut to
+                `frames.ABORT_BYTES`.
+
+        Cost: waits up to `stream.LINGER_S` seconds for the peer to close.
+        """
+        self._stream.finish(frame(Kind.ABORT, 0, [reason(text)]))
 
     def reset_counters(self) -> None:
         """Set all four counters to zero."""
@@ -225,12 +288,8 @@ class Channel:
         self.bytes_sent = self.bytes_received = 0
 
     def close(self) -> None:
-        """Close the socket; a second call does nothing."""
-        if not self._closed:
-            self._closed = True
-            with contextlib.suppress(OSError):
-                self._sock.shutdown(socket.SHUT_RDWR)
-            self._sock.close()
+        """Close the socket, from any thread; a second call does nothing."""
+        self._stream.close()
 
     def __enter__(self) -> Channel:
         return self
@@ -238,149 +297,114 @@ class Channel:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    # -- frames
+    # -- messages
 
-    def _frame(
-        self, kind: int, tag: int, parts: Sequence[memoryview]
+    def _outgoing(
+        self, kind: Kind, tag: int, parts: Sequence[memoryview]
     ) -> list[memoryview]:
-        size = sum(len(part) for part in parts)
-        header = _HEADER.pack(MAGIC, PROTOCOL_VERSION, kind, tag, size)
+        message = frame(kind, tag, parts)
         self.messages_sent += 1
-        self.bytes_sent += len(header) + size
-        if size <= 1 << 14:  # one small packet instead of several
-            return [memoryview(b"".join([header, *parts]))]
-        return [memoryview(header), *parts]
+        self.bytes_sent += sum(len(part) for part in message)
+        return message
 
-    def _receive_frame(
+    def _send(self, kind: Kind, parts: Sequence[memoryview], *, tag: int) -> None:
+        message = self._outgoing(kind, tag, parts)
+        self._stream.transfer(message, nothing(), timeout=self.timeout)
+
+    def _receive(
         self,
-        kind: int,
-        tag: int,
-        size: int | None,
-        *,
-        limit: int = MAX_BYTES_MESSAGE,
-        outgoing: list[list[memoryview]] | None = None,
-    ) -> memoryview:
-        magic, version, got_kind, got_tag, length = self._next_header(outgoing or [])
-        if magic != MAGIC:
-            raise PeerError(f"{self.peer} does not speak this protocol.")
-        if version != PROTOCOL_VERSION:
-            raise PeerError(
-                f"{self.peer} speaks protocol version {version}, this side "
-                f"{PROTOCOL_VERSION}. Install the same crypten-espn on both."
-            )
-        if got_kind == _KIND_ABORT and length <= 1000:
-            reason = bytearray(length)
-            self._transfer([], memoryview(reason))
-            raise PeerError(f"{self.peer} stopped: {reason.decode('utf-8', 'replace')}")
-        expected = f"kind {kind}, tag {tag}, " + (
-            f"at most {limit} bytes" if size is None else f"{size} bytes"
-        )
-        wrong_size = length > limit if size is None else length != size
-        if got_kind != kind or got_tag != tag or wrong_size:
-            raise PeerError(
-                f"{self.peer} sent a message of kind {got_kind}, tag {got_tag}, "
-                f"{length} bytes; expected {expected}. The two sides are out of step."
-            )
-        payload = np.empty(length, dtype=np.uint8)
-        self._transfer([], payload.data)
+        reading: Reading[list[memoryview]],
+        outgoing: list[memoryview] | None = None,
+    ) -> list[memoryview]:
+        buffers = self._stream.transfer(outgoing or [], reading, timeout=self.timeout)
         self.messages_received += 1
-        self.bytes_received += _HEADER.size + length
-        return payload.data
+        self.bytes_received += HEADER_BYTES + sum(map(len, buffers))
+        return buffers
 
-    def _next_header(
-        self, outgoing: list[list[memoryview]]
-    ) -> tuple[bytes, int, int, int, int]:
-        if self._header is not None:
-            header, self._header = self._header, None
-            if outgoing:
-                self._transfer(outgoing, None)
-            return header
-        data = bytearray(_HEADER.size)
-        self._transfer(outgoing, memoryview(data))
-        return _HEADER.unpack(bytes(data))
+    def _reading(
+        self, kind: Kind, tag: int, sizes: Sequence[int] | int
+    ) -> Reading[list[memoryview]]:
+        """Read one message of exactly these parts, or of one part up to a size."""
+        if self._header is None:
+            yield from self._reading_header()
+        header = self._header
+        assert header is not None
+        if isinstance(sizes, int):
+            fits, size = header.size <= sizes, f"at most {sizes} bytes"
+        else:
+            fits, size = header.size == sum(sizes), f"{sum(sizes)} bytes"
+        if header.kind != kind or header.tag != tag or not fits:
+            raise self._out_of_step(header, f"kind {kind:d}, tag {tag}, {size}")
+        self._header = None
+        parts = [header.size] if isinstance(sizes, int) else sizes
+        buffers = [np.empty(part, dtype=np.uint8).data for part in parts]
+        yield from buffers
+        return buffers
 
-    def _transfer(
-        self, frames: list[list[memoryview]], incoming: memoryview | None
-    ) -> None:
-        """Write all frames and fill `incoming`, whichever the socket allows first.
+    def _reading_header(self) -> Reading[None]:
+        data = bytearray(HEADER_BYTES)
+        yield memoryview(data)
+        header = parse(data, peer=self.peer)
+        if header.kind == Kind.ABORT:
+            text = bytearray(header.size)
+            yield memoryview(text)
+            raise self._stopped(text)
+        self._header = header
 
-        What arrives while only writing is kept for the next read, so two sides that
-        both send large messages never wait for each other.
-        """
-        if self._closed:
-            raise PeerError(f"The channel to {self.peer} is closed.")
-        queue = [part for frame in frames for part in frame if len(part)]
-        filled = 0
-        wanted = 0 if incoming is None else len(incoming)
-        if incoming is not None and self._inbox and wanted:
-            filled = min(wanted, len(self._inbox))
-            incoming[:filled] = self._inbox[:filled]
-            del self._inbox[:filled]
-        progress = time.monotonic()
-        while queue or filled < wanted:
-            moved = False
-            want_write = want_read = False
-            if queue:
-                try:
-                    sent = self._sock.send(queue[0][: 4 * _CHUNK])
-                    moved = True
-                    if sent == len(queue[0]):
-                        queue.pop(0)
-                    else:
-                        queue[0] = queue[0][sent:]
-                except (BlockingIOError, ssl.SSLWantWriteError):
-                    want_write = True
-                except ssl.SSLWantReadError:
-                    want_read = True
-                except OSError as error:
-                    raise self._lost(error) from None
-            if filled < wanted or (queue and not moved):
-                try:
-                    if incoming is not None and filled < wanted:
-                        got = self._sock.recv_into(incoming[filled:])
-                        filled += got
-                    else:
-                        data = self._sock.recv(_CHUNK)
-                        got = len(data)
-                        self._inbox += data
-                    if got == 0:
-                        raise self._lost(None)
-                    moved = True
-                except (BlockingIOError, ssl.SSLWantReadError):
-                    want_read = True
-                except ssl.SSLWantWriteError:
-                    want_write = True
-                except ConnectionError as error:
-                    if isinstance(error, PeerError):
-                        raise
-                    raise self._lost(error) from None
-                except OSError as error:
-                    raise self._lost(error) from None
-            if moved:
-                progress = time.monotonic()
-                continue
-            left = progress + self.timeout - time.monotonic()
-            if left <= 0:
-                raise PeerError(
-                    f"{self.peer} was silent for {self.timeout:g} s. Check that it is "
-                    "running, or allow more with timeout=."
-                )
-            events = (select.POLLIN if want_read else 0) | (
-                select.POLLOUT if want_write else 0
-            )
-            poller = select.poll()
-            poller.register(self._sock, events)
-            poller.poll(min(left, 3600.0) * 1000)
+    def _last_word(self, inbox: bytearray) -> PeerError | None:
+        """The peer's reason, among messages that arrived and were not read."""
+        start = 0 if self._header is None else self._header.size
+        while len(inbox) >= start + HEADER_BYTES:
+            body = start + HEADER_BYTES
+            try:
+                header = parse(inbox[start:body], peer=self.peer)
+            except PeerError as error:
+                return error
+            start = body + header.size
+            if header.kind == Kind.ABORT and len(inbox) >= start:
+                return self._stopped(inbox[body:start])
+        return None
 
-    def _lost(self, error: OSError | None) -> PeerError:
-        detail = "it closed the connection" if error is None else str(error)
-        return PeerError(f"Lost {self.peer}: {detail}.")
+    def _stopped(self, text: bytearray) -> PeerError:
+        return PeerError(
+            f"{self.peer} stopped: {printable(text.decode(errors='replace'))}"
+        )
+
+    def _out_of_step(self, header: Header, expected: str) -> PeerError:
+        return PeerError(
+            f"{self.peer} sent a message of kind {header.kind:d}, tag {header.tag}, "
+            f"{header.size} bytes; expected {expected}. The two sides are out of step."
+        )
+
+    def _refused(self, text: str) -> PeerError:
+        self.abort(text)
+        return PeerError(text)
 
 
-def socket_pair(*, timeout: float = 30.0) -> tuple[Channel, Channel]:
-    """Two connected channels inside one process, for tests and in-process dealing."""
+def socket_pair(
+    *, timeout: float = 30.0, roles: tuple[str, str] = ("server", "client")
+) -> tuple[Channel, Channel]:
+    """Two connected channels inside one process, for tests and in-process dealing.
+
+    Args:
+        timeout: as for `Channel`.
+        roles: of the first channel's side, and of the second's.
+    """
     left, right = socket.socketpair()
+    first, second = roles
     return (
-        Channel(left, timeout=timeout, peer="rank 1"),
-        Channel(right, timeout=timeout, peer="rank 0"),
+        Channel(
+            left,
+            role=first,
+            peer_roles=(second,),
+            timeout=timeout,
+            peer=f"the {second}",
+        ),
+        Channel(
+            right,
+            role=second,
+            peer_roles=(first,),
+            timeout=timeout,
+            peer=f"the {first}",
+        ),
     )

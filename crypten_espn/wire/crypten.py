@@ -9,10 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import PeerError
-from .channel import _KIND_RING as KIND_RING
+from ..errors import EspnError, PeerError
 from .channel import Channel
-from .connect import Listener, connect_channel, parse_address
+from .connect import Listener, connect_channel, host_port, parse_address
 from .tls import TLS
 
 
@@ -63,17 +62,15 @@ def direct_communicator(channel: Channel, base: Any) -> Any:
         def _swap(self, tensors: list) -> list:
             mine = [to_array(tensor) for tensor in tensors]
             data = np.concatenate(mine) if len(mine) != 1 else mine[0]
-            frame = channel._frame(KIND_RING, 0, [data.data])
-            raw = channel._receive_frame(KIND_RING, 0, data.size, outgoing=[frame])
-            return self._split(raw, tensors)
+            return self._split(channel.exchange_packed(data.data), tensors)
 
         def _push(self, tensors: list) -> None:
             data = np.concatenate([to_array(tensor) for tensor in tensors])
-            channel._transfer([channel._frame(KIND_RING, 0, [data.data])], None)
+            channel.send_packed(data.data)
 
         def _pull(self, like: list) -> list:
             size = sum(tensor.numel() * tensor.element_size() for tensor in like)
-            return self._split(channel._receive_frame(KIND_RING, 0, size), like)
+            return self._split(channel.receive_packed(size), like)
 
         @staticmethod
         def _split(raw: memoryview, like: list) -> list:
@@ -180,6 +177,7 @@ def use_direct_channel(
     listen: str = "127.0.0.1",
     timeout: float = 30.0,
     tls: TLS | None = None,
+    insecure: bool = False,
 ) -> Iterator[Channel]:
     """Run CrypTen's own two-party protocols over a direct channel inside the block.
 
@@ -190,15 +188,21 @@ def use_direct_channel(
     Args:
         host: where rank 1 reaches rank 0.
         listen: the address rank 0 binds.
-        timeout: seconds without progress before a dead peer is an error.
-        tls: mutual TLS certificates, or None.
+        timeout: seconds a peer may be silent before that is an error.
+        tls: mutual TLS certificates, rank 0's of a server and rank 1's of a client;
+            what CrypTen itself sends over gloo, a dealer's seeds included, stays in
+            the clear.
+        insecure: whether the two may talk without TLS beyond this host.
 
     Returns: the channel, with its counters.
 
     Cost: one gloo broadcast of 8 bytes to set up; an opening then takes one one-way
         delay instead of gloo's two round trips.
 
-    Raises: PeerError if CrypTen is not initialised with two processes.
+    Raises:
+        PeerError: CrypTen is not initialised with two processes, or they do not find
+            each other.
+        TransportError: as `Listener` and `connect_channel`.
     """
     import torch
     from crypten import communicator as comm
@@ -216,20 +220,34 @@ def use_direct_channel(
         )
     port = torch.zeros(1, dtype=torch.long)
     if base.get_rank() == 0:
-        with Listener(f"{listen}:0", tls=tls) as listener:
+        try:
+            listener = Listener(
+                host_port(listen, 0), role="server", tls=tls, insecure=insecure
+            )
+        except EspnError:
+            base.broadcast(port, 0)  # no port: rank 1 need not wait
+            raise
+        with listener:
             port[0] = parse_address(listener.address)[1]
             base.broadcast(port, 0)
-            channel = listener.accept(
-                timeout=timeout, peer_timeout=timeout, peer="rank 1"
-            )
+            incoming = listener.accept(timeout=timeout)
+            channel = incoming.open(peer_roles=("client",), timeout=timeout)
     else:
         base.broadcast(port, 0)
+        if not int(port[0]):
+            raise PeerError("Rank 0 cannot listen; it says why.")
         channel = connect_channel(
-            f"{host}:{int(port[0])}", timeout=timeout, tls=tls, peer="rank 0"
+            host_port(host, int(port[0])),
+            role="client",
+            peer_role="server",
+            timeout=timeout,
+            tls=tls,
+            insecure=insecure,
         )
+    channel.peer = f"rank {1 - base.get_rank()}"
     digest = hashlib.sha256(b"crypten over a direct channel").digest()
     try:
-        channel.handshake(role=f"rank {base.get_rank()}", digest=digest)
+        channel.handshake(digest=digest)
         channel.reset_counters()
         direct = direct_communicator(channel, base)
         DistributedCommunicator.instance = direct

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ...compiled import compiled
+from ...compiled import compiled, heats
 from .ring import require
 
 BLOCK = 1024  # elements a polynomial pass keeps in the first-level cache
@@ -322,3 +322,42 @@ def truncate(
     """
     require(mine.shape == theirs.shape == out.shape, "truncate", mine, theirs, out)
     _truncate(mine, theirs, bits, drop, step, out)
+
+
+@heats
+def _all_types() -> None:
+    shifts, degrees = np.array([1, 2]), np.array([2, 2])
+    public, table = np.zeros((2, 3), np.int64), np.zeros((2, 2, 3), np.int64)
+    values = np.zeros((2, 4, 4), np.int64)
+    half, rounding = np.zeros(4, np.int64), np.zeros(4, np.int64)
+    for bits, dtype in ((32, np.int32), (40, np.int64)):
+        c = np.zeros(4, dtype)
+        openings = np.zeros((2, 4), dtype)
+        # A chunk of a batch reads a part of each row.
+        for deltas in (np.zeros((1, 4), dtype), np.zeros((2, 8), dtype)[:1, 2:6]):
+            shifted_openings(c, deltas, bits=bits, shifts=shifts, out=openings)
+        polynomial_share(
+            openings,
+            values,
+            widths=bits - shifts,
+            degrees=degrees,
+            public=public,
+            constant=0,
+            start=0,
+            step=0,
+            out=half,
+        )
+        add_linear(c, bits=bits, shift=0, coefficient=1, out=half)
+        deal_polynomial(
+            openings,
+            rounding,
+            values,
+            bits=bits,
+            shifts=shifts,
+            degrees=degrees,
+            table=table,
+            linear=1,
+            linear_shift=0,
+            out=np.empty_like(values),
+        )
+        truncate(half, half, bits=64, drop=64 - bits, step=0, out=c)

@@ -14,7 +14,7 @@ from llvmlite import binding, ir
 from numba import types
 from numba.extending import intrinsic
 
-from ...compiled import compiled
+from ...compiled import compiled, heats
 from .ring import require
 
 
@@ -394,3 +394,13 @@ def pool_sum(
     )
     require(fits, "pool_sum", x, out)
     _pool_sum(pad(x, pads), kernel, stride, out)
+
+
+@heats
+def _all_types() -> None:
+    for dtype in (np.int32, np.int64):
+        x = np.zeros((1, 2, 2, 2), dtype)
+        plain = {"stride": (1, 1), "dilation": (1, 1), "pads": (0, 0, 0, 0)}
+        for shape in ((1, 1, 1, 2, 2), (1, 1, 2)):
+            convolve(x, np.zeros(shape, dtype), np.zeros_like(x), **plain)
+        pool_sum(x, np.zeros_like(x), kernel=(1, 1), stride=(1, 1), pads=(0, 0, 0, 0))
