@@ -41,7 +41,7 @@ class ConversionError(EspnError, ValueError):
 
 
 class DataError(EspnError, ValueError):
-    """A data set is missing, malformed or holds non-finite values."""
+    """Data are missing, malformed, no real numbers, or not finite."""
 
 
 class CheckpointError(EspnError, ValueError):
