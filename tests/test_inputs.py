@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from crypten_espn.errors import DataError, RangeError
 from crypten_espn.inputs import number_tensor, real_tensor
 
 VALUES = [1, 0, 3]
-PIL = pytest.importorskip("PIL.Image")
 
 
 @pytest.mark.parametrize(
@@ -98,8 +98,8 @@ def test_a_tensor_with_a_gradient_or_a_lazy_sign_becomes_plain_numbers():
         ("x.npy", "is a str"),
         (None, "NoneType"),
         ({"a": 1}, "is a dict"),
-        (PIL.new("RGB", (4, 4)), "PIL image.*normalised as in training"),
-        ([PIL.new("L", (4, 4))], "PIL image"),
+        (Image.new("RGB", (4, 4)), "PIL image.*normalised as in training"),
+        ([Image.new("L", (4, 4))], "PIL image"),
     ],
 )
 def test_what_is_no_batch_of_real_numbers_is_named(x: Any, named: str):
