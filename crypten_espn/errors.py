@@ -49,7 +49,7 @@ class CheckpointError(EspnError, ValueError):
 
 
 class TrainingError(EspnError, RuntimeError):
-    """Training diverged; the message names the layer and the remedy."""
+    """Training diverged or cannot be right; the message names layer and remedy."""
 
 
 class RandomnessError(EspnError, RuntimeError):

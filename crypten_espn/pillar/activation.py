@@ -46,7 +46,10 @@ class PolynomialActivation(nn.Module):
             self._check_traceable(x)
         elif self.training and not torch.is_grad_enabled():
             self._hidden = self._hidden or _inside_function()
-        elif self.training and x.requires_grad and not _in_backward():
+        elif _in_backward():
+            # A checkpoint computes again what went by; its penalty's time is over.
+            self._hidden = False
+        elif self.training and x.requires_grad:
             seen = x.clone() if self.inplace else x
             y = _Evaluate.apply(seen, self.polynomial, True, False)
             self._record(seen, y)

@@ -199,7 +199,8 @@ class _Surgeon(Operation):
                 f"no activation is called {', '.join(map(repr, missing))}; "
                 f"names are those of model.named_modules(). {self._found_instead()}"
             )
-        if self.done or not (self.types or self.calls):
+        kinds = {kind for kind, _ in self.met}
+        if self.done or not (self.types or self.calls) or kinds == _POLYNOMIAL:
             return
         asked = sorted({getattr(key, "__name__", str(key)) for key in self.asked})
         raise ConversionError(
@@ -215,12 +216,12 @@ class _Surgeon(Operation):
             more = f" and {len(places) - 3} more" if len(places) > 3 else ""
             found.append(f"{name} at {', '.join(places[:3])}{more}")
         kinds = {kind for kind, _ in self.met}
-        if kinds <= {PolynomialActivation}:
-            advice = "; these are polynomial already"
+        if kinds == _POLYNOMIAL:
+            advice = ""
         elif self.select is not None and kinds & set(self.types):
             advice = "; select is false for these"
         else:
-            kind = min((k for k in kinds if k is not PolynomialActivation), key=str)
+            kind = min(kinds - _POLYNOMIAL, key=str)
             advice = f", as in {{torch.nn.{kind.__name__}: polynomial}}"
         return f"the network has {'; '.join(found)}{advice}"
 
@@ -372,6 +373,7 @@ def _as_module(kind: type[nn.Module] | None, node: fx.Node) -> nn.Module:
     return Call(node.target, rest, kwargs)
 
 
+_POLYNOMIAL = {PolynomialActivation}
 _POOLS = (nn.MaxPool2d, nn.AdaptiveMaxPool2d)
 _ACTIVATIONS = tuple(kind for kind in _SPELLINGS if kind not in _POOLS)
 _ACTIVATION_CALLS = {call: kind for kind in _ACTIVATIONS for call in _SPELLINGS[kind]}

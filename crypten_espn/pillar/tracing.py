@@ -87,7 +87,7 @@ def objections(module: nn.Module, trace: Trace) -> list[str]:
     try:
         # Not module.train(): the children do not take part.
         module.training = not mode
-        other = _once(module, trace.name, function)
+        other = _once(module, trace.name, function, again=True)
     except Exception as error:  # a method may raise anything when traced
         return [*lost, f"in the other mode it raises {type(error).__name__}: {error}"]
     finally:
@@ -108,10 +108,15 @@ def objections(module: nn.Module, trace: Trace) -> list[str]:
     return lost
 
 
-def _once(module: nn.Module, name: str, function: types.FunctionType) -> Trace:
+def _once(
+    module: nn.Module, name: str, function: types.FunctionType, *, again: bool = False
+) -> Trace:
     tracer = _Shallow(name)
     kind = type(module)
     with _kept(module) as changed:
+        if again:
+            # Other random numbers than the first time show that there are any.
+            torch.rand(1)
         # The tracer looks on the class, and a module may carry its method itself.
         object.__setattr__(
             module, "__class__", type(kind.__name__, (kind,), {name: function})
