@@ -14,6 +14,7 @@ ORDER = [
     "errors",
     "table",
     "inputs",
+    "array_file",
     "polynomial",
     "compiled",
     "pillar.elementwise",
