@@ -11,18 +11,23 @@ import numpy as np
 import torch
 
 from . import doctor
+from .array_file import check_batch, load_array, one_input
 from .convert import MASKED, check, convert
 from .demo import run as run_demo
-from .errors import DataError, EspnError
+from .errors import EspnError
 from .estimate import command as estimate
 from .keys import make_keys
-from .masked.material import material_info
+from .masked.store import material_info
 from .pillar import command as training
+from .pillar.networks import Network
 from .pillar.recipes import load_network
 from .protocols import PROTOCOLS, TRUNCATIONS
 from .session import MaskedModel, connect, deal, masked_model, serve
 from .simulator import compare_precisions, explain
 from .wire.tls import TLS
+
+# A product has twice an operand's fractional bits, and must fit 63 bits.
+_MOST_BITS = 30
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -169,7 +174,7 @@ def _explain_command(
     )
     explainer.add_argument(
         "--precision-bits",
-        type=int,
+        type=_bits,
         nargs="+",
         metavar="BITS",
         help="fractional bits of CrypTen's encoder; several are compared",
@@ -360,7 +365,7 @@ def _serve(args: argparse.Namespace) -> int:
 
 
 def _predict(args: argparse.Namespace) -> int:
-    inputs = _array(args.input)
+    inputs = load_array(args.input)
     with connect(
         args.address, dealer=args.dealer, directory=args.material, tls=_tls(args)
     ) as server:
@@ -381,7 +386,7 @@ def _deal(args: argparse.Namespace) -> int:
 
 
 def _explain(args: argparse.Namespace) -> int:
-    inputs = _array(args.input)
+    inputs = load_array(args.input)
     bits, chosen = args.precision_bits, args.precision
     protocol = args.protocol or ("espn" if bits else MASKED)
     if (bits if protocol == MASKED else chosen or args.calibration) is not None:
@@ -390,9 +395,13 @@ def _explain(args: argparse.Namespace) -> int:
             f"--precision and --calibration to the masked engine; {protocol} was chosen"
         )
     onnx = args.network.suffix == ".onnx"
-    example = inputs if args.calibration is None else _array(args.calibration)
+    example = inputs if args.calibration is None else _calibration(args.calibration)
+    network = args.network if onnx else load_network(args.network)
+    if isinstance(network, Network):
+        for path, given in ((args.input, inputs), (args.calibration, example)):
+            check_batch(given, network.input_shape, str(path), str(args.network))
     private = convert(
-        args.network if onnx else load_network(args.network),
+        network,
         example,
         protocol=protocol,
         truncation=args.truncation,
@@ -433,22 +442,34 @@ def _keys(args: argparse.Namespace) -> int:
 
 def _masked(args: argparse.Namespace) -> MaskedModel:
     network = load_network(args.network)
-    inputs = _array(args.calibration)
+    inputs = _calibration(args.calibration)
+    check_batch(inputs, network.input_shape, str(args.calibration), str(args.network))
     return masked_model(convert(network, inputs[:1]), inputs, precision=args.precision)
 
 
-def _array(path: Path) -> torch.Tensor:
-    try:
-        array = np.load(path, allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"{path} cannot be read as .npy ({error}); numpy.save writes such a file"
-        ) from error
-    return torch.from_numpy(array.astype(np.float32))
+def _calibration(path: Path) -> torch.Tensor:
+    inputs = load_array(path)
+    note = one_input(inputs)
+    if note is not None:
+        print(f"crypten-espn: note: {path}: {note}", file=sys.stderr)
+    return inputs
 
 
 def _tls(args: argparse.Namespace) -> TLS | None:
     return None if args.tls is None else TLS(*args.tls)
+
+
+def _bits(text: str) -> int:
+    try:
+        bits = int(text)
+    except ValueError:
+        bits = 0
+    if not 1 <= bits <= _MOST_BITS:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no number of fractional bits; give 1 to {_MOST_BITS}, such "
+            "as 16"
+        )
+    return bits
 
 
 def _shape(text: str) -> tuple[int, ...]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 
 from crypten_espn.wire.channel import Channel, socket_pair
-from crypten_espn.wire.packing import compile_kernels
+from crypten_espn.compiled import heat
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _kernels():
     """Nothing is compiled while a peer waits."""
-    compile_kernels()
+    heat()
 
 
 @pytest.fixture
