@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from crypten_espn.wire.channel import Channel, socket_pair
 from crypten_espn.compiled import heat
+from crypten_espn.wire.channel import Channel, socket_pair
 
 
 @pytest.fixture(scope="session", autouse=True)
