@@ -17,7 +17,8 @@ from crypten_espn.errors import DataError
 from crypten_espn.pillar.data import Dataset, Images
 from crypten_espn.pillar.networks import Architecture
 from crypten_espn.pillar.penalty import range_penalty, warmup_stage
-from crypten_espn.pillar.recipes import Recipe, accuracy, learning_rate
+from crypten_espn.pillar.preparation import schedule
+from crypten_espn.pillar.recipes import Recipe, accuracy
 from crypten_espn.pillar.surgery import PolynomialActivation, replace_activations
 from crypten_espn.polynomial import Polynomial
 
@@ -155,16 +156,13 @@ def train(run: Run, data: Dataset, *, tick: Callable[[int], None]) -> Outcome:
         momentum=recipe.momentum,
         weight_decay=recipe.weight_decay,
     )
+    rate = schedule(recipe, optimizer, steps_per_epoch=run.steps_per_epoch)
     generator = torch.Generator().manual_seed(recipe.seed)
     part = first_images(data, run.images)
     inputs: list[float] = []
     for _ in range(recipe.epochs):
         for images, labels in part.batches(recipe.batch_size, generator=generator):
             step = len(inputs)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(
-                    recipe, step, steps_per_epoch=run.steps_per_epoch
-                )
             seen.reset()
             logits = network(images.to(memory_format=torch.channels_last))
             loss = _loss(network, functional.cross_entropy(logits, labels), run, step)
@@ -177,6 +175,7 @@ def train(run: Run, data: Dataset, *, tick: Callable[[int], None]) -> Outcome:
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            rate.step()
             tick(1)
     seen.reset()
     right = accuracy(network, data.validation, batch_size=100)
