@@ -30,8 +30,8 @@ import numpy as np
 import torch
 from msgspec import Meta
 
-from ..wire.packing import packed_bytes
 from ..errors import PlanError, RangeError, ShapeError
+from ..wire.packing import packed_bytes
 from . import kernels
 from .linear import Conv, Expression, Operation, Read, Shape, shape_of
 
