@@ -46,7 +46,7 @@ class Pair:
         self.dealing = Dealing(self.plan, seed=seed)
         self.server = ServerPreparation(self.plan, model.weights, self.dealing.seeds[0])
         self.client = ClientPreparation(self.plan, self.dealing.seeds[1])
-        together(
+        _, self.opening = together(
             {"server": self.server.open_weights(), "client": self.client.open_weights()}
         )
 
@@ -141,9 +141,9 @@ class Residual(torch.nn.Module):
         return self.head(x.mean((2, 3)))
 
 
-def residual():
+def residual(polynomial=QUARTIC):
     torch.manual_seed(1)
-    return Residual().eval().requires_grad_(False), torch.randn(4, 3, 8, 8)
+    return Residual(polynomial).eval().requires_grad_(False), torch.randn(4, 3, 8, 8)
 
 
 def message_count(plan, batch: int) -> int:
