@@ -1,7 +1,7 @@
 """A plan in Python integers: slow, and written from the plan's definitions alone.
 
-Values are dictionaries from an index (row, column, channel) or (feature,) to an integer.
-Nothing of the engine's kernels, layouts or evaluation is used.
+Values are dictionaries from (row, column, channel) or (feature,) to an integer. Nothing
+of the engine's kernels, layouts or evaluation is used.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ def logits(model, parameters, image):
     plan, how = model.plan, model.report.weights
     weights = [
         (
-            [[[[int(round(float(v) * known.factor)) for v in row] for row in plane]
-              for plane in channels] for channels in _four(parameters[known.parameter])],
-            [int(round(float(v) * known.bias_factor)) for v in
-             parameters[known.bias].reshape(-1)] if known.bias else None,
+            _integers(_four(parameters[known.parameter]).tolist(), known.factor),
+            _integers(parameters[known.bias].ravel().tolist(), known.bias_factor)
+            if known.bias
+            else None,
         )
         for known in how
-    ]  # fmt: skip
+    ]
     c, h, w = plan.input.shape
     places = itertools.product(range(h), range(w), range(c))
     sources = [{(i, j, k): int(image[k][i][j]) for i, j, k in places}]
@@ -55,6 +55,13 @@ def _activate(step, z: int) -> int:
         x = rounded(z, group.shift)
         y += sum(a * x**k for k, a in enumerate(group.coeffs))
     return rounded(y, act.drop)
+
+
+def _integers(real, factor: float):
+    """Nested lists of numbers, each multiplied and rounded."""
+    if isinstance(real, list):
+        return [_integers(value, factor) for value in real]
+    return round(real * factor)
 
 
 def _four(array):
