@@ -316,7 +316,7 @@ class Plan(_Strict, frozen=True, dict=True):
     output: Output
 
     def __post_init__(self) -> None:
-        assert self._totals
+        _ = self._totals  # checked here, once
 
     @cached_property
     def _totals(self) -> _Checked:
@@ -538,8 +538,8 @@ class _Checked:
             self._dealt += dealt
             if dealt > MAX_STEP_DEALT or self._dealt > MAX_DEALT:
                 raise PlanError(
-                    f"{place}: {dealt:,} words from the dealer, {self._dealt:,} so far; "
-                    f"a step may have {MAX_STEP_DEALT:,}, all may have {MAX_DEALT:,}."
+                    f"{place}: {dealt:,} words from the dealer, {self._dealt:,} so "
+                    f"far; a step may have {MAX_STEP_DEALT:,}, all {MAX_DEALT:,}."
                 )
             self._shapes.append(result)
             self._rings.append(step.activation.ring)
@@ -612,7 +612,8 @@ class _Checked:
         self.weights += math.prod(node.weight_shape(before[-1]))
         if self.weights > MAX_WEIGHTS:
             raise PlanError(
-                f"{place}: {self.weights:,} weights so far; {MAX_WEIGHTS:,} are allowed."
+                f"{place}: {self.weights:,} weights so far; a plan may have "
+                f"{MAX_WEIGHTS:,}."
             )
 
     def _pass(self, work: int, place: str) -> None:

@@ -23,7 +23,15 @@ from crypten_espn.masked.planning import parameters_of
 from crypten_espn.masked.reference import evaluate
 
 from . import oracle
-from .cases import QUARTIC, Pair, message_count, planned, residual, without_noise
+from .cases import (
+    QUARTIC,
+    Pair,
+    layers,
+    message_count,
+    planned,
+    residual,
+    without_noise,
+)
 
 
 def network(*layers):
@@ -32,37 +40,6 @@ def network(*layers):
 
 def act(polynomial=QUARTIC):
     return espn.PolynomialActivation(polynomial)
-
-
-class Layers(torch.nn.Module):
-    """Every linear layer the planner knows, where each can go wrong."""
-
-    def __init__(self):
-        super().__init__()
-        conv = torch.nn.Conv2d
-        self.pad = torch.nn.ZeroPad2d((1, 0, 2, 1))
-        self.wide = conv(3, 12, (1, 3), padding=(0, 1), stride=(2, 1))
-        self.depthwise = conv(12, 12, 3, padding=1, groups=12)
-        self.grouped = conv(12, 6, 3, padding=2, dilation=2, groups=3)
-        self.branch = conv(12, 2, 1, bias=False)
-        self.pool = torch.nn.AvgPool2d(3, stride=2, padding=1)
-        self.first, self.second = conv(8, 3, 1), conv(3, 4, 2)
-        self.acts = torch.nn.ModuleList(act() for _ in range(4))
-        self.head = torch.nn.LazyLinear(3)
-
-    def forward(self, x):
-        x = self.acts[0](self.wide(self.pad(x)))
-        x = self.acts[1](self.depthwise(x)) + x
-        x = torch.cat([self.acts[2](self.grouped(x)), self.branch(x)], 1)
-        x = self.second(self.first(self.pool(x)))  # a rescaling between them
-        return self.head(torch.flatten(self.acts[3](x), 1))
-
-
-def layers():
-    torch.manual_seed(2)
-    model, example = Layers(), torch.randn(3, 3, 8, 8)
-    model(example)
-    return model.eval().requires_grad_(False), example
 
 
 def images(count, example, seed=5):
@@ -124,13 +101,7 @@ def test_polynomials_of_every_shape_are_bit_exact(name):
 
 
 def test_the_reference_is_what_python_integers_give():
-    net, example = layers()
-    net = net.eval()
-    example = example[..., :6, :5]
-    torch.manual_seed(4)
-    net.head = torch.nn.LazyLinear(3)
-    net(example)
-    net.requires_grad_(False)
+    net, example = layers(6, 5)
     private = espn.convert(net, example[:1])
     model = planned(net, example)
     x = images(2, example)

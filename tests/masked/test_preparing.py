@@ -44,7 +44,7 @@ def seeds_of(pair, index):
 
 
 def test_dealt_values_are_the_powers_of_the_mask(small):
-    """The linear parts add up to B*t + r, the values to the powers of t, by integers."""
+    """The linear parts add up to B*t + r, the values to powers of t, by integers."""
     pair, batch = Pair(small), 2
     plan = pair.plan
     dealt, theirs = [], seeds_of(pair, 0)
