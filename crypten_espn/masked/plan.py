@@ -33,7 +33,7 @@ from msgspec import Meta
 from ..errors import PlanError, RangeError, ShapeError
 from ..wire.packing import packed_bytes
 from . import kernels
-from .linear import Conv, Expression, Operation, Read, Shape, shape_of
+from .linear import Conv, Expression, Operation, Pool, Read, Shape, shape_of
 
 VERSION = 2
 INPUT = 0
@@ -49,9 +49,10 @@ MAX_DEPTH = 100
 MAX_OPERATIONS = 1 << 16
 MAX_VALUE = 1 << 26  # elements of one value of one input, pads included
 MAX_ELEMENTS = 1 << 28  # of all values of one input
-MAX_DEALT = 1 << 29  # words from the dealer for one input
-MAX_WEIGHTS = 1 << 29
-MAX_WORK = 1 << 42  # multiplications of one input
+MAX_STEP_DEALT = 1 << 27  # words from the dealer for one step of one input
+MAX_DEALT = 1 << 29  # of all steps
+MAX_WEIGHTS = 1 << 28
+MAX_WORK = 1 << 42  # multiplications and additions of one input
 
 Int64 = Annotated[int, Meta(ge=-(1 << 63), le=(1 << 63) - 1)]
 Ring = Annotated[int, Meta(ge=RING_LIMITS[0], le=RING_LIMITS[1])]
@@ -315,7 +316,11 @@ class Plan(_Strict, frozen=True, dict=True):
     output: Output
 
     def __post_init__(self) -> None:
-        _Checked(self)
+        _ = self._totals  # checked here, once
+
+    @cached_property
+    def _totals(self) -> _Checked:
+        return _Checked(self)
 
     # -- identity
 
@@ -435,6 +440,28 @@ class Plan(_Strict, frozen=True, dict=True):
                 total += 16 * part.activation.values * count
         return total
 
+    @property
+    def work(self) -> int:
+        """Multiplications and additions of all linear parts for one input."""
+        return self._totals.work
+
+    def dealer_memory(self, *, batch: int = 1) -> int:
+        """Bytes that the dealer's arrays take at most during one inference.
+
+        Every value counts as if none were dropped, in words of 64 bits: a bound for
+        whoever decides whether to accept an order, not an estimate.
+        """
+        step = max(
+            (
+                (4 * s.activation.values + 3 * s.activation.masks + 4) * elements
+                for s, elements in zip(
+                    self.steps, map(self.elements, range(len(self.steps))), strict=True
+                )
+            ),
+            default=0,
+        )
+        return 8 * (self._totals.weights + batch * (self._totals.elements + 2 * step))
+
     # -- the input
 
     def encode(self, x: torch.Tensor) -> np.ndarray:
@@ -490,8 +517,8 @@ class _Checked:
                 f"A plan of version {plan.version}; this is version {VERSION}. Use the "
                 "same crypten-espn on both sides."
             )
-        self._elements = self._weights = self._work = self._operations = 0
-        self._dealt = self._numbered = 0
+        self.elements = self.weights = self.work = 0
+        self._operations = self._dealt = self._numbered = 0
         shape = plan.input.shape
         if len(shape) == 2:
             raise PlanError("An input has 1 or 3 dimensions beside the batch.")
@@ -507,11 +534,12 @@ class _Checked:
             place = f"step {number}"
             result = self._expression(step.root, step.ring, place)
             self._activation(step.activation, step.ring, place)
-            self._dealt += 2 * step.activation.values * math.prod(result)
-            if self._dealt > MAX_DEALT:
+            dealt = 2 * step.activation.values * math.prod(result)
+            self._dealt += dealt
+            if dealt > MAX_STEP_DEALT or self._dealt > MAX_DEALT:
                 raise PlanError(
-                    f"{place}: {self._dealt:,} words from the dealer so far; "
-                    f"{MAX_DEALT:,} are allowed."
+                    f"{place}: {dealt:,} words from the dealer, {self._dealt:,} so "
+                    f"far; a step may have {MAX_STEP_DEALT:,}, all {MAX_DEALT:,}."
                 )
             self._shapes.append(result)
             self._rings.append(step.activation.ring)
@@ -520,10 +548,10 @@ class _Checked:
             raise PlanError("The output's noise leaves nothing of its ring.")
 
     def _count(self, elements: int, place: str) -> None:
-        self._elements += elements
-        if elements > MAX_VALUE or self._elements > MAX_ELEMENTS:
+        self.elements += elements
+        if elements > MAX_VALUE or self.elements > MAX_ELEMENTS:
             raise PlanError(
-                f"{place}: {elements:,} elements, {self._elements:,} so far; "
+                f"{place}: {elements:,} elements, {self.elements:,} so far; "
                 f"{MAX_VALUE:,} in one value and {MAX_ELEMENTS:,} in all are allowed."
             )
 
@@ -549,6 +577,8 @@ class _Checked:
                     f"{place}: a ring of {ring} bits, wider than its source's "
                     f"{self._rings[node.source]} or narrower than a multiplier."
                 )
+            # A multiplied source is a value of its own; every read is a pass over it.
+            self._count(math.prod(self._shapes[node.source]), place)
             return self._shapes[node.source]
         if isinstance(node, Conv):
             if below:
@@ -568,21 +598,30 @@ class _Checked:
             self._count(padded, place)
         self._count(math.prod(shape), place)
         if isinstance(node, Conv):
-            self._weight(node, shapes[0], shape, place)
+            self._weight(node, shapes[0], place)
+            each = math.prod(node.weight_shape(shapes[0][-1])) // node.filters
+            self._pass(math.prod(shape) * each, place)
+        elif isinstance(node, Pool):
+            self._pass(math.prod(shape) * math.prod(node.kernel), place)
         return shape
 
-    def _weight(self, node: Conv, before: Shape, after: Shape, place: str) -> None:
-        size = math.prod(node.weight_shape(before[-1]))
-        work = math.prod(after) * size // node.filters
+    def _weight(self, node: Conv, before: Shape, place: str) -> None:
         if node.weight != self._numbered:
             raise PlanError(f"{place}: weights out of order, {node.weight}.")
         self._numbered += 1
-        self._weights += size
-        self._work += work
-        if self._weights > MAX_WEIGHTS or self._work > MAX_WORK:
+        self.weights += math.prod(node.weight_shape(before[-1]))
+        if self.weights > MAX_WEIGHTS:
             raise PlanError(
-                f"{place}: {self._weights:,} weights and {self._work:,} "
-                f"multiplications so far; {MAX_WEIGHTS:,} and {MAX_WORK:,} are allowed."
+                f"{place}: {self.weights:,} weights so far; a plan may have "
+                f"{MAX_WEIGHTS:,}."
+            )
+
+    def _pass(self, work: int, place: str) -> None:
+        self.work += work
+        if self.work > MAX_WORK:
+            raise PlanError(
+                f"{place}: {self.work:,} multiplications and additions so far; "
+                f"{MAX_WORK:,} are allowed."
             )
 
     def _activation(self, act: Activation, ring: int, place: str) -> None:

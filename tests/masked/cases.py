@@ -46,7 +46,7 @@ class Pair:
         self.dealing = Dealing(self.plan, seed=seed)
         self.server = ServerPreparation(self.plan, model.weights, self.dealing.seeds[0])
         self.client = ClientPreparation(self.plan, self.dealing.seeds[1])
-        together(
+        _, self.opening = together(
             {"server": self.server.open_weights(), "client": self.client.open_weights()}
         )
 
@@ -141,9 +141,56 @@ class Residual(torch.nn.Module):
         return self.head(x.mean((2, 3)))
 
 
-def residual():
+def residual(polynomial=QUARTIC):
     torch.manual_seed(1)
-    return Residual().eval().requires_grad_(False), torch.randn(4, 3, 8, 8)
+    return Residual(polynomial).eval().requires_grad_(False), torch.randn(4, 3, 8, 8)
+
+
+class Layers(torch.nn.Module):
+    """Every linear layer the planner knows, where each can go wrong."""
+
+    def __init__(self):
+        super().__init__()
+        conv = torch.nn.Conv2d
+        self.pad = torch.nn.ZeroPad2d((1, 0, 2, 1))
+        self.wide = conv(3, 12, (1, 3), padding=(0, 1), stride=(2, 1))
+        self.depthwise = conv(12, 12, 3, padding=1, groups=12)
+        self.grouped = conv(12, 6, 3, padding=2, dilation=2, groups=3)
+        self.branch = conv(12, 2, 1, bias=False)
+        self.pool = torch.nn.AvgPool2d(3, stride=2, padding=1)
+        self.first, self.second = conv(8, 3, 1), conv(3, 4, 2)
+        self.acts = torch.nn.ModuleList(
+            espn.PolynomialActivation(QUARTIC) for _ in range(4)
+        )
+        self.head = torch.nn.LazyLinear(3)
+
+    def forward(self, x):
+        x = self.acts[0](self.wide(self.pad(x)))
+        x = self.acts[1](self.depthwise(x)) + x
+        x = torch.cat([self.acts[2](self.grouped(x)), self.branch(x)], 1)
+        x = self.second(self.first(self.pool(x)))  # a rescaling between them
+        return self.head(torch.flatten(self.acts[3](x), 1))
+
+
+def layers(height=8, width=8):
+    torch.manual_seed(2)
+    model, example = Layers(), torch.randn(3, 3, height, width)
+    model(example)
+    return model.eval().requires_grad_(False), example
+
+
+def fuzzed_plans() -> list[str]:
+    """Texts of plans in which every field and every operation occurs."""
+    torch.manual_seed(3)
+    flat = torch.nn.Sequential(
+        torch.nn.Linear(6, 7), espn.PolynomialActivation(QUARTIC), torch.nn.Linear(7, 3)
+    )
+    pairs = [layers(5, 6), residual(), (flat, torch.randn(4, 6))]
+    return [
+        planned(network, example, precision=precision).plan.to_json()
+        for network, example in pairs
+        for precision in ("fast", "high")
+    ]
 
 
 def message_count(plan, batch: int) -> int:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 
 from ...compiled import compiled, heats
-from .ring import require
+from .ring import require, same_ring
 
 BLOCK = 1024  # elements a polynomial pass keeps in the first-level cache
 
@@ -169,6 +169,16 @@ def _truncate(mine, theirs, bits, drop, step, out):
         out[i] = ((c >> drop) & keep) - reduced
 
 
+def _degrees_fit(degrees: np.ndarray, by_power: np.ndarray) -> bool:
+    """Whether each group has a degree, and a coefficient up to the largest."""
+    return (
+        degrees.ndim == 1
+        and by_power.ndim == 2
+        and len(by_power) == len(degrees) > 0
+        and 1 <= int(degrees.min()) <= int(degrees.max()) < by_power.shape[1]
+    )
+
+
 def shifted_openings(
     c: np.ndarray, deltas: np.ndarray, *, bits: int, shifts: np.ndarray, out: np.ndarray
 ) -> None:
@@ -180,9 +190,23 @@ def shifted_openings(
         shifts: (groups,) int64.
         out: (groups, n) in c's type; row k in [0, 2**(bits - s_k)).
     """
-    groups, n = out.shape
-    fits = c.shape == (n,) and deltas.shape == (groups - 1, n)
-    require(fits and shifts.shape == (groups,), "shifted_openings", c, deltas, out)
+    groups = len(shifts)
+    require(
+        c.ndim == 1
+        and out.shape == (groups, len(c))
+        and deltas.shape == (groups - 1, len(c))
+        and shifts.shape == (groups,)
+        and same_ring(c, deltas, out)
+        and shifts.dtype == np.int64
+        and 1 <= bits <= 64
+        and groups > 0
+        and 0 <= int(shifts.min()) <= int(shifts.max()) < bits,
+        "shifted_openings",
+        c,
+        deltas,
+        shifts,
+        out,
+    )
     _shifted_openings(c, deltas, bits, shifts, out)
 
 
@@ -215,16 +239,20 @@ def polynomial_share(
         step: low bits dropped from the share at the end.
         out: (n,) int64, the share modulo 2**64, shifted by `step`.
     """
-    groups, n = opened.shape
-    top = int(degrees.max())
+    groups, n = len(degrees), len(out)
     require(
-        values.ndim == 3
+        opened.shape == (groups, n)
+        and out.ndim == 1
+        and same_ring(opened)
+        and same_ring(out, values, public, widths, degrees)
+        and out.dtype == np.int64
+        and widths.shape == (groups,)
+        and _degrees_fit(degrees, public)
+        and values.ndim == 3
         and values.shape[:2] == (2, int(degrees.sum()))
         and 0 <= start <= values.shape[2] - n
-        and widths.shape == degrees.shape == (groups,)
-        and public.shape[0] == groups
-        and public.shape[1] > top
-        and out.shape == (n,),
+        and 0 <= step < 64
+        and 1 <= int(widths.min()) <= int(widths.max()) < 64,
         "polynomial_share",
         opened,
         values,
@@ -245,7 +273,9 @@ def add_linear(
         c: (n,) modulo 2**bits.
         out: (n,) int64.
     """
-    require(c.shape == out.shape and c.ndim == 1, "add_linear", c, out)
+    fits = c.shape == out.shape and c.ndim == 1
+    fits = fits and same_ring(c) and out.dtype == np.int64
+    require(fits and 0 <= shift <= bits - 2 <= 62, "add_linear", c, out)
     _add_linear(c, bits, shift, np.int64(coefficient), out)
 
 
@@ -275,15 +305,21 @@ def deal_polynomial(
         linear, linear_shift: the linear term's coefficient, and bits dropped from x.
         out: (2, V, n) what this party gets.
     """
-    groups, n = masks.shape
-    top = int(degrees.max())
+    groups, n = len(degrees), len(rounding)
     require(
-        taken.shape == out.shape == (2, int(degrees.sum()), n)
-        and rounding.shape == (n,)
-        and shifts.shape == degrees.shape == (groups,)
-        and table.shape[0] == groups
-        and table.shape[1] >= top
-        and table.shape[2] > top,
+        masks.shape == (groups, n)
+        and rounding.ndim == 1
+        and same_ring(masks)
+        and same_ring(out, taken, table, rounding, shifts, degrees)
+        and out.dtype == np.int64
+        and shifts.shape == (groups,)
+        and table.ndim == 3
+        and _degrees_fit(degrees, table[:, 0])
+        and table.shape[1] >= int(degrees.max())
+        and taken.shape == out.shape == (2, int(degrees.sum()), n)
+        and 1 <= bits <= 64
+        and 0 <= int(shifts.min()) <= int(shifts.max()) < bits
+        and 0 <= linear_shift < bits,
         "deal_polynomial",
         masks,
         taken,
@@ -320,7 +356,10 @@ def truncate(
         theirs: (n,) int64, the other share's bits from `step` on.
         out: (n,) in the type of the ring modulo 2**(bits - drop).
     """
-    require(mine.shape == theirs.shape == out.shape, "truncate", mine, theirs, out)
+    fits = mine.shape == theirs.shape == out.shape and mine.ndim == 1
+    fits = fits and mine.dtype == theirs.dtype == np.int64 and same_ring(out)
+    fits = fits and 0 <= drop <= bits - 2 <= 62 and 0 <= step < 64
+    require(fits, "truncate", mine, theirs, out)
     _truncate(mine, theirs, bits, drop, step, out)
 
 

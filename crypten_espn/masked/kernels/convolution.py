@@ -15,7 +15,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from ...compiled import compiled, heats
-from .ring import require
+from .ring import require, same_ring
 
 
 def _vector_bytes() -> int:
@@ -291,8 +291,12 @@ def _pool_sum(x, kernel, stride, out):
 
 
 def pad(x: np.ndarray, pads: tuple[int, int, int, int]) -> np.ndarray:
-    """Zeros around (batch, height, width, channels): top, left, bottom, right."""
+    """Zeros around (batch, height, width, channels): top, left, bottom, right.
+
+    Raises: PlanError for another shape, or negative pads.
+    """
     top, left, bottom, right = pads
+    require(x.ndim == 4 and min(pads) >= 0, "pad", x)
     if not any(pads):
         return np.ascontiguousarray(x)
     n, h, w, c = x.shape
@@ -316,7 +320,7 @@ def windows(
 
 
 def _require_convolution(x, weight, out, stride, dilation, pads):
-    fits = x.ndim == out.ndim == 4 and x.dtype == weight.dtype == out.dtype
+    fits = x.ndim == out.ndim == 4 and same_ring(x, weight, out)
     fits = fits and min(pads) >= 0 and min(*stride, *dilation) >= 1
     if fits and weight.ndim == 3:
         kernel = weight.shape[:2]
@@ -386,7 +390,8 @@ def pool_sum(
 
     Raises: PlanError where the shapes do not belong together.
     """
-    fits = x.ndim == 4 and x.dtype == out.dtype and min(pads) >= 0
+    fits = x.ndim == 4 and same_ring(x, out) and min(pads) >= 0
+    fits = fits and min(*kernel, *stride) >= 1
     fits = fits and out.shape == (
         x.shape[0],
         *windows(x.shape[1:3], kernel, stride, (1, 1), pads),

@@ -34,6 +34,12 @@ def centred(values: np.ndarray, bits: int) -> np.ndarray:
     return (values.astype(np.int64) << shift) >> shift
 
 
+def same_ring(*arrays: np.ndarray) -> bool:
+    """Whether all have one type that kernels were written for, int32 or int64."""
+    dtype = arrays[0].dtype
+    return dtype in (np.int32, np.int64) and all(a.dtype == dtype for a in arrays)
+
+
 def require(fits: bool, kernel: str, *arrays: np.ndarray) -> None:
     """Refuse a kernel's arguments whose shapes do not belong together.
 

@@ -99,7 +99,8 @@ class Calibration:
         self._input_gradients = x, columns[0]
         for name, gradients in zip(values, columns, strict=False):
             layer = self.network.layers[name]
-            z, degree, radius = values[name], 0, 1.0
+            # A rescaling may follow, whose coefficient errs as the power 1.
+            z, degree, radius = values[name], 1, 1.0
             if layer.polynomial is not None:
                 z, degree = values[layer.inputs[0]], len(layer.polynomial.coeffs) - 1
                 radius = max(map(abs, layer.polynomial.interval))

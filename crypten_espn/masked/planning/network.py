@@ -308,9 +308,6 @@ class Network:
                 weight="",
                 bias="",
                 polynomial=Polynomial((0, 1), 0, (-1.0, 1.0)),
-                effect=Effect(
-                    np.array([before.effect.rounding, 0.0, 0.0]), np.zeros((2, 2))
-                ),
             )
             rescaled[value] = name
             order.append(name)
