@@ -41,8 +41,8 @@ class PlanReport:
     Args:
         parts: by linear part, the output last.
         weights: by weight.
-        logits_error: estimated standard deviation of a logit's error, from all roundings
-            and the server's noise.
+        logits_error: estimated standard deviation of a logit's error, from all
+            roundings and the server's noise.
         coins_error: of that, what rounding coins do: they differ from run to run.
         inputs: how many inputs it was calibrated on.
     """

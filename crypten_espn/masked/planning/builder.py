@@ -12,10 +12,14 @@ from ..linear import Add, Concat, Conv, Expression, Flatten, Pad, Pool, Read, Sc
 from ..model import PartReport, PlanReport
 from ..plan import INPUT, VALUE_RING, VERSION, Activation, Input, Output, Plan, Step
 from ..weights import Quantisation
+from .coins import largest_deviation
 from .layers import Layer
 from .precision import shifted
 from .scales import NarrowError, Scales, Unit
 
+# The noise on the logits is 1 to 2 times so many standard deviations of what coins do
+# to the logit that they move most.
+_NOISE = 4.5
 # A bias has to be a whole number that float64 and int64 hold.
 _MAX_BIAS = 2.0**62
 
@@ -127,7 +131,12 @@ class Builder:
             self.write(end, Unit(scales.scales[index]))
             for index, end in enumerate(ends)
         ]
-        coins, error, noise_bits = scales.logits_error(self.weights)
+        coins, error = scales.logits_error(self.weights)
+        deviation, noise_bits = largest_deviation(scales), 0
+        if deviation > 0:
+            bits = math.log2(_NOISE * deviation) + scales.scales[-1]
+            noise_bits = max(0, math.ceil(bits))
+            error = math.hypot(error, 2.0 ** (noise_bits - scales.scales[-1]) / 12**0.5)
         steps = tuple(
             Step(root, scales.ring, scales.scales[index], self.activation(index))
             for index, root in enumerate(roots[:-1])

@@ -23,6 +23,7 @@ class Calibration:
 
     Attributes:
         inputs: how many were given.
+        samples: the first of them, in float64.
 
     Raises: PlanError where a value is not finite.
     """
@@ -39,7 +40,8 @@ class Calibration:
             layer.largest = float(result.abs().max())
             layer.mean_square = float(result.square().mean())
         del values
-        self._differentiate(x[:_EFFECT_IMAGES].to(torch.float64))
+        self.samples = x[:_EFFECT_IMAGES].to(torch.float64)
+        self._differentiate(self.samples)
 
     @property
     def outputs(self) -> int:

@@ -109,8 +109,8 @@ class Layer:
         if height % rows or width % columns:
             raise self.refused(
                 f"adaptive pooling from {height}x{width} to {rows}x{columns} has "
-                "uneven windows. Resize the input so that they divide, or pool with fixed "
-                "windows."
+                "uneven windows. Resize the input so that they divide, or pool with "
+                "fixed windows."
             )
         kernel = (height // rows, width // columns)
         return Windows(kernel, kernel)

@@ -136,8 +136,8 @@ def choose_truncations(
        of x against the rounding of the coefficient at F - k f_k bits.
     3. The linear term keeps all bits, or as many as serve its coefficient; it costs no
        dealer value and uses the first group's mask, so it drops no more than that.
-    4. No coefficient rounds to 0, unless its power stays below one unit of the result
-       on the whole interval.
+    4. No coefficient rounds to 0, or by more than a quarter, unless that moves the
+       result by less than a unit on the whole interval.
 
     Args:
         polynomial: public.
@@ -147,7 +147,7 @@ def choose_truncations(
         value_frac_bits: F.
         effect: of errors of the result.
 
-    Returns: None if some coefficient would round to 0 however z is truncated.
+    Returns: None if too little is left of a coefficient however z is truncated.
     """
     numerators = polynomial.numerators
     groups = []
@@ -214,13 +214,12 @@ class _Choice:
         by_unit = self.effect.of_signs({k - 1: k * coeffs[k] for k in powers}) / 6
         found = []
         for bits in choices:
-            off, lost = {}, False
+            off = {}
             for k in powers:
                 at = self.value_frac_bits - k * bits
-                whole = _coefficient(self.polynomial, k, at)
-                off[k] = math.ldexp(whole, -at) - coeffs[k]
-                lost |= whole == 0 and not self._negligible(k, coeffs[k])
-            if lost:
+                off[k] = math.ldexp(_coefficient(self.polynomial, k, at), -at)
+                off[k] -= coeffs[k]
+            if any(self._lost(k, coeffs[k], error) for k, error in off.items()):
                 continue
             by_x = by_unit * 2.0 ** (-2 * bits) if bits < self.frac_bits else 0.0
             by_coefficient = self.effect.of_bias(off)
@@ -230,10 +229,11 @@ class _Choice:
         _, bits, by_x, by_coefficient = min(found, key=lambda entry: entry[0])
         return bits, by_x, by_coefficient
 
-    def _negligible(self, k: int, coefficient: float) -> bool:
-        """Whether c x**k stays below one unit of the result on the interval."""
+    def _lost(self, k: int, coefficient: float, off: float) -> bool:
+        """Whether too little is left of a coefficient that counts."""
         radius = max(map(abs, self.polynomial.interval))
-        return abs(coefficient) * radius**k < 2.0**-self.result_bits
+        counts = abs(off) * radius**k >= 2.0**-self.result_bits
+        return counts and abs(off) > abs(coefficient) / 4
 
 
 def _coefficient(polynomial: Polynomial, k: int, bits: int) -> int:

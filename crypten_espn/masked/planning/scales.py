@@ -27,9 +27,6 @@ LEAST_SCALE = 12
 LEAST_WEIGHT_BITS = 3
 # A public multiplier is rounded to a whole number; further off than this it is refused.
 _MULTIPLIER_ERROR = 2.0**-7
-# The noise on the logits covers this many times the mean square of what coins do to a
-# logit: some logits and some inputs differ from the mean.
-_SPREAD = 2.25
 
 
 class NarrowError(PlanError):
@@ -376,15 +373,15 @@ class Scales:
             variance += mine * 2.0 ** (-2 * self.frac_bits[source]) / 6
         return math.sqrt(variance)
 
-    def logits_error(self, weights: Sequence[Quantisation]) -> tuple[float, float, int]:
-        """Standard deviation of a logit's error, and the noise that hides its coins.
+    def logits_error(self, weights: Sequence[Quantisation]) -> tuple[float, float]:
+        """Standard deviation of a logit's error: by coins alone, and by all roundings.
 
-        Effects count all logits together; a logit has the mean, over the calibration
-        inputs. The noise is sized for logits and inputs that have more.
-
-        Returns: by coins alone; by everything, the noise included; bits of the noise.
+        Effects count all logits together; this is the mean over logits and calibration
+        inputs. The server's noise is not in it.
         """
-        coins, other = map(sum, zip(*self._source_errors(), strict=True))
+        by_source = list(self._source_errors())
+        coins = sum(one[0] for one in by_source)
+        other = sum(one[1] for one in by_source)
         for one, known in zip(self.readings.weighings, weights, strict=True):
             weight = self.network.parameters[one.layer.weight].astype(np.float64)
             other += one.layer.weight_effect * _rounded_off(weight, known.factor)
@@ -394,11 +391,7 @@ class Scales:
         # z is rounded to its unit, and the decoded logits to float32.
         output = self.network.layers[self.network.output]
         other += 2.0 ** (-2 * scale) / 12 + output.mean_square * 2.0**-50
-        bits = 0
-        if coins > 0:
-            bits = max(0, math.ceil(2 + math.log2(math.sqrt(_SPREAD * coins)) + scale))
-        noise = math.ldexp(1.0, 2 * (bits - scale)) / 12 if bits else 0.0
-        return math.sqrt(coins), math.sqrt(coins + other + noise), bits
+        return math.sqrt(coins), math.sqrt(coins + other)
 
     def _source_errors(self) -> Iterator[tuple[float, float]]:
         """By source: what its coins do to all outputs, and what its roundings do."""
