@@ -27,6 +27,11 @@ Small = Annotated[int, Meta(ge=1, le=1 << 16)]
 Padding = Annotated[int, Meta(ge=0, le=1 << 12)]
 Pair = tuple[Small, Small]
 Pads = tuple[Padding, Padding, Padding, Padding]  # top, left, bottom, right
+# Factors of one row, at most 16 bits.
+Row = Annotated[
+    tuple[Annotated[int, Meta(ge=0, le=1 << 16)], ...],
+    Meta(min_length=1, max_length=1 << 12),
+]
 NO_PADS = (0, 0, 0, 0)
 
 
@@ -215,6 +220,32 @@ class Pad(Operation, frozen=True, tag="pad"):
         out += kernels.pad(inputs[0], self.pads)
 
 
+class Scale(Operation, frozen=True, tag="scale"):
+    """Public factors by position: rows and columns of an image, alike in each channel.
+
+    Average pools that count fewer elements at the border need it; the division stands
+    in the scale.
+    """
+
+    x: Expression
+    factors: Annotated[tuple[Row, ...], Meta(min_length=1, max_length=1 << 12)]
+
+    @property
+    def inputs(self) -> tuple[Expression, ...]:
+        return (self.x,)
+
+    def output_shape(self, inputs: Sequence[Shape]) -> Shape:
+        height, width, _ = _image(inputs[0])
+        if len(self.factors) != height or {len(row) for row in self.factors} != {width}:
+            raise PlanError(
+                f"{len(self.factors)} rows of factors on an image of {height}x{width}."
+            )
+        return inputs[0]
+
+    def add_to(self, out: np.ndarray, inputs: Sequence[np.ndarray]) -> None:
+        out += inputs[0] * np.array(self.factors, dtype=out.dtype)[:, :, None]
+
+
 class Flatten(Operation, frozen=True, tag="flatten"):
     """An image as one row, in torch's order: channels, then rows, then columns."""
 
@@ -231,7 +262,7 @@ class Flatten(Operation, frozen=True, tag="flatten"):
         out += flatten(inputs[0])
 
 
-Expression = Union[Read, Conv, Add, Concat, Pool, Pad, Flatten]  # noqa: UP007
+Expression = Union[Read, Conv, Add, Concat, Pool, Pad, Scale, Flatten]  # noqa: UP007
 
 
 def _listed(shapes: Sequence[Shape]) -> str:

@@ -24,7 +24,8 @@ class PartReport:
         name: the layer that ends it.
         bound: the largest |z| that is allowed for.
         seen: the largest |z| of the calibration inputs.
-        noise: estimated standard deviation of z's error from this part's roundings.
+        noise: estimated standard deviation of z's error from this part's roundings
+            alone; the errors of what it reads come on top.
     """
 
     name: str
@@ -40,14 +41,17 @@ class PlanReport:
     Args:
         parts: by linear part, the output last.
         weights: by weight.
-        logits_error: estimated standard deviation of a logit's error, all roundings.
-        coins_error: of that, what differs between two inferences of one input.
+        logits_error: estimated standard deviation of a logit's error, from all
+            roundings and the server's noise.
+        coins_error: of that, what rounding coins do: they differ from run to run.
+        inputs: how many inputs it was calibrated on.
     """
 
     parts: tuple[PartReport, ...]
     weights: tuple[Quantisation, ...]
     logits_error: float
     coins_error: float
+    inputs: int
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,7 @@ class MaskedModel:
 
 _HEAD = (
     "layer", "shape", "ring", "scale", "powers", "opens", "sends", "seen", "allowed",
-    "noise",
+    "own rounding",
 )  # fmt: skip
 
 
@@ -111,8 +115,11 @@ def table(plan: Plan, report: PlanReport) -> str:
         f"{plan.messages} messages, {down + up:,} bytes online (rank 0 {down:,}, rank "
         f"1 {up:,}), {plan.dealer_bytes():,} from the dealer, "
         f"{plan.activation_elements:,} activations, plan {plan.digest.hex()[:16]}",
+        "own rounding: standard deviation that this layer's roundings add; no bound",
         f"logits: standard deviation of the error {report.logits_error:.2g}, of which "
         f"{report.coins_error:.2g} by rounding coins; the server adds noise in "
         f"[{-width / 2:.2g}, {width / 2:.2g})",
+        f"calibrated on {report.inputs} input{'s' * (report.inputs > 1)}"
+        + ("" if report.inputs > 1 else ": one bounds every layer; give more"),
     ]
     return "\n".join(line.rstrip() for line in lines)

@@ -1,19 +1,20 @@
 """From a converted network to its plan.
 
-1. Read the crypten.nn.Graph as layers (`network`); run it in float64 on the calibration
-   inputs; note how large values get, and how far an error in them or in a weight moves
-   the output (`calibration`).
+1. Read the crypten.nn.Graph as layers (`layers`, `network`); run it in float64 on the
+   calibration inputs; note how large values get, and how far an error in them or in a
+   weight moves the output (`calibration`).
 2. Cut it into linear parts at its activations; insert a rescaling between weights with
    none between.
 3. Bound every z by headroom times the largest seen, and at least the polynomial's
    interval; the ring leaves the rest to fractional bits, split where the output moves
-   least (`builder`).
+   least (`scales`), and `builder` writes the plan.
 4. Choose for every power of a polynomial the truncation that costs least precision
    (`precision`).
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -24,7 +25,9 @@ from ..plan import RING_LIMITS, Plan
 from ..weights import quantise
 from .builder import Builder
 from .calibration import Calibration
-from .network import Network, layer_title, parameters_of
+from .layers import layer_title, naming
+from .network import Network, parameters_of
+from .scales import NarrowError, Scales
 
 __all__ = ["HEADROOM", "PRECISIONS", "layer_title", "make_plan", "masked_model"]
 
@@ -48,24 +51,98 @@ def make_plan(
         precision: "fast" (32-bit linear ring), "high" (40-bit), or the bits, 20 to 56.
         headroom: how far beyond the calibration inputs values may go.
 
-    Raises: PlanError naming the layer that is unsupported or whose values do not fit.
+    Raises: PlanError naming the layer that is unsupported or whose values do not fit,
+        with the ring that would do; for calibration inputs of another shape, that are
+        not finite or not real. Nothing else.
     """
     if precision not in PRECISIONS and not isinstance(precision, int):
         raise PlanError(
             f"precision={precision!r}; give {', '.join(map(repr, PRECISIONS))} or the "
             f"linear ring's bits, {RING_LIMITS[0]} to {RING_LIMITS[1]}."
         )
+    if isinstance(precision, bool):
+        raise PlanError(f"precision={precision!r}; give a name or a number of bits.")
     ring = PRECISIONS[precision] if isinstance(precision, str) else precision
     if not RING_LIMITS[0] <= ring <= RING_LIMITS[1]:
         raise PlanError(
             f"A linear ring of {ring} bits; {RING_LIMITS[0]} to {RING_LIMITS[1]} work."
         )
-    if headroom < 1:
+    if not 1 <= headroom < math.inf:
         raise PlanError(f"headroom={headroom}; at least 1 is needed.")
-    network = Network(graph)
-    calibration = Calibration(network, example)
-    network.cut()
-    return Builder(calibration, ring=ring, headroom=headroom).build()
+    with naming("The network"):
+        network = Network(graph)
+        calibration = Calibration(network, _calibrating(graph, example))
+        network.cut()
+        return _narrowest(calibration, ring, headroom)
+
+
+def _calibrating(graph: Any, example: Any) -> torch.Tensor:
+    """Calibration inputs, checked.
+
+    Raises: PlanError with what was given and what is allowed.
+    """
+    shape = getattr(graph, "input_shape", None)
+    wanted = "(batch, *input_shape)" if shape is None else f"(batch, {_listed(shape)})"
+    if not torch.is_tensor(example):
+        raise PlanError(
+            f"The calibration inputs are a {type(example).__name__}; give a tensor of "
+            f"shape {wanted}."
+        )
+    given = tuple(example.shape)
+    if example.dim() < 2 or 0 in given:
+        raise PlanError(
+            f"The calibration inputs have shape {given}; give at least one input, as "
+            f"{wanted}."
+        )
+    if shape is not None and given[1:] != tuple(shape):
+        raise PlanError(
+            f"The calibration inputs have shape {given}, the network takes {wanted}. "
+            "Resize them as for the network, or convert it for their size."
+        )
+    if example.is_complex():
+        raise PlanError(
+            f"The calibration inputs are {example.dtype}; real numbers are needed."
+        )
+    if not bool(torch.isfinite(example).all()):
+        raise PlanError(
+            "The calibration inputs hold NaN or infinity. Clean the data before."
+        )
+    return example.detach().cpu()
+
+
+def _listed(shape: tuple[int, ...]) -> str:
+    return ", ".join(map(str, shape))
+
+
+def _narrowest(
+    calibration: Calibration, ring: int, headroom: float
+) -> tuple[Plan, PlanReport]:
+    """The plan in this ring.
+
+    Raises: PlanError that says which ring would do.
+    """
+
+    def build(bits: int) -> tuple[Plan, PlanReport]:
+        return Builder(Scales(calibration, ring=bits, headroom=headroom)).build()
+
+    try:
+        return build(ring)
+    except NarrowError as error:
+        found = str(error)
+    for wider in range(ring + 1, RING_LIMITS[1] + 1):
+        if wider % 4 and wider != RING_LIMITS[1]:
+            continue
+        try:
+            build(wider)
+        except NarrowError:
+            continue
+        names = [name for name, bits in PRECISIONS.items() if bits == wider]
+        given = repr(names[0]) if names else wider
+        raise PlanError(f"{found} precision={given} (a ring of {wider} bits) plans it.")
+    raise PlanError(
+        f"{found} No ring of up to {RING_LIMITS[1]} bits would do: train with a range "
+        "penalty, so that values stay small."
+    )
 
 
 def masked_model(

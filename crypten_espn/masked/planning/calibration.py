@@ -7,7 +7,8 @@ import math
 import torch
 
 from ...errors import PlanError
-from .network import Layer, Network, layer_title
+from .layers import Layer
+from .network import Network
 from .precision import measured_effect
 
 _EFFECT_IMAGES, _EFFECT_SIGNS = 8, 2
@@ -18,13 +19,18 @@ class Calibration:
 
     Args:
         network: its layers get shapes, sizes and effects.
-        x: (batch, *input_shape); more inputs give better bounds.
+        x: (batch, *input_shape), finite; more inputs give better bounds.
+
+    Attributes:
+        inputs: how many were given.
+        samples: the first of them, in float64.
 
     Raises: PlanError where a value is not finite.
     """
 
     def __init__(self, network: Network, x: torch.Tensor) -> None:
         self.network = network
+        self.inputs = len(x)
         self.network.layers[self.network.input] = Layer(self.network.input, "input", [])
         with torch.no_grad():
             values = self._run(x.to(torch.float64))
@@ -34,7 +40,8 @@ class Calibration:
             layer.largest = float(result.abs().max())
             layer.mean_square = float(result.square().mean())
         del values
-        self._differentiate(x[:_EFFECT_IMAGES].to(torch.float64))
+        self.samples = x[:_EFFECT_IMAGES].to(torch.float64)
+        self._differentiate(self.samples)
 
     @property
     def outputs(self) -> int:
@@ -49,12 +56,10 @@ class Calibration:
         values = {self.network.input: x}
         for name in self.network.order:
             layer = self.network.layers[name]
-            if layer.kind == "same":
-                continue
             result = self.network.compute(layer, [values[i] for i in layer.inputs])
             if not bool(torch.isfinite(result).all()):
                 raise PlanError(
-                    f"{layer_title(name)}: the calibration data overflow here. The "
+                    f"{layer.title}: the calibration data overflow here. The "
                     "activations leave the interval their polynomial was fitted on."
                 )
             values[name] = result
@@ -114,6 +119,17 @@ class Calibration:
                 layer.weight_effect = (
                     by_weight[layer.weight] or layer.effect.rounding * depth
                 )
+
+    def factor_error(self, layer: Layer, off: float) -> float:
+        """The outputs' mean square error when a source is off by that factor less 1."""
+        if off == 0.0:
+            return 0.0
+        if layer.polynomial is not None:
+            coeffs = layer.polynomial.coeffs
+            return layer.effect.of_bias({k: off * c for k, c in enumerate(coeffs)})
+        x, gradients = self._input_gradients
+        sums = [(x * gradient).flatten(1).sum(1) for gradient in gradients]
+        return off**2 * float(torch.stack(sums).square().mean())
 
     def input_error(self, bits: int) -> float:
         """The outputs' mean square error when the input is rounded to nearest.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,54 +11,8 @@ import torch
 
 from ...errors import PlanError
 from ...polynomial import Polynomial
-from .precision import NO_EFFECT, Effect
-
-RESCALED = ":rescaled"
-
-
-@dataclass
-class Layer:
-    """A node of the converted network, and what calibration says of its result.
-
-    Attributes:
-        largest, mean_square: of the result.
-        effect: of errors of the result, as a function of an activation's input.
-        weight_effect: the outputs' mean square error when every weight is off by 1,
-            its sign random.
-    """
-
-    name: str
-    kind: str
-    inputs: list[str]
-    shape: tuple[int, ...] = ()
-    weight: str = ""
-    bias: str = ""
-    module: Any = None
-    polynomial: Polynomial | None = None
-    largest: float = 0.0
-    mean_square: float = 0.0
-    effect: Effect = NO_EFFECT
-    weight_effect: float = 0.0
-
-
-_KINDS = {
-    "Conv": "conv",
-    "Conv2d": "conv",
-    "Gemm": "gemm",
-    "Linear": "gemm",
-    "PolynomialActivation": "activation",
-    "Add": "add",
-    "AvgPool2d": "pool",
-    "GlobalAveragePool": "global_pool",
-    "AdaptiveAvgPool2d": "adaptive_pool",
-    "Flatten": "flatten",
-    "Reshape": "flatten",
-    "Concat": "concat",
-    "ConstantPad2d": "pad",
-    "_ConstantPad": "pad",
-    "Dropout": "same",
-    "Identity": "same",
-}
+from .layers import RESCALED, Layer, layer_title, naming, read_layer
+from .precision import Effect
 
 
 def parameters_of(graph: Any) -> dict[str, np.ndarray]:
@@ -80,59 +35,41 @@ def parameters_of(graph: Any) -> dict[str, np.ndarray]:
     return found
 
 
-def pair(value: Any) -> tuple[int, int]:
-    if isinstance(value, (tuple, list)):
-        items = tuple(int(v) for v in value)
-        return (items[0], items[0]) if len(items) == 1 else (items[0], items[1])
-    return int(value), int(value)
-
-
-def pads_of(value: Any) -> tuple[int, int, int, int]:
-    if isinstance(value, (tuple, list)) and len(value) == 4:
-        return tuple(int(v) for v in value)  # type: ignore[return-value]
-    top, left = pair(value)
-    return top, left, top, left
-
-
-def last_pads(value: Any) -> tuple[int, int, int, int]:
-    """torch's (left, right, top, bottom) as (top, left, bottom, right)."""
-    items = [int(v) for v in value] + [0] * (4 - len(value))
-    left, right, top, bottom = items[:4]
-    return top, left, bottom, right
-
-
-def layer_title(name: str) -> str:
-    """A readable layer name from an exporter's value name.
-
-    /stages/stages.0/stages.0.0/relu1/Op_output_0 is stages.0.0.relu1.
-    """
-    if name.endswith(RESCALED):
-        return f"{layer_title(name.removesuffix(RESCALED))} (rescaled)"
-    parts = [part for part in name.replace("_output_0", "").split("/") if part]
-    parts = parts[:-1] if len(parts) > 1 else parts
-    kept = [
-        part
-        for part, after in zip(parts, [*parts[1:], ""], strict=True)
-        if not after.startswith(part + ".")
-    ]
-    return ".".join(kept) or name
-
-
 class Network:
-    """A crypten.nn.Graph as layers in the order they are computed."""
+    """A crypten.nn.Graph as layers in the order they are computed.
+
+    Raises: PlanError naming the layer that the masked engine does not compute.
+    """
 
     def __init__(self, graph: Any) -> None:
         self.parameters = parameters_of(graph)
         self._tensors: dict[str, torch.Tensor] = {}
         self.layers: dict[str, Layer] = {}
-        if len(graph.input_names) != 1 or len(graph.output_names) != 1:
-            raise PlanError("The masked engine takes networks of one input and output.")
+        for what, names in (
+            ("inputs", graph.input_names),
+            ("outputs", graph.output_names),
+        ):
+            if len(names) != 1:
+                raise PlanError(
+                    f"A network of {len(names)} {what}; the masked engine takes "
+                    "networks of one input and one output."
+                )
         self.input = graph.input_names[0]
         self.output = graph.output_names[0]
         self.order = self._sorted(graph)
         for name in self.order:
-            self._read(name, graph._modules[name], list(graph._graph[name]))
+            layer = read_layer(
+                name, graph._modules[name], list(graph._graph[name]), self.parameters
+            )
+            layer.inputs = [self._same(value) for value in layer.inputs]
+            self.layers[name] = layer
         self.output = self._same(self.output)
+        if self.output != self.input and self.output not in self.layers:
+            raise PlanError(
+                f"The output {self.output} is a constant; a network of its input is "
+                "needed."
+            )
+        self._drop_unused()
 
     def _sorted(self, graph: Any) -> list[str]:
         done = {self.input, *self.parameters}
@@ -152,28 +89,15 @@ class Network:
             name = self.layers[name].inputs[0]
         return name
 
-    def _read(self, name: str, module: Any, inputs: list[str]) -> None:
-        title = type(module).__name__
-        kind = _KINDS.get(title)
-        if kind is None:
-            raise PlanError(
-                f"{layer_title(name)}: {title} is not supported by the masked engine. "
-                'Convert with protocol="espn", or replace the layer by convolutions, '
-                "pools, additions and polynomial activations."
-            )
-        constants = [i for i in inputs if i in self.parameters]
-        values = [self._same(i) for i in inputs if i not in self.parameters]
-        layer = Layer(name, kind, values, module=module)
-        if kind in ("conv", "gemm"):
-            if len(values) != 1 or not 1 <= len(constants) <= 2:
-                raise PlanError(f"{layer_title(name)}: weights must be constants.")
-            layer.weight = constants[0]
-            layer.bias = constants[1] if len(constants) == 2 else ""
-        elif kind == "activation":
-            layer.polynomial = module.polynomial
-        elif kind == "add" and constants:
-            raise PlanError(f"{layer_title(name)}: adding a constant is not supported.")
-        self.layers[name] = layer
+    def _drop_unused(self) -> None:
+        """What no output depends on costs nothing and is not planned."""
+        needed = {self.output}
+        for name in reversed(self.order):
+            if name in needed:
+                needed.update(self.layers[name].inputs)
+        self.order = [
+            n for n in self.order if n in needed and self.layers[n].kind != "same"
+        ]
 
     # -- in float64
 
@@ -185,22 +109,25 @@ class Network:
         return self._tensors[name]
 
     def compute(self, layer: Layer, inputs: list[torch.Tensor]) -> torch.Tensor:
+        """A layer's value in float64.
+
+        Raises: PlanError with the layer's name if its inputs' shapes do not fit it.
+        """
+        with naming(layer.title):
+            return self._compute(layer, inputs)
+
+    def _compute(self, layer: Layer, inputs: list[torch.Tensor]) -> torch.Tensor:
         function = torch.nn.functional
         x = inputs[0]
+        shape = tuple(x.shape[1:])
         bias = self.tensor(layer.bias).reshape(-1) if layer.bias else None
-        if layer.kind == "conv":
-            top, left, bottom, right = pads_of(layer.module.padding)
-            return function.conv2d(
-                function.pad(x, (left, right, top, bottom)),
-                self.tensor(layer.weight),
-                bias,
-                pair(layer.module.stride),
-                0,
-                pair(layer.module.dilation),
-                int(layer.module.groups),
-            )
         if layer.kind == "gemm":
-            return function.linear(x, self.matrix(layer), bias)
+            if x.dim() != 2:
+                raise layer.refused(
+                    f"a linear layer on values of {x.dim()} dimensions; flatten them "
+                    "first, or use a 1x1 convolution."
+                )
+            return function.linear(x, self.tensor(layer.weight), bias)
         if layer.kind == "activation":
             assert layer.polynomial is not None
             coeffs = layer.polynomial.coeffs
@@ -209,60 +136,65 @@ class Network:
                 y = y * x + coefficient
             return y
         if layer.kind == "add":
+            shapes = [tuple(value.shape[1:]) for value in inputs]
+            if shapes[0] != shapes[1]:
+                raise layer.refused(
+                    f"an addition of values of shapes {shapes[0]} and {shapes[1]}; the "
+                    "masked engine adds values of one shape. Bring both to one shape "
+                    "before."
+                )
             return inputs[0] + inputs[1]
         if layer.kind == "concat":
-            if layer.module.dimension not in (1, 1 - x.dim()):
-                raise PlanError(
-                    f"{layer_title(layer.name)}: only channels can be concatenated."
+            if layer.axis not in (1, 1 - x.dim()):
+                raise layer.refused(
+                    f"a concatenation along axis {layer.axis} of {x.dim()}; only "
+                    "channels (axis 1) can be concatenated."
                 )
             return torch.cat(inputs, 1)
         if layer.kind == "flatten":
-            return x.reshape(len(x), -1)
+            return self._flatten(layer, x)
+        channels, height, width = layer.image(shape)
+        if layer.kind == "conv":
+            assert layer.windows is not None
+            here = layer.windows
+            return function.conv2d(
+                _padded(x, here.pads),
+                self.tensor(layer.weight),
+                bias,
+                here.stride,
+                0,
+                here.dilation,
+                here.groups,
+            )
         if layer.kind == "pad":
-            top, left, bottom, right = last_pads(layer.module.padding)
-            return function.pad(x, (left, right, top, bottom))
-        kernel, stride, pads = self.pool(layer, tuple(x.shape[1:]))
-        top, left, bottom, right = pads
-        padded = function.pad(x, (left, right, top, bottom))
-        return function.avg_pool2d(padded, kernel, stride)
-
-    def matrix(self, layer: Layer) -> torch.Tensor:
-        matrix = self.tensor(layer.weight)
-        module = layer.module
-        if type(module).__name__ == "Gemm":
-            if (
-                float(module.alpha) != 1.0
-                or float(module.beta) != 1.0
-                or module.trans_a
-            ):
-                raise PlanError(f"{layer_title(layer.name)}: Gemm with factors.")
-            return matrix if module.trans_b else matrix.T
-        return matrix
-
-    def pool(
-        self, layer: Layer, shape: tuple[int, ...]
-    ) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int, int, int]]:
-        height, width = shape[1:]
-        if layer.kind == "global_pool":
-            return (height, width), (1, 1), (0, 0, 0, 0)
-        if layer.kind == "adaptive_pool":
-            rows, columns = pair(layer.module.output_size)
-            if height % rows or width % columns:
-                raise PlanError(
-                    f"{layer_title(layer.name)}: adaptive pooling from "
-                    f"{height}x{width} to {rows}x{columns} has uneven windows."
+            assert layer.windows is not None
+            return _padded(x, layer.windows.pads)
+        if layer.kind == "scale":
+            assert layer.factors is not None
+            factors = layer.factors
+            if factors.integers.shape != (height, width):
+                raise layer.refused(
+                    f"factors of shape {factors.integers.shape} on images of "
+                    f"{height}x{width}."
                 )
-            kernel = (height // rows, width // columns)
-            return kernel, kernel, (0, 0, 0, 0)
-        module = layer.module
-        kernel = pair(module.kernel_size)
-        stride = pair(module.kernel_size if module.stride is None else module.stride)
-        if getattr(module, "ceil_mode", False) and any(
-            (size - k) % s
-            for size, k, s in zip((height, width), kernel, stride, strict=True)
-        ):
-            raise PlanError(f"{layer_title(layer.name)}: ceil_mode pads unevenly.")
-        return kernel, stride, pads_of(module.padding)
+            return x * torch.from_numpy(factors.integers / factors.divisor)
+        assert layer.kind == "pool" and channels
+        here = layer.pool_windows(shape)
+        return function.avg_pool2d(_padded(x, here.pads), here.kernel, here.stride)
+
+    def _flatten(self, layer: Layer, x: torch.Tensor) -> torch.Tensor:
+        count = math.prod(x.shape[1:])
+        # A batch that was written down stands for any batch.
+        as_rows = layer.target is None or (
+            len(layer.target) == 2
+            and (layer.target[1] == count or layer.target == (len(x), -1))
+        )
+        if not as_rows:
+            raise layer.refused(
+                f"a reshape of {tuple(x.shape)} to {layer.target}; the masked engine "
+                f"flattens to (batch, {count})."
+            )
+        return x.reshape(len(x), -1)
 
     # -- cutting into linear parts
 
@@ -282,15 +214,13 @@ class Network:
         order: list[str] = []
         for name in self.order:
             layer = self.layers[name]
-            if layer.kind == "same":
-                continue
             if layer.kind != "activation":
                 for index, value in enumerate(layer.inputs):
-                    needs = layer.kind in ("conv", "gemm") or len(readers[value]) > 1
+                    needs = layer.weighted or len(readers[value]) > 1
                     if weighted[value] and needs:
                         layer.inputs[index] = self._rescale(value, rescaled, order)
             order.append(name)
-            weighted[name] = layer.kind in ("conv", "gemm") or (
+            weighted[name] = layer.weighted or (
                 layer.kind != "activation"
                 and any(weighted.get(value, False) for value in layer.inputs)
             )
@@ -300,14 +230,14 @@ class Network:
         if value not in rescaled:
             before = self.layers[value]
             name = value + RESCALED
+            rounding = np.array([before.effect.rounding, 0.0, 0.0])
             self.layers[name] = replace(
-                before,
-                name=name,
-                kind="activation",
-                inputs=[value],
-                weight="",
-                bias="",
+                Layer(name, "activation", [value]),
+                shape=before.shape,
+                largest=before.largest,
+                mean_square=before.mean_square,
                 polynomial=Polynomial((0, 1), 0, (-1.0, 1.0)),
+                effect=Effect(rounding, np.zeros((2, 2))),
             )
             rescaled[value] = name
             order.append(name)
@@ -319,7 +249,12 @@ class Network:
             return (shape[1], shape[2], shape[0])
         if len(shape) == 1:
             return shape
-        raise PlanError(
-            f"{layer_title(name)}: values of {len(shape) + 1} dimensions; the masked "
-            "engine takes (batch, channels, height, width) and (batch, features)."
+        raise self.layers[name].refused(
+            f"values of {len(shape) + 1} dimensions; the masked engine takes (batch, "
+            "channels, height, width) and (batch, features)."
         )
+
+
+def _padded(x: torch.Tensor, pads: tuple[int, int, int, int]) -> torch.Tensor:
+    top, left, bottom, right = pads
+    return torch.nn.functional.pad(x, (left, right, top, bottom))

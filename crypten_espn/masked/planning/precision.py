@@ -120,8 +120,14 @@ class Truncations:
 
 
 def choose_truncations(
-    polynomial: Polynomial, *, frac_bits: int, value_frac_bits: int, effect: Effect
-) -> Truncations:
+    polynomial: Polynomial,
+    *,
+    ring: int,
+    frac_bits: int,
+    result_bits: int,
+    value_frac_bits: int,
+    effect: Effect,
+) -> Truncations | None:
     """Which truncation serves which powers of a polynomial.
 
     1. The square has a truncation of its own; from the third power on, an odd one and
@@ -130,20 +136,29 @@ def choose_truncations(
        of x against the rounding of the coefficient at F - k f_k bits.
     3. The linear term keeps all bits, or as many as serve its coefficient; it costs no
        dealer value and uses the first group's mask, so it drops no more than that.
+    4. No coefficient rounds to 0, or by more than a quarter, unless that moves the
+       result by less than a unit on the whole interval.
 
     Args:
         polynomial: public.
+        ring: bits of z; an opening drops at most all but three.
         frac_bits: g, of the opened z.
+        result_bits: f, of the result.
         value_frac_bits: F.
         effect: of errors of the result.
+
+    Returns: None if too little is left of a coefficient however z is truncated.
     """
     numerators = polynomial.numerators
     groups = []
     by_coins = by_coefficients = 0.0
+    least = max(0, frac_bits - (ring - 3))
+    kept = _Choice(polynomial, frac_bits, result_bits, value_frac_bits, effect)
     for powers in _shared(k for k in range(2, len(numerators)) if numerators[k]):
-        bits, coin, coefficient = _best(
-            polynomial, powers, range(frac_bits + 1), frac_bits, value_frac_bits, effect
-        )
+        best = kept.best(powers, range(least, frac_bits + 1))
+        if best is None:
+            return None
+        bits, coin, coefficient = best
         coeffs = [0] * (powers[-1] + 1)
         for k in powers:
             coeffs[k] = _coefficient(polynomial, k, value_frac_bits - k * bits)
@@ -152,15 +167,12 @@ def choose_truncations(
         by_coefficients += coefficient
     linear = None
     if (len(numerators) > 1 and numerators[1]) or not groups:
-        least = frac_bits - groups[0].shift if groups else 0
-        bits, coin, coefficient = _best(
-            polynomial,
-            [1],
-            range(least, frac_bits + 1),
-            frac_bits,
-            value_frac_bits,
-            effect,
-        )
+        if groups:
+            least = frac_bits - groups[0].shift
+        best = kept.best([1], range(least, frac_bits + 1))
+        if best is None:
+            return None
+        bits, coin, coefficient = best
         factor = _coefficient(polynomial, 1, value_frac_bits - bits)
         linear = Linear(frac_bits - bits, factor)
         by_coins += coin
@@ -180,33 +192,48 @@ def _shared(powers: Iterable[int]) -> list[list[int]]:
     return buckets
 
 
-def _best(
-    polynomial: Polynomial,
-    powers: Sequence[int],
-    choices: Iterable[int],
-    frac_bits: int,
-    value_frac_bits: int,
-    effect: Effect,
-) -> tuple[int, float, float]:
-    """The fractional bits that move the output least, and both errors then.
+@dataclass(frozen=True)
+class _Choice:
+    """How many bits powers of z keep; fields as `choose_truncations` takes them."""
 
-    A truncation that drops bits goes to one of two neighbours at random, on average a
-    sixth of a squared unit away; a coefficient is off in the same way everywhere.
-    """
-    coeffs = (*polynomial.coeffs, 0.0)
-    by_unit = effect.of_signs({k - 1: k * coeffs[k] for k in powers}) / 6
-    found = []
-    for bits in choices:
-        off = {}
-        for k in powers:
-            at = value_frac_bits - k * bits
-            kept = math.ldexp(_coefficient(polynomial, k, at), -at)
-            off[k] = kept - coeffs[k]
-        by_x = by_unit * 2.0 ** (-2 * bits) if bits < frac_bits else 0.0
-        by_coefficient = effect.of_bias(off)
-        found.append((by_x + by_coefficient, bits, by_x, by_coefficient))
-    _, bits, by_x, by_coefficient = min(found, key=lambda entry: entry[0])
-    return bits, by_x, by_coefficient
+    polynomial: Polynomial
+    frac_bits: int
+    result_bits: int
+    value_frac_bits: int
+    effect: Effect
+
+    def best(
+        self, powers: Sequence[int], choices: Iterable[int]
+    ) -> tuple[int, float, float] | None:
+        """The fractional bits that move the output least, and both errors then.
+
+        A truncation that drops bits goes to one of two neighbours at random, on average
+        a sixth of a squared unit away; a coefficient is off in the same way everywhere.
+        """
+        coeffs = (*self.polynomial.coeffs, 0.0)
+        by_unit = self.effect.of_signs({k - 1: k * coeffs[k] for k in powers}) / 6
+        found = []
+        for bits in choices:
+            off = {}
+            for k in powers:
+                at = self.value_frac_bits - k * bits
+                off[k] = math.ldexp(_coefficient(self.polynomial, k, at), -at)
+                off[k] -= coeffs[k]
+            if any(self._lost(k, coeffs[k], error) for k, error in off.items()):
+                continue
+            by_x = by_unit * 2.0 ** (-2 * bits) if bits < self.frac_bits else 0.0
+            by_coefficient = self.effect.of_bias(off)
+            found.append((by_x + by_coefficient, bits, by_x, by_coefficient))
+        if not found:
+            return None
+        _, bits, by_x, by_coefficient = min(found, key=lambda entry: entry[0])
+        return bits, by_x, by_coefficient
+
+    def _lost(self, k: int, coefficient: float, off: float) -> bool:
+        """Whether too little is left of a coefficient that counts."""
+        radius = max(map(abs, self.polynomial.interval))
+        counts = abs(off) * radius**k >= 2.0**-self.result_bits
+        return counts and abs(off) > abs(coefficient) / 4
 
 
 def _coefficient(polynomial: Polynomial, k: int, bits: int) -> int:
