@@ -1,5 +1,8 @@
 """Surgery keeps the network: what a module was, it still is, or it is refused."""
 
+# torch.nn.Module types every attribute as Tensor | Module.
+# mypy: disable-error-code="operator,index,union-attr,assignment,method-assign,arg-type,misc,call-overload"
+
 from __future__ import annotations
 
 import copy
