@@ -1,7 +1,7 @@
 """Surgery keeps the network: what a module was, it still is, or it is refused."""
 
 # torch.nn.Module types every attribute as Tensor | Module.
-# mypy: disable-error-code="operator,index,union-attr,assignment,method-assign,arg-type,misc,call-overload"
+# mypy: disable-error-code="operator,index,union-attr,assignment,method-assign"
 
 from __future__ import annotations
 
