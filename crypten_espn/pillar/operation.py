@@ -205,11 +205,6 @@ class Operation:
             # What is neither used nor done in place changes nothing.
             if new is None or not (node.users or is_inplace(node)):
                 continue
-            if node.kwargs.get("out") is not None:
-                raise ConversionError(
-                    f"{place}: {spelling(node)}() writes to out=, which a module "
-                    "cannot; use what it returns"
-                )
             new.train(module.training)
             found[node] = new
             self.done.append(Change(place, f"{spelling(node)}()", type(new).__name__))

@@ -358,6 +358,11 @@ class Call(nn.Module):
 def _as_module(kind: type[nn.Module] | None, node: fx.Node) -> nn.Module:
     """What a replaced call becomes when activations are restored."""
     given = arguments(node)
+    if given.pop("out", None) is not None:
+        raise ConversionError(
+            f"{node.name}: {spelling(node)}() writes to out=, which a module cannot; "
+            "use what it returns"
+        )
     computed = [key for key, value in given.items() if isinstance(value, fx.Node)]
     if computed:
         raise ConversionError(
@@ -365,7 +370,8 @@ def _as_module(kind: type[nn.Module] | None, node: fx.Node) -> nn.Module:
             "run time; a polynomial replaces one fixed function, so make it a constant"
         )
     rest = node.args[1:]
-    kwargs = {key: value for key, value in node.kwargs.items() if key != "input"}
+    unused = ("input", "out")
+    kwargs = {key: value for key, value in node.kwargs.items() if key not in unused}
     if kind is not None and not spelling(node).endswith("_"):
         return kind(*rest, **kwargs)
     if kind is nn.ReLU:
