@@ -52,6 +52,7 @@ COLUMNS = (
     "measured s",
     "difference",
 )
+MASKED_TOLERANCE = 0.05
 FOLDER = ROOT / "benchmarks" / "results"
 RESULTS = [FOLDER / f"{name}.json" for name in ("inference", "large", "lan-metro")]
 
@@ -116,9 +117,12 @@ def from_shapes(rows: Sequence[Row], processor: Processor) -> Iterator[Check]:
             cost = cost.over_gloo()
         traffic = cost.traffic
         # CrypTen's counter splits the last, one-sided message between the parties.
+        predicted, sent = sum(traffic.bytes_sent), sum(row.bytes_sent)
+        # What a masked opening drops follows calibration: a few bits an activation.
+        tolerance = MASKED_TOLERANCE if row.engine == "masked" else 0.0
         exact = (
             traffic.rounds == row.rounds
-            and sum(traffic.bytes_sent) == sum(row.bytes_sent)
+            and abs(predicted - sent) <= tolerance * sent
             and cost.dealer_bytes + cost.client_bytes == row.offline_bytes
         )
         yield _check(row, traffic, cost.online.seconds(processor), exact=exact)
