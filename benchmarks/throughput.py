@@ -28,14 +28,11 @@ import torch
 from torch import distributed
 
 from crypten_espn.launch import run_parties
-from crypten_espn.session import (
-    Client,
-    DealerServer,
-    MaskedModel,
-    ModelServer,
-    connect,
-    masked_model,
-)
+from crypten_espn.masked.model import MaskedModel
+from crypten_espn.masked.planning import masked_model
+from crypten_espn.serving.client import Client, connect
+from crypten_espn.serving.dealer import DealerServer
+from crypten_espn.serving.server import ModelServer
 
 from . import inference
 from .rows import Spread, machine, write_atomically

@@ -5,26 +5,24 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from . import doctor
-from .array_file import check_batch, load_array, one_input
+from .array_file import check_batch, load_array
 from .convert import MASKED, check, convert
 from .demo import run as run_demo
 from .errors import EspnError
 from .estimate import command as estimate
 from .keys import make_keys
-from .masked.store import material_info
 from .pillar import command as training
 from .pillar.networks import Network
 from .pillar.recipes import load_network
 from .protocols import PROTOCOLS, TRUNCATIONS
-from .session import MaskedModel, connect, deal, masked_model, serve
+from .serving.command import add_commands, load_calibration
 from .simulator import compare_precisions, explain
-from .wire.tls import TLS
 
 # A product has twice an operand's fractional bits, and must fit 63 bits.
 _MOST_BITS = 30
@@ -113,7 +111,8 @@ def _parser() -> argparse.ArgumentParser:
     estimate.add_arguments(estimator)
 
     _explain_command(commands)
-    _session_commands(commands)
+    add_commands(partial(_command, commands))
+    _keys_command(commands)
 
     trainer = _command(
         commands,
@@ -193,80 +192,9 @@ def _explain_command(
     )
 
 
-def _session_commands(
+def _keys_command(
     commands: argparse._SubParsersAction[argparse.ArgumentParser],
 ) -> None:
-    plan = _command(
-        commands,
-        "plan",
-        _plan,
-        "the masked engine's plan of a network: rings, scales, bytes, error",
-        [
-            "crypten-espn plan network.safetensors --calibration images.npy",
-            "crypten-espn plan network.safetensors --calibration images.npy "
-            "--precision high",
-        ],
-    )
-    server = _command(
-        commands,
-        "serve",
-        _serve,
-        "be rank 0: own the network and answer clients until interrupted",
-        [
-            "crypten-espn serve network.safetensors 0.0.0.0:29500 "
-            "--dealer dealer:29501 --calibration images.npy",
-        ],
-    )
-    for parser in (plan, server):
-        parser.add_argument("network", type=Path, help="a trained .safetensors")
-        parser.add_argument(
-            "--calibration",
-            type=Path,
-            required=True,
-            help=".npy of inputs as the network takes them, (n, channels, height, "
-            "width); they bound every layer",
-        )
-        parser.add_argument(
-            "--precision",
-            choices=("fast", "high"),
-            default="fast",
-            help="32-bit or 40-bit linear layers (default: %(default)s)",
-        )
-    server.add_argument("address", help="host:port to listen on")
-    client = _command(
-        commands,
-        "predict",
-        _predict,
-        "be rank 1: own the input, learn the logits",
-        [
-            "crypten-espn predict server:29500 --dealer dealer:29501 --input x.npy",
-            "crypten-espn predict server:29500 --dealer dealer:29501 --input x.npy "
-            "--out logits.npy",
-        ],
-    )
-    client.add_argument("address", help="host:port of the server")
-    client.add_argument("--input", type=Path, required=True, help=".npy of one batch")
-    client.add_argument("--out", type=Path, help="where to write the logits as .npy")
-    dealer = _command(
-        commands,
-        "deal",
-        _deal,
-        "be the dealer: prepare randomness for both parties, see no data",
-        ["crypten-espn deal 0.0.0.0:29501"],
-    )
-    dealer.add_argument("address", help="host:port to listen on")
-    for parser in (server, client):
-        parser.add_argument("--dealer", required=True, help="host:port of the dealer")
-        parser.add_argument(
-            "--material", type=Path, help="folder that keeps prepared randomness"
-        )
-    for parser in (server, client, dealer):
-        parser.add_argument(
-            "--tls",
-            nargs=3,
-            metavar=("CERTIFICATE", "KEY", "AUTHORITY"),
-            help="PEM files for mutual TLS",
-        )
     keys = _command(
         commands,
         "keys",
@@ -293,14 +221,6 @@ def _session_commands(
             help=f"{what}, a certificate each"
             + ("" if role == "client" else "; join one host's by commas"),
         )
-    material = _command(
-        commands,
-        "material",
-        _material,
-        "what a folder of prepared randomness still holds",
-        ["crypten-espn material prepared/"],
-    )
-    material.add_argument("folder", type=Path)
 
 
 def _command(
@@ -345,46 +265,6 @@ def _check(args: argparse.Namespace) -> int:
     return 0 if report.ok else 1
 
 
-def _plan(args: argparse.Namespace) -> int:
-    print(_masked(args))
-    return 0
-
-
-def _serve(args: argparse.Namespace) -> int:
-    model = _masked(args)
-    print(model)
-    print(f"listening on {args.address}; Ctrl-C ends", flush=True)
-    serve(
-        model,
-        args.address,
-        dealer=args.dealer,
-        directory=args.material,
-        tls=_tls(args),
-    )
-    return 0
-
-
-def _predict(args: argparse.Namespace) -> int:
-    inputs = load_array(args.input)
-    with connect(
-        args.address, dealer=args.dealer, directory=args.material, tls=_tls(args)
-    ) as server:
-        logits = server.predict(inputs)
-    if args.out is None:
-        for row in logits.flatten(1).tolist():
-            print(" ".join(f"{value:.4f}" for value in row))
-    else:
-        np.save(args.out, logits.numpy())
-        print(f"wrote {args.out}")
-    return 0
-
-
-def _deal(args: argparse.Namespace) -> int:
-    print(f"dealing on {args.address}; Ctrl-C ends", flush=True)
-    deal(args.address, tls=_tls(args))
-    return 0
-
-
 def _explain(args: argparse.Namespace) -> int:
     inputs = load_array(args.input)
     bits, chosen = args.precision_bits, args.precision
@@ -395,7 +275,7 @@ def _explain(args: argparse.Namespace) -> int:
             f"--precision and --calibration to the masked engine; {protocol} was chosen"
         )
     onnx = args.network.suffix == ".onnx"
-    example = inputs if args.calibration is None else _calibration(args.calibration)
+    example = inputs if args.calibration is None else load_calibration(args.calibration)
     network = args.network if onnx else load_network(args.network)
     if isinstance(network, Network):
         for path, given in ((args.input, inputs), (args.calibration, example)):
@@ -422,11 +302,6 @@ def _explain(args: argparse.Namespace) -> int:
     return 0 if found.overflow is None else 1
 
 
-def _material(args: argparse.Namespace) -> int:
-    print(material_info(args.folder))
-    return 0
-
-
 def _keys(args: argparse.Namespace) -> int:
     made = make_keys(
         args.directory, servers=args.server, dealers=args.dealer, clients=args.client
@@ -438,25 +313,6 @@ def _keys(args: argparse.Namespace) -> int:
         f"{args.directory / 'authority.key'} where no party runs."
     )
     return 0
-
-
-def _masked(args: argparse.Namespace) -> MaskedModel:
-    network = load_network(args.network)
-    inputs = _calibration(args.calibration)
-    check_batch(inputs, network.input_shape, str(args.calibration), str(args.network))
-    return masked_model(convert(network, inputs[:1]), inputs, precision=args.precision)
-
-
-def _calibration(path: Path) -> torch.Tensor:
-    inputs = load_array(path)
-    note = one_input(inputs)
-    if note is not None:
-        print(f"crypten-espn: note: {path}: {note}", file=sys.stderr)
-    return inputs
-
-
-def _tls(args: argparse.Namespace) -> TLS | None:
-    return None if args.tls is None else TLS(*args.tls)
 
 
 def _bits(text: str) -> int:

@@ -19,9 +19,10 @@ from tqdm import tqdm
 from .convert import PrivateNetwork, convert
 from .cost import measure
 from .launch import run_parties
+from .masked.planning import masked_model
 from .pillar.data import FASHION_CLASSES, Images, fashion_sample
 from .pillar.recipes import load_network
-from .session import masked_model, simulate, simulate_many
+from .simulate import simulate, simulate_model
 
 DATA = Path(__file__).with_name("data")
 BATCH = 32
@@ -163,9 +164,7 @@ def _party(
 def _with_masked_engine(network: torch.nn.Module, images: torch.Tensor) -> Outcome:
     model = masked_model(convert(network, images[:BATCH]), images[:BATCH])
     logits, _ = simulate(model, images)
-    costs = [
-        cost for _, cost in simulate_many(model, images[:BATCH], repeat=MASKED_REPEATS)
-    ]
+    costs = [simulate_model(model, images[:BATCH])[1] for _ in range(MASKED_REPEATS)]
     last = costs[-1]
     return Outcome(
         logits=logits,

@@ -14,15 +14,14 @@ import crypten_espn
 from crypten_espn.cost import Cost, measure
 from crypten_espn.launch import run_parties
 from crypten_espn.masked import plan as masked_plan
+from crypten_espn.masked.inference import online_bytes
+from crypten_espn.masked.model import MaskedModel
+from crypten_espn.masked.planning import masked_model
 from crypten_espn.pillar.storage import load_network
 from crypten_espn.pillar.surgery import activations
-from crypten_espn.session import (
-    DealerServer,
-    MaskedModel,
-    ModelServer,
-    connect,
-    masked_model,
-)
+from crypten_espn.serving.client import connect
+from crypten_espn.serving.dealer import DealerServer
+from crypten_espn.serving.server import ModelServer
 
 from .rows import Accuracy
 
@@ -145,7 +144,7 @@ def _masked_party(
             client.online = client.offline = Cost()
             client.prepare(1, batch=len(part))
             logits.append(client.predict(part))
-            down, up = model.plan.online_bytes(batch=len(part))
+            down, up = online_bytes(model.plan, batch=len(part))
             # The messages of the two alternate.
             seconds = client.online.seconds + client.offline.seconds
             total += Cost(client.online.rounds, down + up, 0, seconds)

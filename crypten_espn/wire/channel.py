@@ -10,7 +10,9 @@ checked for its kind, tag and length before a byte of it is used or allocated.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import socket
+import ssl
 from collections.abc import Collection, Container, Sequence
 
 import numpy as np
@@ -95,6 +97,14 @@ class Channel:
     @peer.setter
     def peer(self, name: str) -> None:
         self._stream.peer = name
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the peer's certificate, in hex; empty without TLS."""
+        sock = self._stream.sock
+        if not isinstance(sock, ssl.SSLSocket):
+            return ""
+        return hashlib.sha256(sock.getpeercert(binary_form=True) or b"").hexdigest()
 
     def pace(self) -> None:
         """Keep TCP's speed through one inference, where the kernel offers BBR.
@@ -233,6 +243,10 @@ class Channel:
         if not known:
             raise self._out_of_step(header, "something else at this point")
         return header
+
+    def is_quiet(self) -> bool:
+        """Whether the peer has neither sent anything nor closed; reads nothing."""
+        return self._header is None and self._stream.is_quiet()
 
     def handshake(self, *, digest: bytes) -> str:
         """Exchange role and a digest; nothing else is sent.

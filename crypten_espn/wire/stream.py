@@ -119,6 +119,10 @@ class Stream:
         """For its options and its certificate; bytes go through `transfer`."""
         return self._sock
 
+    def is_quiet(self) -> bool:
+        """Whether nothing has arrived, and the peer has not closed."""
+        return not self._inbox and not self._poll(select.POLLIN, 0.0)
+
     def transfer(
         self,
         outgoing: list[memoryview],
