@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import secrets
 import time
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from .cost import Cost
+from .cost import Cost, SessionCost
 from .errors import ProtocolError
 from .launch import run_parties
 from .masked.dealing import Dealing
@@ -20,25 +19,8 @@ from .masked.messages import CLIENT, DEALER, SERVER
 from .masked.model import MaskedModel
 from .masked.planning import HEADROOM, masked_model
 from .masked.preparing import ClientPreparation, ServerPreparation
-
-TIMEOUT_S = 30.0
-
-
-@dataclass(frozen=True)
-class SessionCost(Cost):
-    """What an inference cost; the fields of Cost are the client's online phase.
-
-    Args:
-        peer_bytes_sent: online bytes the server sends.
-        offline: the client's part of the offline phase.
-        peer_offline_bytes_sent: bytes the server sends offline: its masked weights.
-        dealer_bytes_sent: bytes the dealer sends offline.
-    """
-
-    peer_bytes_sent: int = 0
-    offline: Cost = field(default_factory=Cost)
-    peer_offline_bytes_sent: int = 0
-    dealer_bytes_sent: int = 0
+from .serving.link import TIMEOUT_S
+from .serving.local import run_session
 
 
 def simulate(
@@ -48,6 +30,7 @@ def simulate(
     example: torch.Tensor | None = None,
     precision: str | int = "fast",
     headroom: float = HEADROOM,
+    processes: bool = False,
     timeout: float = TIMEOUT_S,
 ) -> tuple[torch.Tensor, Cost]:
     """Run both parties and the dealer on this machine.
@@ -65,6 +48,8 @@ def simulate(
         x: (batch, *input_shape).
         example: calibration inputs.
         precision, headroom: as `masked.planning.make_plan`.
+        processes: whether dealer, server and client are three processes joined by TCP,
+            which takes longer and gives each one's true seconds.
         timeout: seconds without progress before a dead process is an error.
 
     Returns: logits (batch, *output_shape) and the cost: the client's online phase, with
@@ -86,6 +71,8 @@ def simulate(
         precision=precision,
         headroom=headroom,
     )
+    if processes:
+        return run_session(model, [x], timeout=timeout)[0]
     return simulate_model(model, x)
 
 

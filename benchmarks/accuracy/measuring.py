@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,15 +12,12 @@ import torch
 import crypten_espn
 from crypten_espn.cost import Cost, measure
 from crypten_espn.launch import run_parties
-from crypten_espn.masked import plan as masked_plan
 from crypten_espn.masked.inference import online_bytes
-from crypten_espn.masked.model import MaskedModel
 from crypten_espn.masked.planning import masked_model
+from crypten_espn.masked.reference import evaluate
 from crypten_espn.pillar.storage import load_network
 from crypten_espn.pillar.surgery import activations
-from crypten_espn.serving.client import connect
-from crypten_espn.serving.dealer import DealerServer
-from crypten_espn.serving.server import ModelServer
+from crypten_espn.serving.local import run_session
 
 from .rows import Accuracy
 
@@ -110,46 +106,15 @@ def _masked(
     private = crypten_espn.convert(network, example)
     model = masked_model(private, example, precision=2 * bits + 8)
     parts = images.split(batch)
-    logits, total = run_parties(_masked_party, world_size=2, args=(model, parts))[1]
-    integers = [
-        masked_plan.simulate(model.plan, model.weights, part)[0] for part in parts
-    ]
-    return logits, total, torch.cat(integers)
-
-
-def _masked_party(
-    model: MaskedModel, parts: Sequence[torch.Tensor]
-) -> tuple[torch.Tensor, Cost] | None:
-    """One of two processes: rank 0 serves and deals, rank 1 asks for every part."""
-    import crypten.communicator as comm
-
-    party = comm.get()
-    if party.get_rank() == 0:
-        dealer = DealerServer("127.0.0.1:0", timeout=PATIENCE_S)
-        server = ModelServer(
-            model, "127.0.0.1:0", dealer=dealer.address, timeout=PATIENCE_S
-        )
-        for service in (dealer, server):
-            threading.Thread(target=service.run, daemon=True).start()
-        party.broadcast_obj([server.address, dealer.address], 0)
-        party.barrier()
-        server.close()
-        dealer.close()
-        return None
-    address, dealing = party.broadcast_obj(None, 0)
-    logits, total = [], Cost()
-    with connect(address, dealer=dealing, timeout=PATIENCE_S) as client:
-        client.predict(parts[0][:1])  # from here on nothing is compiled any more
-        for part in parts:
-            client.online = client.offline = Cost()
-            client.prepare(1, batch=len(part))
-            logits.append(client.predict(part))
-            down, up = online_bytes(model.plan, batch=len(part))
-            # The messages of the two alternate.
-            seconds = client.online.seconds + client.offline.seconds
-            total += Cost(client.online.rounds, down + up, 0, seconds)
-    party.barrier()
-    return torch.cat(logits), total
+    # The first inference may still compile.
+    answers = run_session(model, [parts[0][:1], *parts], timeout=PATIENCE_S)[1:]
+    total = Cost()
+    for part, (_, cost) in zip(parts, answers, strict=True):
+        # The messages of the two alternate.
+        sent = sum(online_bytes(model.plan, batch=len(part)))
+        total += Cost(cost.rounds, sent, 0, cost.seconds + cost.offline.seconds)
+    integers = [evaluate(model.plan, model.weights, part)[0] for part in parts]
+    return torch.cat([logits for logits, _ in answers]), total, torch.cat(integers)
 
 
 def _on_crypten(
