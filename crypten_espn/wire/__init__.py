@@ -1,5 +1,7 @@
 """The wire between parties: one connection, ring elements at their true width.
 
-`packing` puts elements of a ring into bytes, `channel` carries messages, `connect`
-makes channels, `tls` protects them, `crypten` runs CrypTen's protocols over one.
+In order of reading: `packing` puts elements of a ring into bytes, `frames` says what a
+message looks like, `stream` moves bytes within deadlines, `channel` carries messages,
+`tls` checks roles, `connect` makes channels, `crypten` runs CrypTen's protocols over
+one.
 """

@@ -74,6 +74,17 @@ def test_a_refusal_that_waits_is_read_by_who_goes_on_sending(connected):
     other.result()
 
 
+def test_a_refusal_is_read_though_its_sender_did_not_linger(connected, monkeypatch):
+    server, client = connected(timeout=20)
+    client.send(LARGE[:100], bits=64)
+    server.wait(timeout=None, rings={800})
+    monkeypatch.setattr("crypten_espn.wire.stream.LINGER_BYTES", 0)
+    server.abort("no such session")  # closed with unread data: a reset
+    with pytest.raises(PeerError, match="stopped: no such session"):
+        while True:
+            client.send(LARGE, bits=64)
+
+
 def test_a_refusal_is_read_after_a_reset():
     listener = socket.create_server(("127.0.0.1", 0))
     mine = socket.create_connection(listener.getsockname())
@@ -137,6 +148,52 @@ def test_after_half_a_message_no_reason_is_read_as_its_rest(connected):
         server.receive(LARGE.size, bits=64)
     server.close()
     other.result()
+
+
+class Narrow(socket.socket):
+    """A socket that takes so many bytes, then none until `room` is set again."""
+
+    room = 1 << 40
+
+    def send(self, data, *flags):
+        if not self.room:
+            raise BlockingIOError
+        sent = super().send(data[: self.room], *flags)
+        self.room -= sent
+        return sent
+
+
+def test_a_reason_never_completes_a_message_that_lacks_a_few_bytes():
+    mine, other = socket.socketpair()
+    narrow = Narrow(fileno=mine.detach())
+    with (
+        Channel(narrow, role="server", peer_roles=(), timeout=0.2) as sender,
+        Channel(other, role="client", peer_roles=(), timeout=20) as receiver,
+    ):
+        narrow.room = 20 + 40_000 - 100
+        with pytest.raises(PeerError, match="silent"):
+            sender.send(LARGE[:5000], bits=64)
+        narrow.room = 1 << 40
+        aborting = in_thread(lambda: sender.abort("x" * 1000))
+        with pytest.raises(PeerError, match="in the middle of a message"):
+            receiver.receive(5000, bits=64)
+        receiver.close()
+        aborting.result()
+
+
+def test_a_side_that_stops_reads_on_until_the_peer_closes(monkeypatch):
+    monkeypatch.setattr("crypten_espn.wire.stream.LINGER_S", 30.0)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        mine = socket.create_connection(listener.getsockname())
+        other, _ = listener.accept()
+    with mine, Channel(other, role="server", peer_roles=("client",)) as server:
+        aborting = in_thread(lambda: server.abort("no"))
+        mine.settimeout(20)
+        mine.sendall(bytes(16 << 20))  # no kernel keeps so much
+        assert mine.recv(100)[-2:] == b"no"
+        assert mine.recv(100) == b""
+        mine.close()
+        aborting.result()
 
 
 def test_abort_from_another_thread_cuts_the_message_under_way(connected):
