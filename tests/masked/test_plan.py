@@ -421,6 +421,7 @@ def logit_error(name: str, ring: int) -> float:
         return float((found - net(x)).square().mean().sqrt())
 
 
+@pytest.mark.slow
 def test_bits_are_split_where_the_output_moves_least():
     """Degree 4 gains with every ring; degree 6, whose top power fills it, does not."""
     narrow, fast, high = (
