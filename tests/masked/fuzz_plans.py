@@ -33,7 +33,21 @@ _EDGES = (
     (1 << 63) - 1, 1 << 63, 1 << 64, 1 << 100, -1, -2, -(1 << 31), -(1 << 63),
     -(1 << 63) - 1,
 )  # fmt: skip
-_OTHER = (None, True, False, "", "7", "read", 0.5, 1.0, 1e300, [], {}, [1], [[0]])
+_OTHER: tuple[Any, ...] = (
+    None,
+    True,
+    False,
+    "",
+    "7",
+    "read",
+    0.5,
+    1.0,
+    1e300,
+    [],
+    {},
+    [1],
+    [[0]],
+)
 
 
 # ---------------------------------------------------------------- mutations
@@ -146,7 +160,7 @@ def attempt(text: str) -> str:
         integers.append(rng.integers(-9, 9, shape.kernel_layout).astype(dtype))
         biases.append(rng.integers(-9, 9, shape.shape[0]).astype(dtype))
     weights = Weights(tuple(integers), tuple(biases))
-    pair = Pair(MaskedModel(plan, weights, PlanReport((), (), 0.0, 0.0)))
+    pair = Pair(MaskedModel(plan, weights, PlanReport((), (), 0.0, 0.0, 1)))
     import torch
 
     z, transcript = pair.infer(torch.zeros(1, *plan.input.shape))
