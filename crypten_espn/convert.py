@@ -15,13 +15,13 @@ from crypten.nn import module as crypten_nn
 
 from .errors import (
     ConversionError,
-    PlanError,
     ProtocolError,
     ShapeError,
     WorldSizeError,
 )
 from .masked.in_crypten import ComposedEngine
 from .masked.planning import make_plan, masked_model
+from .masked.planning.checking import check_plan, in_evaluation
 from .nn import PolynomialActivation, Scale
 from .onnx_graph import POLYNOMIAL_OP, NetworkGraph, Node, layer_name, read
 from .protocols import PROTOCOLS, current_settings, settings
@@ -295,7 +295,8 @@ def check(model: Source, example: torch.Tensor) -> Report:
     """
     graph = read(model, example)
     graph.simplify()
-    return _report(graph, example)
+    reference = in_evaluation(model) if isinstance(model, torch.nn.Module) else None
+    return _report(graph, example, reference)
 
 
 def convert(
@@ -352,16 +353,16 @@ def convert(
     return private
 
 
-def _report(graph: NetworkGraph, example: torch.Tensor) -> Report:
+def _report(
+    graph: NetworkGraph,
+    example: torch.Tensor,
+    reference: Callable[[torch.Tensor], Any] | None,
+) -> Report:
     report = _findings(graph)
     if not report.ok:
         return report
     private = PrivateNetwork(graph, example=example, protocol=None, truncation=None)
-    try:
-        make_plan(private, example)
-    except PlanError as error:
-        return replace(report, masked=str(error))
-    return replace(report, masked=None)
+    return replace(report, masked=check_plan(private, example, reference=reference))
 
 
 def _findings(graph: NetworkGraph) -> Report:

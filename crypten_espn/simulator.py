@@ -26,9 +26,9 @@ from .convert import MASKED, PrivateNetwork, nearest
 from .errors import ConversionError, ProtocolError, RangeError, ShapeError
 from .explanation import Comparison, Explanation, Fault, LayerError
 from .masked.model import MaskedModel
-from .masked.plan import Output, Plan, Step
+from .masked.plan import Output, Plan, Step, channels_last
 from .masked.planning import layer_title, masked_model
-from .masked.planning.network import parameters_of
+from .masked.planning.network import Network, parameters_of
 from .masked.reference import Rounding, Roundings, evaluate
 from .polynomial import RING_BITS, RingForm, as_int64
 from .protocols import Settings, settings
@@ -36,8 +36,6 @@ from .randomness import SEED_BYTES, Keystream
 
 # Inputs at once; bounds memory, not results.
 _CHUNK = 32
-# A plan this wide rounds far below the others': the real network, segment by segment.
-_WIDE_RING = 56
 
 
 class Draws(Protocol):
@@ -628,13 +626,16 @@ def _explain_masked(
     draws: Draws,
 ) -> Explanation:
     model = masked_model(private, example, precision=precision)
-    wide = masked_model(private, x, precision=_WIDE_RING)
+    network = Network(private)
+    network.cut()
+    ends = network.ends
     clear, exact = [], []
     results: list[list[Any]] = [[] for _ in range(runs)]
     logits = []
     for part in x.split(_CHUNK):
-        clear.append(_real(private, part))
-        exact.append(_values(wide, part, None)[1])
+        real = network.run(part, ends)
+        clear.append(real[ends[-1]])
+        exact.append([_channels_last(real[end]) for end in ends])
         for run in range(runs):
             answer, values = _values(model, part, _coins(model.plan, draws))
             results[run].append(values)
@@ -744,14 +745,5 @@ def _polynomial(step: Step, z: torch.Tensor) -> torch.Tensor:
     return result
 
 
-def _real(private: PrivateNetwork, x: torch.Tensor) -> torch.Tensor:
-    """The network's output in float64."""
-    values = {
-        **{n: torch.from_numpy(a).double() for n, a in parameters_of(private).items()},
-        private.input_names[0]: x.double(),
-    }
-    for name in _order(private):
-        if name not in values:
-            inputs = [values[i] for i in private._graph[name]]
-            values[name] = _layer(private._modules[name], inputs, _Reals())
-    return values[private.output_names[0]]
+def _channels_last(values: torch.Tensor) -> torch.Tensor:
+    return torch.from_numpy(channels_last(values.numpy()))

@@ -19,7 +19,7 @@ from .scales import NarrowError, Scales, Unit
 
 # The noise on the logits is 1 to 2 times so many standard deviations of what coins do
 # to the logit that they move most.
-_NOISE = 4.5
+_NOISE = 4.2
 # A bias has to be a whole number that float64 and int64 hold.
 _MAX_BIAS = 2.0**62
 

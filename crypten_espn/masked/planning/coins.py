@@ -75,7 +75,9 @@ def _activated(
     found = scales.truncations(name, scales.frac_bits[part + 1])
     assert polynomial is not None and found is not None
     y = torch.full_like(z, polynomial.coeffs[0])
-    terms = [] if found.linear is None else [(found.linear.shift, (1,))]
+    terms: list[tuple[int, tuple[int, ...]]] = []
+    if found.linear is not None:
+        terms.append((found.linear.shift, (1,)))
     terms += [
         (g.shift, tuple(k for k, c in enumerate(g.coeffs) if c)) for g in found.groups
     ]

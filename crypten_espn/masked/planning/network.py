@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
@@ -116,6 +117,20 @@ class Network:
         with naming(layer.title):
             return self._compute(layer, inputs)
 
+    def run(self, x: torch.Tensor, wanted: Collection[str]) -> dict[str, torch.Tensor]:
+        """Values by name in float64, of inputs (batch, *input_shape)."""
+        kept = {*wanted}
+        values = {self.input: x.detach().cpu().double()}
+        last = {n: name for name in self.order for n in self.layers[name].inputs}
+        with torch.no_grad():
+            for name in self.order:
+                layer = self.layers[name]
+                values[name] = self.compute(layer, [values[i] for i in layer.inputs])
+                for used in set(layer.inputs) - kept:
+                    if last[used] == name:
+                        del values[used]
+        return {name: values[name] for name in kept}
+
     def _compute(self, layer: Layer, inputs: list[torch.Tensor]) -> torch.Tensor:
         function = torch.nn.functional
         x = inputs[0]
@@ -197,6 +212,13 @@ class Network:
         return x.reshape(len(x), -1)
 
     # -- cutting into linear parts
+
+    @property
+    def ends(self) -> list[str]:
+        """Names of the values that end the linear parts, the output last."""
+        layers = [self.layers[name] for name in self.order]
+        ends = [layer.inputs[0] for layer in layers if layer.kind == "activation"]
+        return [*ends, self.output]
 
     def cut(self) -> None:
         """Insert a rescaling where a weight would meet another with no opening between.

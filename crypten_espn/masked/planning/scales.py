@@ -118,12 +118,10 @@ class Scales:
         # x = D + t must hold in the linear ring: 64 - drop = ring.
         self.drop = VALUE_RING - ring
         self.source_of = {network.input: INPUT}
-        self.ends: list[str] = []
+        self.ends = network.ends
         for name in network.order:
             if network.layers[name].kind == "activation":
-                self.ends.append(network.layers[name].inputs[0])
-                self.source_of[name] = len(self.ends)
-        self.ends.append(network.output)
+                self.source_of[name] = len(self.source_of)
         self._names = list(self.source_of)
         self._naturals: dict[str, Natural] = {}
         self._found: dict[tuple[str, int], Truncations | None] = {}
