@@ -59,7 +59,7 @@ test: lint
 	$(BIN)/python -m pytest
 
 test-fast: $(STAMP)
-	$(BIN)/python -m pytest -m "not processes and not slow"
+	$(BIN)/python -m pytest --in-process -m "not slow"
 
 test-random: $(STAMP)
 	$(BIN)/python -m pytest -p randomly
