@@ -152,7 +152,7 @@ def _online(
 ) -> dict[str, np.ndarray]:
     """Every online message, with the chunks of a large batch joined."""
     parts = len(chunks(batch))
-    found = {}
+    found: dict[str, np.ndarray] = {}
     for party in (SERVER, CLIENT):
         events = [event for sender, event in sends if sender == party]
         if party == CLIENT:
@@ -419,7 +419,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "attack", "network", "queries", "kinds", "median", "lowest", "highest", "word",
         "control", "found",
     )  # fmt: skip
-    table = [columns]
+    table: list[tuple[str, ...]] = [columns]
     for row in rows:
         table.append(
             tuple(

@@ -85,15 +85,14 @@ def simulate_model(
     start = time.perf_counter()
     pairing = Pairing(secrets.token_bytes(16), 0, len(x))
     dealing = Dealing(plan)
-    preparing = {
-        SERVER: ServerPreparation(plan, model.weights, dealing.seeds[0]),
-        CLIENT: ClientPreparation(plan, dealing.seeds[1]),
-    }
-    _, opening = together({name: p.open_weights() for name, p in preparing.items()})
+    ours = ServerPreparation(plan, model.weights, dealing.seeds[0])
+    theirs = ClientPreparation(plan, dealing.seeds[1])
+    _, opening = together({SERVER: ours.open_weights(), CLIENT: theirs.open_weights()})
     ready, offline = together(
         {
             DEALER: dealing.deal(pairing.index, pairing.batch),
-            **{name: p.prepare(pairing) for name, p in preparing.items()},
+            SERVER: ours.prepare(pairing),
+            CLIENT: theirs.prepare(pairing),
         }
     )
     middle = time.perf_counter()

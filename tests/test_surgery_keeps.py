@@ -181,7 +181,7 @@ def test_a_copy_and_a_pickle_are_networks_of_their_own():
     expected = model(x)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         torch.testing.assert_close(twin(x), expected)
-        nn.init.zeros_(twin.b.weight)
+        twin.b.weight.data.zero_()
         assert not torch.allclose(twin(x), expected)
         torch.testing.assert_close(model(x), expected)
 
@@ -377,7 +377,8 @@ def test_calls_come_back_as_the_functions_they_were():
 
     model, x = Calls().eval(), inputs()
     expected = model(x)
-    mapping = {nn.LeakyReLU: P, nn.Sigmoid: P, nn.Tanh: P, functional.softsign: P}
+    mapping: dict[Any, Any] = {kind: P for kind in (nn.LeakyReLU, nn.Sigmoid, nn.Tanh)}
+    mapping[functional.softsign] = P
     replace_activations(model, mapping)
     torch.testing.assert_close(model(x), P(P(P(x))) + P(P(x)))
     torch.testing.assert_close(restore_activations(model)(x), expected)

@@ -31,16 +31,16 @@ def over(part: Protocol[T], channels: Mapping[str, Channel], *, tag: int = 0) ->
     answer: Any = None
     try:
         while True:
-            event = part.send(answer)
+            event, answer = part.send(answer), None
             if isinstance(event, Send):
-                answer = channels[event.to].send_parts(event.parts, tag=tag)
+                channels[event.to].send_parts(event.parts, tag=tag)
             elif isinstance(event, Receive):
                 answer = channels[event.of].receive_parts(event.parts, tag=tag)
             elif isinstance(event, Tell):
-                answer = channels[event.to].send_bytes(event.digest, tag=tag)
+                channels[event.to].send_bytes(event.digest, tag=tag)
             else:
                 told = channels[event.of].receive_bytes(limit=TOLD_BYTES, tag=tag)
-                answer = _compare(event, told)
+                _compare(event, told)
     except StopIteration as end:
         return end.value
     finally:
@@ -144,11 +144,12 @@ def _post(
 def _take(event: Receive | Compare, message: Any) -> Any:
     """What a waiting part gets from a message, checked as a channel would."""
     if isinstance(event, Compare):
-        return _compare(event, message)
+        _compare(event, message)
+        return None
     expected = [packed_bytes(count, bits) for count, bits in event.parts]
     if [len(data) for data, _ in message] != expected:
         raise RuntimeError(f"The {event.of} sent parts of another size than expected.")
     return [
-        unpack(bytearray(data), count, bits=bits)
+        unpack(memoryview(bytearray(data)), count, bits=bits)
         for (data, _), (count, bits) in zip(message, event.parts, strict=True)
     ]

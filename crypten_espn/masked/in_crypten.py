@@ -63,7 +63,7 @@ class _Deal:
         for count, bits in event.parts:
             start = self._position
             self._position += packed_bytes(count, bits)
-            data = bytearray(self._data[start : self._position])
+            data = memoryview(bytearray(self._data[start : self._position]))
             arrays.append(unpack(data, count, bits=bits))
         return arrays
 

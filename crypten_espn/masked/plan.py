@@ -33,7 +33,7 @@ from msgspec import Meta
 from ..errors import PlanError, RangeError, ShapeError
 from ..wire.packing import packed_bytes
 from . import kernels
-from .linear import Conv, Expression, Operation, Pool, Read, Shape, shape_of
+from .linear import Conv, Expression, Operation, Pad, Pool, Read, Shape, shape_of
 
 VERSION = 2
 INPUT = 0
@@ -591,7 +591,7 @@ class _Checked:
             shape = node.output_shape(shapes)
         except PlanError as error:
             raise PlanError(f"{place}: {error}") from None
-        if getattr(node, "pads", None) and len(shapes[0]) == 3:
+        if isinstance(node, Conv | Pool | Pad) and len(shapes[0]) == 3:
             top, left, bottom, right = node.pads
             height, width, channels = shapes[0]
             padded = (height + top + bottom) * (width + left + right) * channels

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from benchmarks import throughput
-from crypten_espn.masked.model import MaskedModel
 
 from ..masked.cases import planned, residual
 
@@ -33,7 +32,7 @@ def test_ratios_are_taken_within_a_round():
 
 def test_a_small_run():
     network, example = residual()
-    model = MaskedModel(*planned(network, example))
+    model = planned(network, example)
     x = example[:1].repeat(8, 1, 1, 1)
     ways = throughput.ways(batch=8, in_flight=2)
     samples, trip, most = throughput.measure(model, x, ways, repeat=1)

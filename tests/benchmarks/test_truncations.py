@@ -23,13 +23,13 @@ def test_no_truncation_errs_by_more_than_one_unit(bits, drop, count):
 
 
 def test_a_wrong_kernel_is_counted(monkeypatch):
-    original = kernels.mask_shift
+    original = kernels.truncate
 
-    def wrong(r, *, bits, drop, out):
-        original(r, bits=bits, drop=drop, out=out)
+    def wrong(mine, theirs, *, bits, drop, step, out):
+        original(mine, theirs, bits=bits, drop=drop, step=step, out=out)
         out[5] += 2
 
-    monkeypatch.setattr(kernels, "mask_shift", wrong)
+    monkeypatch.setattr(kernels, "truncate", wrong)
     stream = truncations.Truncations()
     stream.run(1000)
     assert stream.tally.wrong == 1

@@ -87,6 +87,7 @@ class Pair:
 
         def rounding(number: int, z: np.ndarray) -> Rounding:
             step, mine, theirs = self.plan.steps[number], coin[number], drawn[number]
+            assert mine is not None
             bits = step.ring
             masks = [r.astype(np.int64).reshape(z.shape) for r in mine.masks]
             act = step.activation

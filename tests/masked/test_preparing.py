@@ -25,6 +25,7 @@ from crypten_espn.masked.material import (
     source_mask,
     weight_masks,
 )
+from crypten_espn.masked.messages import Send
 from crypten_espn.masked.plan import Step
 from crypten_espn.randomness import Keystream
 from crypten_espn.wire.packing import packed_bytes
@@ -49,6 +50,7 @@ def test_dealt_values_are_the_powers_of_the_mask(small):
     plan = pair.plan
     dealt, theirs = [], seeds_of(pair, 0)
     for event in pair.dealing.deal(0, batch):
+        assert isinstance(event, Send)
         dealt.append([array for array, _ in event.parts])
     draws = list(client_draws(plan, theirs[2], batch))
     coin = list(coins(plan, theirs[0], theirs[1], batch))
@@ -66,19 +68,21 @@ def test_dealt_values_are_the_powers_of_the_mask(small):
             )
             continue
         act, m = part.activation, part.ring
-        flat = coin[number].masks[0].reshape(product.shape)
+        secret, drawn = coin[number], draws[number]
+        assert secret is not None and act.linear is not None
+        assert drawn.values is not None and drawn.hidden is not None
+        flat = secret.masks[0].reshape(product.shape)
         assert np.array_equal(
             kernels.centred(total, m), kernels.centred(product + flat, m)
         )
-        whole = dealt[number][1] + draws[number].values
-        hidden = draws[number].hidden
-        sources[number + 1] = source_mask(hidden, total.shape, act.ring)
+        whole = dealt[number][1] + drawn.values
+        sources[number + 1] = source_mask(drawn.hidden, total.shape, act.ring)
         tables = part.tables.table.tolist()
         for i in range(0, flat.size, 97):
             for case in (0, 1):
                 index = 0
                 for g, group in enumerate(act.groups):
-                    mask = int(coin[number].masks[g, i]) % 2**m
+                    mask = int(secret.masks[g, i]) % 2**m
                     if case == 1 and mask >> (m - 1):
                         mask -= 1 << m  # an arithmetic shift where the top bit is 0
                     t = -(mask >> group.shift)
@@ -88,7 +92,7 @@ def test_dealt_values_are_the_powers_of_the_mask(small):
                             for k in range(1, group.degree - j + 1)
                         )
                         if j == g == 0:
-                            expected += int(coin[number].rounding[i])
+                            expected += int(secret.rounding[i])
                             expected -= act.linear.coefficient * (
                                 mask >> act.linear.shift
                             )
@@ -126,6 +130,7 @@ def test_rounding_coins_are_uniform_below_what_they_round(precision):
     assert drawn.pop() is None
     for step, coin in zip(plan.steps, drawn, strict=True):
         drop = step.activation.drop
+        assert coin is not None
         assert coin.rounding.min() >= 0 and coin.rounding.max() < 1 << drop
         scaled = coin.rounding / 2.0**drop
         assert abs(scaled.mean() - 0.5) < 5 * (1 / 12 / scaled.size) ** 0.5
@@ -145,7 +150,7 @@ def test_every_inference_and_every_batch_draws_fresh_masks(small):
         index = ratchets[0].next_index
         mine, ours = (ratchet.take(index) for ratchet in ratchets)
         for batch in (1, 2):
-            found = [client_input_mask(plan, mine, batch)]
+            found: list = [client_input_mask(plan, mine, batch)]
             for drawn in client_draws(plan, mine, batch):
                 found += [drawn.linear, drawn.values, drawn.hidden]
             for coin in coins(plan, ours, ours, batch):

@@ -405,7 +405,8 @@ def pool_sum(
 def _all_types() -> None:
     for dtype in (np.int32, np.int64):
         x = np.zeros((1, 2, 2, 2), dtype)
-        plain = {"stride": (1, 1), "dilation": (1, 1), "pads": (0, 0, 0, 0)}
+        one, none = (1, 1), (0, 0, 0, 0)
         for shape in ((1, 1, 1, 2, 2), (1, 1, 2)):
-            convolve(x, np.zeros(shape, dtype), np.zeros_like(x), **plain)
-        pool_sum(x, np.zeros_like(x), kernel=(1, 1), stride=(1, 1), pads=(0, 0, 0, 0))
+            weight, out = np.zeros(shape, dtype), np.zeros_like(x)
+            convolve(x, weight, out, stride=one, dilation=one, pads=none)
+        pool_sum(x, np.zeros_like(x), kernel=one, stride=one, pads=none)
