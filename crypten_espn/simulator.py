@@ -26,10 +26,11 @@ from .convert import MASKED, PrivateNetwork, nearest
 from .errors import ConversionError, ProtocolError, RangeError, ShapeError
 from .explanation import Comparison, Explanation, Fault, LayerError
 from .masked.model import MaskedModel
-from .masked.plan import Output, Plan, Step, channels_last
+from .masked.plan import Plan, channels_last
 from .masked.planning import layer_title, masked_model
 from .masked.planning.network import Network, parameters_of
 from .masked.reference import Rounding, Roundings, evaluate
+from .masked.steps import Output, Step
 from .polynomial import RING_BITS, RingForm, as_int64
 from .protocols import Settings, settings
 from .randomness import SEED_BYTES, Keystream

@@ -42,7 +42,8 @@ from .material import (
 )
 from .messages import SERVER as TO_SERVER
 from .messages import Protocol, Send
-from .plan import Plan, Step
+from .plan import Plan
+from .steps import Step
 
 
 @dataclass

@@ -52,7 +52,8 @@ from .messages import (
     receive,
     send,
 )
-from .plan import INPUT, Plan, Step
+from .plan import INPUT, Plan
+from .steps import Step
 from .weights import Weights
 
 

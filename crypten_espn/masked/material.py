@@ -18,7 +18,8 @@ import torch
 from ..randomness import Keystream, Ratchet
 from . import kernels
 from .linear import Shape
-from .plan import Plan, Step, part_shape
+from .plan import Plan, part_shape
+from .steps import Step
 
 SERVER, CLIENT = 0, 1
 

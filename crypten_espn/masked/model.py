@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from ..table import aligned
 from ..wire.packing import packed_bytes
 from .inference import online_bytes
-from .plan import Plan, Step
+from .plan import Plan
+from .steps import Step
 from .weights import Quantisation, Weights
 
 

@@ -29,7 +29,8 @@ from .material import (
     with_mask,
 )
 from .messages import CLIENT, DEALER, SERVER, Protocol, Receive, receive, send
-from .plan import Plan, Step, part_shape
+from .plan import Plan, part_shape
+from .steps import Step
 from .weights import Weights
 
 

@@ -10,7 +10,8 @@ import torch
 
 from . import kernels
 from .linear import Operands, accumulate
-from .plan import INPUT, Plan, Step, part_shape
+from .plan import INPUT, Plan, part_shape
+from .steps import Step
 from .weights import Weights
 
 

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from crypten_espn.errors import PlanError
 from crypten_espn.masked import kernels
 from crypten_espn.masked.linear import Read
-from crypten_espn.masked.plan import Activation, Group, Linear, Step, WeightShape
+from crypten_espn.masked.plan import WeightShape
+from crypten_espn.masked.steps import Activation, Group, Linear, Step
 
 
 @settings(max_examples=60, deadline=None)

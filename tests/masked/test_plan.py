@@ -14,12 +14,13 @@ import crypten_espn as espn
 from crypten_espn.errors import PlanError, RangeError, ShapeError
 from crypten_espn.masked.inference import online_bytes
 from crypten_espn.masked.linear import Read
-from crypten_espn.masked.plan import RING_LIMITS, Plan, Step
+from crypten_espn.masked.plan import Plan
 from crypten_espn.masked.planning import HEADROOM, make_plan, parameters_of
 from crypten_espn.masked.planning.calibration import Calibration
 from crypten_espn.masked.planning.network import Network
 from crypten_espn.masked.planning.precision import Effect, choose_truncations
 from crypten_espn.masked.reference import Rounding, evaluate
+from crypten_espn.masked.steps import RING_LIMITS, Step
 from crypten_espn.masked.weights import quantise
 from crypten_espn.pillar.data import fashion_sample
 from crypten_espn.pillar.storage import load_network
@@ -343,17 +344,16 @@ def test_weights_must_be_this_network_s(small):
 def test_effects_are_what_errors_of_a_result_do_to_the_output():
     """One output, so no sign is left to chance: sums over the images, by hand."""
     torch.manual_seed(1)
-    net = torch.nn.Sequential(
-        torch.nn.Linear(3, 5), act(), torch.nn.Linear(5, 1)
-    ).double()
+    first, ending = torch.nn.Linear(3, 5), torch.nn.Linear(5, 1)
     x = torch.randn(8, 3).double()
     with torch.no_grad():
-        z = torch.nn.functional.linear(x, net[0].weight, net[0].bias).numpy()
-    net = net.float()
+        weight, bias = first.weight.double(), first.bias.double()
+        z = torch.nn.functional.linear(x, weight, bias).numpy()
+    net = torch.nn.Sequential(first, act(), ending)
     reader = Network(espn.convert(net, x.float()))
     Calibration(reader, x)
     (layer,) = [one for one in reader.layers.values() if one.polynomial]
-    w = net[2].weight.detach().double().numpy()[0]
+    w = ending.weight.detach().double().numpy()[0]
     for n in range(9):
         wanted = (w**2 * z**n).sum(1).mean()
         # One element in ten thousand may lie anywhere in [-5, 5].
@@ -375,9 +375,11 @@ def test_effects_are_what_errors_of_a_result_do_to_the_output():
     )
     reader = Network(espn.convert(net, x.float()))
     Calibration(reader, x[:1])  # a batch is one draw of signs for all of its images
-    (last,) = [one for one in reader.layers.values() if one.inputs == [layer.name]]
+    (ending_layer,) = [
+        one for one in reader.layers.values() if one.inputs == [layer.name]
+    ]
     y = QUARTIC(torch.from_numpy(z[0])).numpy()
-    assert last.weight_effect == pytest.approx((y**2).sum(), rel=1e-4)
+    assert after.weight_effect == pytest.approx((y**2).sum(), rel=1e-4)
 
 
 def test_a_plan_from_inputs_that_are_all_zero_still_keeps_bits():

@@ -26,7 +26,7 @@ from crypten_espn.masked.material import (
     weight_masks,
 )
 from crypten_espn.masked.messages import Send
-from crypten_espn.masked.plan import Step
+from crypten_espn.masked.steps import Step
 from crypten_espn.randomness import Keystream
 from crypten_espn.wire.packing import packed_bytes
 

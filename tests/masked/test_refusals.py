@@ -5,27 +5,28 @@ from __future__ import annotations
 import copy
 import json
 import tracemalloc
+from typing import Any
 
 import msgspec
 import pytest
 
 from crypten_espn.errors import PlanError
-from crypten_espn.masked import plan as plans
+from crypten_espn.masked.checks import MAX_TEXT, VERSION
 from crypten_espn.masked.linear import Add, Concat, Conv, Flatten, Pad, Pool, Read
-from crypten_espn.masked.plan import (
+from crypten_espn.masked.plan import Plan
+from crypten_espn.masked.steps import (
     Activation,
     Group,
     Input,
     Linear,
     Output,
-    Plan,
     Step,
 )
 
 READ = {"type": "read", "source": 0}
 CONV = {"type": "conv", "x": READ, "weight": 0, "filters": 4, "kernel": [3, 3],
         "pads": [1, 1, 1, 1]}  # fmt: skip
-STEP = {
+STEP: dict[str, Any] = {
     "root": CONV,
     "ring": 32,
     "frac_bits": 20,
@@ -39,8 +40,8 @@ STEP = {
 }
 HEAD = {"type": "conv", "x": {"type": "flatten", "x": {"type": "read", "source": 1}},
         "weight": 1, "filters": 3}  # fmt: skip
-PLAN = {
-    "version": plans.VERSION,
+PLAN: dict[str, Any] = {
+    "version": VERSION,
     "input": {"shape": [2, 8, 8], "ring": 32, "frac_bits": 12, "bound": 8.0},
     "steps": [STEP],
     "output": {"root": HEAD, "ring": 32, "frac_bits": 24, "noise_bits": 4},
@@ -258,7 +259,7 @@ def test_a_plan_nested_beyond_pythons_own_limit_is_refused():
 
 
 def test_huge_texts_are_refused_unread():
-    text = "[" + " " * plans.MAX_TEXT
+    text = "[" + " " * MAX_TEXT
     with pytest.raises(PlanError, match="16,777,217 bytes"):
         Plan.from_json(text)
 
@@ -305,7 +306,7 @@ def test_every_operation_survives_a_plans_text():
     pool = Pool(Pad(Read(0, 3), (1, 1, 0, 0)), (3, 3), (2, 2), (0, 0, 0, 0))
     root = Flatten(Concat((pool, Conv(Read(0), 0, 4, (2, 2), (2, 2)))))
     plan = Plan(
-        plans.VERSION,
+        VERSION,
         Input((2, 8, 8), 32, 12, 8.0),
         (Step(root, 32, 20, act),),
         Output(Add((Read(1), Read(1, 2))), 32, 20, 0),

@@ -21,7 +21,8 @@ import torch
 
 from ...errors import PlanError
 from ..model import MaskedModel, PlanReport
-from ..plan import RING_LIMITS, Plan
+from ..plan import Plan
+from ..steps import RING_LIMITS
 from ..weights import quantise
 from .builder import Builder
 from .calibration import Calibration

@@ -8,9 +8,11 @@ import re
 import numpy as np
 
 from ...errors import PlanError
+from ..checks import VERSION
 from ..linear import Add, Concat, Conv, Expression, Flatten, Pad, Pool, Read, Scale
 from ..model import PartReport, PlanReport
-from ..plan import INPUT, VALUE_RING, VERSION, Activation, Input, Output, Plan, Step
+from ..plan import INPUT, Plan
+from ..steps import VALUE_RING, Activation, Input, Output, Step
 from ..weights import Quantisation
 from .coins import largest_deviation
 from .layers import Layer

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from ...polynomial import Polynomial
-from ..plan import Group, Linear
+from ..steps import Group, Linear
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ...errors import PlanError
-from ..plan import INPUT, MAX_OPERATIONS, VALUE_RING
+from ..checks import MAX_OPERATIONS
+from ..plan import INPUT
+from ..steps import VALUE_RING
 from ..weights import Quantisation
 from .calibration import Calibration
 from .layers import RESCALED, Layer
