@@ -13,6 +13,7 @@ from ..compiled import heat
 from ..errors import EspnError, PeerError
 from ..wire.channel import Channel
 from ..wire.connect import Incoming, Listener
+from ..wire.frames import printable
 from .boundary import told, traced
 from .link import Limits, Link
 
@@ -176,6 +177,11 @@ class Host:
         oldest = None
         with self._lock:
             if len(self._ending) >= _ENDING:
+                self._log.warning(
+                    "connection %d: closed, %d others are being told why they end",
+                    connection.number,
+                    _ENDING,
+                )
                 incoming.close()
                 return
             if len(self._greeting) >= self.limits.greeting:
@@ -216,7 +222,8 @@ class Host:
             if connection.ended is None and not isinstance(error, EspnError):
                 self._log.error("connection %d: %s", connection.number, traced(error))
             else:
-                self._log.warning("connection %d: ended: %s", connection.number, reason)
+                said = printable(reason)
+                self._log.warning("connection %d: ended: %s", connection.number, said)
             if channel is not None:
                 channel.abort(reason)
         finally:
