@@ -69,6 +69,11 @@ class Connection:
             self._farewell = farewell
         self.wake.set()
 
+    def tell(self, reason: str) -> None:
+        """Give the peer the reason and close; nothing before it is open."""
+        if self._channel is not None:
+            self._channel.abort(reason)
+
     def close(self) -> None:
         """Close the socket, once the peer has had time to read why."""
         if self._farewell is not None:
@@ -211,7 +216,6 @@ class Host:
             connection.end(f"The greeting was not complete after {limit:g} s.")
 
     def _run(self, connection: Connection) -> None:
-        channel = None
         self._log.debug("connection %d: accepted", connection.number)
         try:
             channel = connection.open(self._peer_roles, self.limits.handshake_s)
@@ -224,8 +228,7 @@ class Host:
             else:
                 said = printable(reason)
                 self._log.warning("connection %d: ended: %s", connection.number, said)
-            if channel is not None:
-                channel.abort(reason)
+            connection.tell(reason)
         finally:
             self._forget(connection)
 
