@@ -13,6 +13,7 @@ from ..compiled import heat
 from ..errors import EspnError, PeerError
 from ..wire.channel import Channel
 from ..wire.connect import Incoming, Listener
+from ..wire.frames import printable
 from .boundary import told, traced
 from .link import Limits, Link
 
@@ -67,6 +68,11 @@ class Connection:
             farewell.start()
             self._farewell = farewell
         self.wake.set()
+
+    def tell(self, reason: str) -> None:
+        """Give the peer the reason and close; nothing before it is open."""
+        if self._channel is not None:
+            self._channel.abort(reason)
 
     def close(self) -> None:
         """Close the socket, once the peer has had time to read why."""
@@ -176,6 +182,11 @@ class Host:
         oldest = None
         with self._lock:
             if len(self._ending) >= _ENDING:
+                self._log.warning(
+                    "connection %d: closed, %d others are being told why they end",
+                    connection.number,
+                    _ENDING,
+                )
                 incoming.close()
                 return
             if len(self._greeting) >= self.limits.greeting:
@@ -205,7 +216,6 @@ class Host:
             connection.end(f"The greeting was not complete after {limit:g} s.")
 
     def _run(self, connection: Connection) -> None:
-        channel = None
         self._log.debug("connection %d: accepted", connection.number)
         try:
             channel = connection.open(self._peer_roles, self.limits.handshake_s)
@@ -216,9 +226,9 @@ class Host:
             if connection.ended is None and not isinstance(error, EspnError):
                 self._log.error("connection %d: %s", connection.number, traced(error))
             else:
-                self._log.warning("connection %d: ended: %s", connection.number, reason)
-            if channel is not None:
-                channel.abort(reason)
+                said = printable(reason)
+                self._log.warning("connection %d: ended: %s", connection.number, said)
+            connection.tell(reason)
         finally:
             self._forget(connection)
 

@@ -223,11 +223,12 @@ def test_plans_that_differ_are_named_on_both_sides(
         (b"not a plan", "not a plan"),
         (b'{"version": 1}', "not a plan"),
         (b"[" * 3000, "not a plan"),
+        (b'{"version": 1, "\\u001b[2J\\n": 1}', "not a plan"),
         (b" " * 5000, "5000 bytes"),
     ],
 )
 def test_a_plan_is_checked_before_anything_is_dealt(
-    run: Run, plan: Plan, text: bytes, named: str
+    run: Run, plan: Plan, text: bytes, named: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     limits = Limits(plan_bytes=4000)
     dealer = run(DealerServer("127.0.0.1:0", timeout=20, limits=limits))
@@ -239,6 +240,7 @@ def test_a_plan_is_checked_before_anything_is_dealt(
         hear(server, Paired)
         server.send_bytes(text)
         assert named in refusal(server) and named in refusal(client)
+    assert all(record.getMessage().isprintable() for record in caplog.records)
 
 
 def test_a_dealer_with_a_list_deals_for_its_plans_alone(run: Run, plan: Plan) -> None:
