@@ -130,8 +130,9 @@ def _narrowest(
         return build(ring)
     except NarrowError as error:
         found = str(error)
-    for wider in range(ring + 1, RING_LIMITS[1] + 1):
-        if wider % 4 and wider != RING_LIMITS[1]:
+    others = range(ring // 4 * 4 + 4, RING_LIMITS[1] + 1, 4)
+    for wider in (*PRECISIONS.values(), *others):
+        if wider <= ring:
             continue
         try:
             build(wider)
