@@ -375,9 +375,7 @@ def test_effects_are_what_errors_of_a_result_do_to_the_output():
     )
     reader = Network(espn.convert(net, x.float()))
     Calibration(reader, x[:1])  # a batch is one draw of signs for all of its images
-    (ending_layer,) = [
-        one for one in reader.layers.values() if one.inputs == [layer.name]
-    ]
+    (after,) = [one for one in reader.layers.values() if one.inputs == [layer.name]]
     y = QUARTIC(torch.from_numpy(z[0])).numpy()
     assert after.weight_effect == pytest.approx((y**2).sum(), rel=1e-4)
 
