@@ -9,8 +9,17 @@ from torch import nn
 
 import crypten_espn as espn
 from crypten_espn.cost import measure
-from crypten_espn.errors import PeerError, ProtocolError, WorldSizeError
+from crypten_espn.errors import (
+    MaterialError,
+    PeerError,
+    PlanError,
+    ProtocolError,
+    RandomnessError,
+    WorldSizeError,
+)
 from crypten_espn.launch import run_parties
+from crypten_espn.masked.in_crypten import MaskedDealer
+from crypten_espn.masked.planning import masked_model
 from crypten_espn.polynomial import Polynomial
 
 POLYNOMIAL = Polynomial.fit(torch.relu, degree=4)
@@ -123,6 +132,40 @@ def test_what_rank_one_sees_changes_with_every_run():
     assert len(runs[0]) == len(runs[1]) > 4
     for first, second in zip(*runs, strict=True):
         assert (first != second).double().mean() > 0.99
+
+
+def two_networks(first, second, x):
+    """Both networks hidden in one session, then used in turn."""
+    privates = [private.encrypt(src=0) for private in (first, second)]
+    shared = crypten.cryptensor(x, src=1)
+    return [privates[place](shared).get_plain_text(dst=1) for place in (0, 1, 0, 1)]
+
+
+def test_two_networks_in_one_session_have_dealings_of_their_own():
+    models, x = [network(seed) for seed in (0, 7)], images(2)
+    privates = [espn.convert(model, x, protocol="masked") for model in models]
+    with crypten.cfg.temp_override({"mpc.provider": "TTP"}):
+        answers = run_parties(two_networks, world_size=2, args=(*privates, x))[1]
+    for place, answer in zip((0, 1, 0, 1), answers, strict=True):
+        assert (answer - models[place](x).detach()).abs().max() < 0.01
+
+
+def test_a_dealer_takes_one_plan_a_session_and_knows_which(monkeypatch):
+    dealer = MaskedDealer.__new__(MaskedDealer)
+    monkeypatch.setattr(
+        MaskedDealer, "_get_generators", lambda self, device: [torch.Generator()] * 2
+    )
+    plan = masked_model(espn.convert(network(), images())).plan
+    dealer.masked_plan("00" * 16, plan.to_json())
+    with pytest.raises(MaterialError, match="already has a plan"):
+        dealer.masked_plan("00" * 16, plan.to_json())
+    with pytest.raises(MaterialError, match="no plan"):
+        dealer.masked_deal("11" * 16, 0, 1)
+    with pytest.raises(PlanError):
+        dealer.masked_plan("22" * 16, "{}")
+    dealer.masked_deal("00" * 16, 0, 1)
+    with pytest.raises(RandomnessError):
+        dealer.masked_deal("00" * 16, 0, 2)
 
 
 def refused(private):
