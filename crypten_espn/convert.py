@@ -20,11 +20,11 @@ from .errors import (
     ShapeError,
     WorldSizeError,
 )
+from .graph import POLYNOMIAL_OP, NetworkGraph, Node, layer_name, read, simplify
 from .masked.composed import ComposedEngine
 from .masked.plan import quantise
 from .masked.planner import make_plan, parameters_of
 from .nn import PolynomialActivation, Scale
-from .onnx_graph import POLYNOMIAL_OP, NetworkGraph, Node, layer_name, read
 from .protocols import PROTOCOLS, current_settings, settings
 
 Source = torch.nn.Module | str | Path | bytes
@@ -295,7 +295,7 @@ def check(model: Source, example: torch.Tensor) -> Report:
         ShapeError: the example does not fit the network.
     """
     graph = read(model, example)
-    graph.simplify()
+    simplify(graph)
     return _report(graph, example)
 
 
@@ -338,7 +338,7 @@ def convert(
     with settings(truncation=truncation):
         current_settings()
     graph = read(model, example)
-    graph.simplify()
+    simplify(graph)
     report = _findings(graph)
     if not report.ok:
         problems = [str(finding) for finding in report.findings if finding.blocking]

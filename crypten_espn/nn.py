@@ -10,7 +10,7 @@ from crypten.mpc import MPCTensor
 from crypten.nn import Module, onnx_converter
 
 from .errors import ConversionError, ProtocolError
-from .onnx_graph import POLYNOMIAL_OP
+from .graph import POLYNOMIAL_OP
 from .polynomial import Polynomial
 from .protocols import PROTOCOLS, TRUNCATIONS, polyval, settings
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from crypten_espn.onnx_graph import NetworkGraph
+from crypten_espn.graph import NetworkGraph
 from crypten_espn.polynomial import RingForm
 
 MODULUS = 2**64

@@ -24,7 +24,17 @@ ORDER = [
     "pillar.recipes",
     "pillar.command",
     "pillar",
-    "onnx_graph",
+    "graph.network",
+    "graph.trace",
+    "graph.read",
+    "graph.passes.constants",
+    "graph.passes.shapes",
+    "graph.passes.weights",
+    "graph.passes.norms",
+    "graph.passes.pads",
+    "graph.passes.pools",
+    "graph.passes",
+    "graph",
     "cost",
     "randomness",
     "launch",
@@ -63,7 +73,7 @@ ALONE = {
     "protocols.beaver",
     "protocols.truncation",
 }
-WITHOUT_CRYPTEN = ("errors", "polynomial", "pillar", "onnx_graph", "randomness")
+WITHOUT_CRYPTEN = ("errors", "polynomial", "pillar", "graph", "randomness")
 
 
 def modules() -> dict[str, Path]:

@@ -11,9 +11,9 @@ import torch
 import crypten_espn as espn
 from crypten_espn.cost import measure
 from crypten_espn.errors import ConversionError, PolynomialError, ProtocolError
+from crypten_espn.graph import export
 from crypten_espn.launch import run_parties
 from crypten_espn.nn import PolynomialActivation, Scale
-from crypten_espn.onnx_graph import export
 from crypten_espn.polynomial import Polynomial
 
 POLYNOMIAL = Polynomial.fit(torch.relu, degree=4)

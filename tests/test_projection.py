@@ -20,9 +20,9 @@ from benchmarks.harness import Results
 from crypten_espn import cli
 from crypten_espn.cost import GLOO_DELAYS
 from crypten_espn.errors import ConversionError, EspnError, ShapeError
+from crypten_espn.graph import export
 from crypten_espn.launch import run_parties
 from crypten_espn.masked.planner import make_plan
-from crypten_espn.onnx_graph import export
 from crypten_espn.pillar import networks
 from crypten_espn.pillar.storage import save_network
 from crypten_espn.processor import REFERENCE, calibrate
