@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import onnx
 import torch
 from onnx import numpy_helper
 
-from ..errors import ConversionError, ShapeError
-from .network import NetworkGraph, Node
+from ..errors import ConversionError, EspnError, ShapeError
+from .network import POLYNOMIAL_OP, NetworkGraph, Node
 from .trace import export
+
+# Below, broadcasts and batch-norm meant something else; above, we have not looked.
+OPSETS = range(7, min(onnx.defs.onnx_opset_version(), 25) + 1)
+_DOMAINS = ("", "ai.onnx")
 
 
 def read(
@@ -27,14 +32,22 @@ def read(
 
     Raises:
         ConversionError: the module cannot be traced, or the file is not ONNX with one
-            input and one output.
+            input and one output, of an operation set that is known.
         ShapeError: the example does not have the file's input shape.
     """
     if isinstance(source, torch.nn.Module):
         model = onnx.load_model_from_string(export(source, example))
     else:
         model = _load(source)
-    return _to_graph(model, tuple(example.shape))
+    try:
+        return _to_graph(model, tuple(example.shape))
+    except EspnError:
+        raise
+    except Exception as error:
+        raise ConversionError(
+            f"the ONNX model is damaged or holds what is not known "
+            f"({type(error).__name__}: {error}); check it with onnx.checker"
+        ) from error
 
 
 def _load(source: str | Path | bytes) -> onnx.ModelProto:
@@ -54,6 +67,8 @@ def _load(source: str | Path | bytes) -> onnx.ModelProto:
 def _to_graph(model: onnx.ModelProto, input_shape: tuple[int, ...]) -> NetworkGraph:
     proto = model.graph
     constants = {t.name: numpy_helper.to_array(t) for t in proto.initializer}
+    if proto.sparse_initializer:
+        raise ConversionError("the file has sparse weights; store them densely")
     inputs = [value for value in proto.input if value.name not in constants]
     if len(inputs) != 1 or len(proto.output) != 1:
         raise ConversionError(
@@ -61,22 +76,58 @@ def _to_graph(model: onnx.ModelProto, input_shape: tuple[int, ...]) -> NetworkGr
             "one of each is supported. Wrap it in a module of one tensor in, one out"
         )
     _check_input(inputs[0], input_shape)
-    nodes = []
-    for node in proto.node:
-        if len(node.output) > 1 and any(node.output[1:]) and node.op_type != "Dropout":
-            raise ConversionError(
-                f"{node.name or node.op_type} has {len(node.output)} outputs, which is "
-                "not supported; split the network there"
+    name = inputs[0].name
+    return NetworkGraph(
+        [_node(node) for node in proto.node],
+        constants,
+        {name: input_shape},
+        name,
+        proto.output[0].name,
+        opset=_opset(model),
+        types={name: inputs[0].type.tensor_type.elem_type},
+    )
+
+
+def _opset(model: onnx.ModelProto) -> int:
+    versions = [o.version for o in model.opset_import if o.domain in _DOMAINS]
+    version = versions[0] if versions else 1
+    if version not in OPSETS:
+        raise ConversionError(
+            f"the file uses version {version} of ONNX's operations; "
+            f"{OPSETS[0]} to {OPSETS[-1]} are known. Export it again with one of these"
+        )
+    return version
+
+
+def _node(proto: onnx.NodeProto) -> Node:
+    attributes: dict[str, Any] = {}
+    problem = ""
+    for a in proto.attribute:
+        if a.type in (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS):
+            problem = (
+                f"{proto.op_type} runs another graph, by values known at run time "
+                "only; compute every side, or build the network without it"
             )
-        attributes = {
-            a.name: onnx.helper.get_attribute_value(a) for a in node.attribute
-        }
-        given = list(node.input)
-        while given and not given[-1]:
-            given.pop()  # an optional input left out
-        nodes.append(Node(node.op_type, given, node.output[0], attributes, node.name))
-    shapes = {inputs[0].name: input_shape}
-    return NetworkGraph(nodes, constants, shapes, inputs[0].name, proto.output[0].name)
+        attributes[a.name] = onnx.helper.get_attribute_value(a)
+    if proto.domain not in _DOMAINS and proto.op_type != POLYNOMIAL_OP:
+        problem = (
+            f"{proto.domain}.{proto.op_type} is no operation of ONNX; write the layer "
+            "with convolutions, linear layers, pools and additions"
+        )
+    given = list(proto.input)
+    while given and not given[-1]:
+        given.pop()  # an optional input left out
+    others = [name for name in proto.output[1:] if name]
+    return Node(
+        proto.op_type,
+        given,
+        proto.output[0],
+        attributes,
+        proto.name,
+        others,
+        problem,
+        "" if proto.domain in _DOMAINS else proto.domain,
+    )
 
 
 def _check_input(value: onnx.ValueInfoProto, shape: tuple[int, ...]) -> None:

@@ -2,44 +2,68 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import onnx
 from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from ..network import OPSET, POLYNOMIAL_OP, NetworkGraph, Node
+from ..network import POLYNOMIAL_OP, NetworkGraph, Node
+
+# Another value at every call; a constant would be one of them for ever.
+_RANDOM = {
+    "Bernoulli",
+    "Multinomial",
+    "RandomNormal",
+    "RandomNormalLike",
+    "RandomUniform",
+    "RandomUniformLike",
+}
 
 
 def fold_constants(graph: NetworkGraph) -> None:
-    """Infer shapes; evaluate what depends on constants and static shapes alone.
+    """Infer shapes and types; evaluate nodes whose inputs are all known.
 
     A shape can hang on a constant and a constant on a shape, so the two alternate.
     """
+    for node in graph.each(*_RANDOM):
+        node.problem = (
+            "its values are drawn anew at every call; draw them once, and keep them as "
+            "a buffer"
+        )
     while True:
-        graph.shapes.update(_infer_shapes(graph))
-        kept = []
-        for node in graph.nodes:
+        infer(graph)
+        count = len(graph.nodes)
+        for node in graph.each():
             if node.op == "Shape" and node.inputs[0] in graph.shapes:
-                graph.constants[node.output] = np.array(graph.shapes[node.inputs[0]])
+                a = node.attributes
+                sizes = np.array(graph.shapes[node.inputs[0]], np.int64)
+                values = [sizes[a.get("start", 0) : a.get("end", len(sizes))]]
             elif all(name in graph.constants or not name for name in node.inputs):
-                graph.constants[node.output] = _evaluate(node, graph.constants)
+                values = evaluate(node, graph.constants, graph.opset)
             else:
-                kept.append(node)
-        if len(kept) == len(graph.nodes):
+                continue
+            graph.constants.update(
+                zip([node.output, *node.others], values, strict=True)
+            )
+            graph.remove(node)
+        if len(graph.nodes) == count:
             return
-        graph.nodes = kept
 
 
-def _infer_shapes(graph: NetworkGraph) -> dict[str, tuple[int, ...]]:
-    """Shapes of all values that ONNX can tell; ours has the shape rule of Relu."""
+def infer(graph: NetworkGraph) -> None:
+    """Fill in shapes and types that ONNX can tell; ours has the rules of Relu."""
     protos, values, tensors = [], [], []
     for node in graph.nodes:
+        if node.problem:
+            continue
         ours = node.op == POLYNOMIAL_OP
         protos.append(
             onnx.helper.make_node(
                 "Relu" if ours else node.op,
                 node.inputs,
-                [node.output],
+                [node.output, *node.others],
                 **({} if ours else node.attributes),
             )
         )
@@ -48,42 +72,44 @@ def _infer_shapes(graph: NetworkGraph) -> dict[str, tuple[int, ...]]:
         if array.dtype == np.int64 and array.ndim <= 1:
             tensors.append(numpy_helper.from_array(array, name))
         else:
-            kind = onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
-            values.append(onnx.helper.make_tensor_value_info(name, kind, array.shape))
+            values.append(_declared(name, array))
     values.append(
         onnx.helper.make_tensor_value_info(
-            graph.input, onnx.TensorProto.FLOAT, graph.shapes[graph.input]
+            graph.input, graph.types[graph.input], graph.shapes[graph.input]
         )
     )
     output = onnx.helper.make_value_info(graph.output, onnx.TypeProto())
     proto = onnx.helper.make_graph(protos, "shapes", values, [output], tensors)
     model = onnx.helper.make_model(
-        proto, opset_imports=[onnx.helper.make_opsetid("", OPSET)]
+        proto, opset_imports=[onnx.helper.make_opsetid("", graph.opset)]
     )
     inferred = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
-    return {
-        v.name: tuple(d.dim_value for d in v.type.tensor_type.shape.dim)
-        for v in [*inferred.value_info, *inferred.output]
-        if v.type.tensor_type.HasField("shape")
-        and all(d.HasField("dim_value") for d in v.type.tensor_type.shape.dim)
-    }
+    for value in [*inferred.value_info, *inferred.output]:
+        tensor = value.type.tensor_type
+        if tensor.elem_type:
+            graph.types[value.name] = tensor.elem_type
+        dims = tensor.shape.dim
+        if tensor.HasField("shape") and all(d.HasField("dim_value") for d in dims):
+            graph.shapes[value.name] = tuple(d.dim_value for d in dims)
 
 
-def _evaluate(node: Node, constants: dict[str, np.ndarray]) -> np.ndarray:
-    given = {name: constants[name] for name in node.inputs if name}
-    proto = onnx.helper.make_node(
-        node.op, node.inputs, [node.output], **node.attributes
+def evaluate(
+    node: Node, values: Mapping[str, np.ndarray], opset: int
+) -> list[np.ndarray]:
+    """What one node gives for known inputs, by ONNX's own evaluator."""
+    given = {name: np.asarray(values[name]) for name in node.inputs if name}
+    names = [node.output, *node.others]
+    proto = onnx.helper.make_node(node.op, node.inputs, names, **node.attributes)
+    outputs = [onnx.helper.make_value_info(name, onnx.TypeProto()) for name in names]
+    graph = onnx.helper.make_graph(
+        [proto], "node", [_declared(*item) for item in given.items()], outputs
     )
-    untyped = onnx.TypeProto()
-    values = [
-        onnx.helper.make_tensor_value_info(
-            name, onnx.helper.np_dtype_to_tensor_dtype(array.dtype), array.shape
-        )
-        for name, array in given.items()
-    ]
-    output = onnx.helper.make_value_info(node.output, untyped)
-    graph = onnx.helper.make_graph([proto], "constant", values, [output])
     model = onnx.helper.make_model(
-        graph, opset_imports=[onnx.helper.make_opsetid("", OPSET)]
+        graph, opset_imports=[onnx.helper.make_opsetid("", opset)]
     )
-    return np.asarray(ReferenceEvaluator(model).run(None, given)[0])
+    return [np.asarray(v) for v in ReferenceEvaluator(model).run(None, given)]
+
+
+def _declared(name: str, array: np.ndarray) -> onnx.ValueInfoProto:
+    kind = onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
+    return onnx.helper.make_tensor_value_info(name, kind, array.shape)

@@ -2,49 +2,33 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from ..network import NetworkGraph, Node
 
 
+def torch_order(pads: list[int]) -> list[int]:
+    """ONNX's pads, all before and then all after, as torch's, last axis first."""
+    half = len(pads) // 2
+    return [p for i in reversed(range(half)) for p in (pads[i], pads[half + i])]
+
+
 def explicit_pads(graph: NetworkGraph) -> None:
-    """Pads that differ between the two sides become a Pad node in torch's order."""
-    for node in list(graph.nodes):
-        if node.op == "Pad":
-            _normalise_pad(graph, node)
-        elif node.op == "Conv":
-            pads = node.attributes["pads"]
-            half = len(pads) // 2
-            if pads[:half] == pads[half:]:
-                continue
-            shape = graph.shapes[node.inputs[0]]
-            padded = node.output + "_padded"
-            graph.shapes[padded] = shape[:2] + tuple(
-                s + pads[i] + pads[half + i] for i, s in enumerate(shape[2:])
-            )
-            sides = [
-                p for i in reversed(range(half)) for p in (pads[i], pads[half + i])
-            ]
-            index = graph.nodes.index(node)
-            graph.nodes.insert(
-                index, Node("Pad", [node.inputs[0]], padded, {"pads": sides}, node.name)
-            )
-            node.inputs[0] = padded
+    """Pads of a convolution that differ between the two sides become a Pad node."""
+    for node in graph.each("Conv"):
+        pads = node.attributes.get("pads", [])
+        half = len(pads) // 2
+        if pads[:half] != pads[half:]:
+            node.inputs[0] = padded(graph, node, node.inputs[0], pads)
             node.attributes["pads"] = [0] * 2 * half
 
 
-def _normalise_pad(graph: NetworkGraph, node: Node) -> None:
-    if "pads" in node.attributes and len(node.inputs) == 1:
-        pads = [int(p) for p in node.attributes["pads"]]
-    elif all(name in graph.constants for name in node.inputs[1:]):
-        pads = [int(p) for p in graph.constants[node.inputs[1]]]
-    else:
-        return
-    value = graph.constants[node.inputs[2]] if len(node.inputs) > 2 else 0
-    if node.attributes.get("mode", b"constant") != b"constant" or np.any(value):
-        return
+def padded(graph: NetworkGraph, node: Node, source: str, pads: list[int]) -> str:
+    """A value with zeros around its image, by a Pad before the node."""
     half = len(pads) // 2
-    sides = [p for i in reversed(range(half)) for p in (pads[i], pads[half + i])]
-    while len(sides) >= 2 and sides[-2:] == [0, 0]:
-        sides = sides[:-2]
-    node.inputs, node.attributes = node.inputs[:1], {"pads": sides}
+    shape = graph.shapes[source]
+    name = graph.fresh(source + "_padded")
+    graph.shapes[name] = shape[:2] + tuple(
+        size + pads[i] + pads[half + i] for i, size in enumerate(shape[2:])
+    )
+    pad = Node("Pad", [source], name, {"pads": torch_order(pads)}, node.name)
+    graph.insert_before(node, pad)
+    return name
