@@ -13,11 +13,13 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install venv demo test lint bench bench-full clean
+.PHONY: help install venv demo test test-fast test-random lint bench bench-full clean
 
 help:
 	@echo "make demo        two parties classify 256 real images; writes out/"
 	@echo "make test        ruff, mypy and pytest"
+	@echo "make test-fast   the tests that start no process: under a minute"
+	@echo "make test-random the whole suite in an order drawn anew"
 	@echo "make bench       the short benchmarks"
 	@echo "make bench-full  every benchmark (hours)"
 	@echo "make install     only the virtual environment, in $(VENV)"
@@ -55,6 +57,12 @@ lint: $(STAMP)
 
 test: lint
 	$(BIN)/python -m pytest
+
+test-fast: $(STAMP)
+	$(BIN)/python -m pytest --in-process -m "not slow"
+
+test-random: $(STAMP)
+	$(BIN)/python -m pytest -p randomly
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.report

@@ -28,8 +28,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from . import harness, wan
-from .harness import Results, ResultsError, Row, Spread
+from . import link
+from .options import add_run_options, finish
+from .plots import plot_lines
+from .rows import Results, ResultsError, Row, Spread
 
 PACKAGE_PROTOCOLS = ("espn", "opened_mask", "beaver")
 CRYPTEN_PROTOCOLS = ("crypten-polynomial", "crypten-relu")
@@ -186,7 +188,7 @@ def plot(rows: Sequence[Row], stem: Path) -> list[Path]:
                 series.setdefault(row.activation, []).append((row.rtt_ms, row.online_s))
         if not series:
             continue
-        files += harness.plot_lines(
+        files += plot_lines(
             stem.with_name(f"{stem.name}-{channel}"),
             {
                 name: sorted(points, key=lambda p: p[0])
@@ -212,7 +214,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--protocols", nargs="+", choices=PROTOCOLS, default=DEFAULT_PROTOCOLS
     )
     parser.add_argument("--channels", nargs="+", choices=CHANNELS, default=CHANNELS)
-    harness.add_run_options(parser, networks=NETWORKS, repeat=11)
+    add_run_options(parser, networks=NETWORKS, repeat=11)
     parser.add_argument("--party", help=argparse.SUPPRESS)
     return parser
 
@@ -237,14 +239,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             task=task,
             provider=options.provider,
             threads=options.threads,
-            fallback=options.fallback,
             idle_restart=not options.warm,
             timeout_s=options.timeout_s,
         )
         if options.plot and results.rows:
             plot(results.rows, Path(options.plot))
-        return harness.finish(results, options, ended_well=ended_well)
-    except (wan.PathError, ResultsError) as error:
+        return finish(results, options, ended_well=ended_well)
+    except (link.PathError, ResultsError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -33,8 +33,10 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from . import harness, wan
-from .harness import Results, ResultsError
+from . import link
+from .options import add_run_options, finish
+from .plots import plot_dots
+from .rows import Results, ResultsError, Skipped
 
 MODELS = ("minionn", "vgg16", "resnet18", "resnet32", "resnet110", "resnet50")
 POLYNOMIAL_PROTOCOLS = ("espn", "opened_mask", "beaver")
@@ -233,7 +235,7 @@ def _run_on_two_hosts(results: Results, options: argparse.Namespace) -> bool:
 
     host, _, port = options.rendezvous.rpartition(":")
     if not host or not port.isdigit():
-        raise wan.PathError(
+        raise link.PathError(
             f"--rendezvous {options.rendezvous!r} is not HOST:PORT; give rank 0's "
             "address as rank 1 reaches it, for example 10.0.0.1:29500"
         )
@@ -255,7 +257,7 @@ def _run_on_two_hosts(results: Results, options: argparse.Namespace) -> bool:
     except (ConnectionError, RuntimeError, TimeoutError) as error:
         ended_well = False
         print(f"error: {error}; finished samples are kept", file=sys.stderr)
-        results.skip(harness.Skipped("", "", "", options.name, str(error)))
+        results.skip(Skipped("", "", "", options.name, str(error)))
     finally:
         collector.flush()
     return ended_well
@@ -288,7 +290,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--rank", type=int, choices=(0, 1), help="two hosts: which one")
     parser.add_argument("--rendezvous", help="two hosts: HOST:PORT of rank 0")
     parser.add_argument("--name", default="hosts", help="two hosts: name in the rows")
-    harness.add_run_options(parser, networks=("loopback", "wan"), repeat=5)
+    add_run_options(parser, networks=("loopback", "wan"), repeat=5)
     parser.add_argument("--party", help=argparse.SUPPRESS)
     return parser
 
@@ -320,14 +322,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 task=_task(options),
                 provider=options.provider,
                 threads=options.threads,
-                fallback=options.fallback,
                 idle_restart=not options.warm,
                 timeout_s=options.timeout_s,
             )
         if options.plot and results.rows:
-            harness.plot_dots(results.rows, options.plot)
-        return harness.finish(results, options, ended_well=ended_well)
-    except (wan.PathError, ResultsError) as error:
+            plot_dots(results.rows, options.plot)
+        return finish(results, options, ended_well=ended_well)
+    except (link.PathError, ResultsError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -8,21 +8,26 @@ over a connection of their own.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
+from typing import Any
 
-import numpy as np
 import torch
 
 import crypten_espn
-from crypten_espn.channel import Channel, Listener, connect_channel, parse_address
-from crypten_espn.masked import offline, online
-from crypten_espn.masked.plan import Plan, quantise
-from crypten_espn.masked.planner import make_plan, parameters_of
+from crypten_espn.masked.dealing import Dealing
+from crypten_espn.masked.drivers import TOLD_BYTES, over
+from crypten_espn.masked.inference import client, server
+from crypten_espn.masked.material import ClientMaterial, Pairing, ServerMaterial
+from crypten_espn.masked.messages import DEALER, Protocol, Receive, Send
+from crypten_espn.masked.plan import Plan
+from crypten_espn.masked.planning import masked_model
+from crypten_espn.masked.preparing import ClientPreparation, ServerPreparation
+from crypten_espn.wire.channel import HEADER_BYTES, Channel
+from crypten_espn.wire.connect import Listener, connect_channel, parse_address
 
-from .party import Control, Result, slow_down
+from .party import Control, Result
 
-FRAME_BYTES = 20  # the channel's header of each message, left out of the count
+_SESSION = bytes(16)
 
 
 class MaskedSystem:
@@ -53,118 +58,152 @@ class MaskedSystem:
         self._network, self._x, self._calibration = network, x, calibration
         self._control, self._check = control, check
         self._address, self._listen = address, listen
-        self._batch = len(x)
         self._index = 0
-        self._material: offline.Material | None = None
+        self._side: _Server | _Client | None = None
 
     def prepare(self) -> float:
         """Agree on a plan, connect, open the masked weights: once per model."""
-        control, batch = self._control, self._batch
-        weights = None
+        control = self._control
         if control.rank == 0:
             graph = crypten_espn.convert(self._network, self._calibration)
-            self._plan = make_plan(graph, self._calibration)
-            weights = quantise(self._plan, parameters_of(graph))
-            self._dealer = offline.Dealer(self._plan, batch=batch)
-            seed, other = self._dealer.seeds
-            control.send([self._plan.to_json(), other.hex()])
-            with Listener(f"{self._listen}:0") as listener:
+            model = masked_model(graph, self._calibration)
+            dealing = Dealing(model.plan)
+            control.send([model.plan.to_json(), dealing.seeds[1].hex()])
+            with Listener(
+                f"{self._listen}:0", role="server", insecure=True
+            ) as listener:
                 control.send(parse_address(listener.address)[1])
-                self._channel = listener.accept(
-                    timeout=120.0, peer_timeout=600.0, peer="rank 1"
-                )
+                incoming = listener.accept(timeout=120.0)
+                channel = incoming.open(peer_roles=("client",), timeout=600.0)
+            self._side = _Server(channel, model, dealing)
         else:
-            text, own = control.receive()
-            self._plan, seed = Plan.from_json(text), bytes.fromhex(own)
+            text, seed = control.receive()
             where = f"{self._address}:{control.receive()}"
-            self._channel = connect_channel(where, timeout=600.0, peer="rank 0")
-        self._channel.pace()
-        slow_down(self._channel)
-        self._weights = weights
-        opened = offline.opened_weights(
-            self._plan,
-            self._channel,
-            seed=seed if control.rank == 0 else None,
-            weights=weights,
-        )
-        self._preparation = offline.Preparation(
-            self._plan,
-            rank=control.rank,
-            seed=seed,
-            weights=weights,
-            batch=batch,
-            opened=opened,
-        )
+            channel = connect_channel(
+                where, role="client", peer_role="server", timeout=600.0, insecure=True
+            )
+            plan = Plan.from_json(text)
+            self._side = _Client(channel, plan, bytes.fromhex(seed), self._x)
+        channel.pace()
+        self._side.run(self._side.preparation.open_weights(), 0)
         return 0.0  # nothing was run
 
     def offline(self) -> int:
         """Deal and prepare one inference; bytes the dealer and rank 1 send."""
-        plan, channel, batch = self._plan, self._channel, self._batch
+        assert self._side is not None
         self._index += 1
-        index = self._index
-
-        def half(number: int) -> np.ndarray:
-            segment = plan.segments[number]
-            count = batch * segment.elements
-            flat = channel.receive(count, bits=segment.ring, tag=index)
-            return flat.reshape(batch, *segment.root.shape)
-
-        def send(values: np.ndarray, bits: int) -> None:
-            channel.send(values, bits=bits, tag=index)
-
-        channel.reset_counters()
-        if self._control.rank == 0:
-            deal = self._dealer.deal(index)
-            dealt = zip(deal.linear, deal.values, itertools.repeat(None))
-            self._material = self._preparation.server(dealt, half, index)
-        else:
-            self._material = self._preparation.client(index, send)
-        _, crossed = _payload(channel)
-        return plan.dealer_bytes(batch=batch) + crossed
+        pairing = Pairing(_SESSION, self._index, len(self._x))
+        self._side.channel.reset_counters()
+        self._side.prepare(pairing)
+        _, crossed = _payload(self._side.channel)
+        return self._side.plan.dealer_bytes(batch=len(self._x)) + crossed
 
     def online(self) -> Callable[[], Result]:
         """One inference from the prepared material."""
-        channel, material = self._channel, self._material
-        assert material is not None
-        channel.reset_counters()
-        channel.pace()
-        logits = None
-        if self._control.rank == 0:
-            assert self._weights is not None
-            online.serve_one(
-                self._plan, self._weights, channel, material, batch=self._batch
-            )
-        else:
-            logits = self._plan.decode(
-                online.query_one(
-                    self._plan,
-                    channel,
-                    material,
-                    self._plan.encode(self._x),
-                    batch=self._batch,
-                )
-            )
-        messages = channel.messages_sent + channel.messages_received
-        # The parts of a large batch travel at once, between the input and the logits.
-        rounds = 2 + (messages - 2) // len(online.pieces(self._batch))
-        sent, _ = _payload(channel)
-        self._material = None
+        side = self._side
+        assert side is not None
+        side.channel.reset_counters()
+        side.channel.pace()
+        logits = side.infer()
+        sent, _ = _payload(side.channel)
+        # Both sides also tell which material they used.
+        sent -= TOLD_BYTES
 
         def finish() -> Result:
             checked = None if logits is None else self._check(logits)
             error, agreement = checked or (None, None)
-            return Result(rounds, sent, error, agreement)
+            return Result(side.plan.messages, sent, error, agreement)
 
         return finish
 
     def close(self) -> None:
         """Close the connection."""
-        self._channel.close()
+        if self._side is not None:
+            self._side.channel.close()
+
+
+class _Side:
+    """One party's channel, plan, preparation and material."""
+
+    peer: str
+    preparation: ServerPreparation | ClientPreparation
+
+    def __init__(self, channel: Channel, plan: Plan) -> None:
+        self.channel, self.plan = channel, plan
+        self._index = 0
+
+    def run(self, part: Protocol[Any], index: int) -> Any:
+        return over(part, {self.peer: self.channel}, tag=index)
+
+
+class _Server(_Side):
+    """Rank 0, which is its own dealer."""
+
+    peer = "client"
+
+    def __init__(self, channel: Channel, model: Any, dealing: Dealing) -> None:
+        super().__init__(channel, model.plan)
+        self._weights, self._dealing = model.weights, dealing
+        self.preparation = ServerPreparation(
+            model.plan, model.weights, dealing.seeds[0]
+        )
+        self._material: ServerMaterial | None = None
+
+    def prepare(self, pairing: Pairing) -> None:
+        self._index = pairing.index
+        dealt = self._dealing.deal(pairing.index, pairing.batch)
+        part = self.preparation.prepare(pairing)
+        self._material = self.run(_dealt(part, dealt), pairing.index)
+
+    def infer(self) -> None:
+        assert self._material is not None
+        material, self._material = self._material, None
+        self.run(server(self.plan, self._weights, material), self._index)
+
+
+def _dealt(part: Protocol[Any], dealt: Protocol[None]) -> Protocol[Any]:
+    """A preparation that takes the dealer's messages from the dealer itself."""
+    answer: Any = None
+    try:
+        while True:
+            event = part.send(answer)
+            if isinstance(event, Receive) and event.of == DEALER:
+                message = next(dealt)
+                assert isinstance(message, Send)
+                answer = [array.reshape(-1) for array, _ in message.parts]
+            else:
+                answer = yield event
+    except StopIteration as end:
+        return end.value
+
+
+class _Client(_Side):
+    """Rank 1."""
+
+    peer = "server"
+
+    def __init__(
+        self, channel: Channel, plan: Plan, seed: bytes, x: torch.Tensor
+    ) -> None:
+        super().__init__(channel, plan)
+        self._x = x
+        self.preparation = ClientPreparation(plan, seed)
+        self._material: ClientMaterial | None = None
+
+    def prepare(self, pairing: Pairing) -> None:
+        self._index = pairing.index
+        self._material = self.run(self.preparation.prepare(pairing), pairing.index)
+
+    def infer(self) -> torch.Tensor:
+        assert self._material is not None
+        material, self._material = self._material, None
+        part = client(self.plan, material, self.plan.encode(self._x))
+        return self.plan.decode(self.run(part, self._index))
 
 
 def _payload(channel: Channel) -> tuple[int, int]:
     """Payload bytes sent and received since the counters were reset."""
     return (
-        channel.bytes_sent - FRAME_BYTES * channel.messages_sent,
-        channel.bytes_received - FRAME_BYTES * channel.messages_received,
+        channel.bytes_sent - HEADER_BYTES * channel.messages_sent,
+        channel.bytes_received - HEADER_BYTES * channel.messages_received,
     )

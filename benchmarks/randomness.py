@@ -20,7 +20,7 @@ import torch
 
 from crypten_espn.randomness import Keystream
 
-from .harness import Spread, machine, write_atomically
+from .rows import Spread, machine, write_atomically
 
 ELEMENT_BYTES = 8
 SIZES = (100, 1_000, 10_000, 100_000, 1_000_000, 10_000_000)

@@ -28,17 +28,15 @@ import torch
 from torch import distributed
 
 from crypten_espn.launch import run_parties
-from crypten_espn.session import (
-    Client,
-    DealerServer,
-    MaskedModel,
-    ModelServer,
-    connect,
-    masked_model,
-)
+from crypten_espn.masked.model import MaskedModel
+from crypten_espn.masked.planning import masked_model
+from crypten_espn.serving.client import Client, connect
+from crypten_espn.serving.dealer import DealerServer
+from crypten_espn.serving.server import ModelServer
 
 from . import inference
-from .harness import Spread, columns, machine, write_atomically
+from .rows import Spread, machine, write_atomically
+from .tables import columns
 
 _TICK_S = 1.0 / os.sysconf("SC_CLK_TCK")
 _SERVER, _CLIENT, _DEALER = range(3)

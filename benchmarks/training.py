@@ -11,8 +11,8 @@ has ended is not repeated.
 
 Kinds: polynomial and relu differ in nothing but the activation and its penalty;
 finetuned starts from the relu run of the same seed and has a fifth of its epochs.
-Results: RECIPE-KIND-SEED.json and its log .csv in --out, and training.csv beside that
-folder, from every file there. Running states are kept in --runs. The test set is read
+Results: RECIPE-KIND-SEED.json and its log .csv in --out; the table is of every file
+there. Running states are kept in --runs. The test set is read
 once, after the epoch was chosen on validation images.
 """
 
@@ -21,20 +21,20 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import pandas
 import torch
 
 from crypten_espn.errors import EspnError
 from crypten_espn.pillar.recipes import RECIPES, Recipe, find_recipe, fine_tuning, train
 
-from . import harness
-from .harness import ResultsError
+from .rows import ResultsError, machine, write_atomically
+from .tables import STAMP, columns
 
 KINDS = ("polynomial", "relu", "finetuned")
 RESULTS = Path("benchmarks/results/training")
@@ -68,9 +68,9 @@ def follow(
         train(recipe, out=folder, data=data, start=start, progress=not quiet)
     result = json.loads((folder / "result.json").read_text())
     del result["path"]
-    record = {"kind": kind, "machine": harness.machine(), **result}
+    record = {"kind": kind, "machine": machine(), **result}
     out.mkdir(parents=True, exist_ok=True)
-    harness.write_atomically(out / f"{title}.json", json.dumps(record, indent=1) + "\n")
+    write_atomically(out / f"{title}.json", json.dumps(record, indent=1) + "\n")
     shutil.copyfile(folder / "log.csv", out / f"{title}.csv")
     return f"{title}: test accuracy {result['test_accuracy']:.2%}"
 
@@ -80,56 +80,62 @@ def _ended(folder: Path, recipe: Recipe) -> bool:
     return path.exists() and json.loads(path.read_text())["recipe"] == asdict(recipe)
 
 
-def summary(folder: Path) -> list[dict[str, str]]:
-    """One row for each recipe and kind in a folder of results.
+def summary(folder: Path) -> pandas.DataFrame:
+    """A line for each recipe and kind in a folder of results, all text.
 
     Raises:
         ResultsError: there is none, or a file is not a result.
     """
-    cells: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for path in sorted(folder.glob("*.json")):
-        try:
-            record = json.loads(path.read_text())
-            key = record["recipe"]["name"], record["kind"]
-            cells.setdefault(key, []).append(record)
-        except (KeyError, TypeError, ValueError) as error:
-            raise ResultsError(f"{path}: not a training result ({error!r})") from error
-    if not cells:
+    runs = pandas.DataFrame([_run(path) for path in sorted(folder.glob("*.json"))])
+    if runs.empty:
         raise ResultsError(f"{folder}: no results there; run the benchmark first")
-    return [
-        _row(records, kind, cells.get((name, "relu"), []))
-        for (name, kind), records in sorted(
-            cells.items(), key=lambda cell: (cell[0][0], KINDS.index(cell[0][1]))
-        )
-    ]
+    runs["kind"] = pandas.Categorical(runs.kind, KINDS)
+    relu = runs[runs.kind == "relu"][["recipe", "seed", "points"]]
+    runs = runs.merge(relu, on=["recipe", "seed"], how="left", suffixes=("", "_relu"))
+    runs["gap"] = runs.points - runs.points_relu
+    cells = runs.sort_values("seed").groupby(["recipe", "kind"], observed=True)
+    first, last, points = cells.first(), cells.last(), cells.points
+    gap = cells.gap.mean().map("{:+.2f}".format, na_action="ignore")
+    table = pandas.DataFrame(
+        {
+            "network": first.network,
+            "activation": first.activation,
+            "epochs": first.epochs.astype(str),
+            "seeds": cells.seed.agg(lambda seeds: " ".join(map(str, seeds))),
+            "test accuracy": points.mean().map("{:.2f}".format),
+            "range": points.agg(lambda some: f"{some.min():.2f} to {some.max():.2f}"),
+            "against ReLU": gap.mask(gap.index.get_level_values("kind") == "relu"),
+            "minutes": (cells.seconds.mean() / 60).map("{:.0f}".format),
+            **{name: last[name] for name in STAMP},
+        }
+    )
+    return table.fillna("").reset_index("recipe").reset_index(drop=True)
 
 
-def _row(
-    records: Sequence[dict[str, Any]], kind: str, relu: Sequence[dict[str, Any]]
-) -> dict[str, str]:
-    recipe = records[0]["recipe"]
-    points = {r["recipe"]["seed"]: 100 * r["test_accuracy"] for r in records}
-    against = {r["recipe"]["seed"]: 100 * r["test_accuracy"] for r in relu}
-    paired = [points[seed] - against[seed] for seed in points if seed in against]
-    machine = records[-1]["machine"]
-    return {
-        "recipe": recipe["name"],
-        "network": recipe["network"],
-        "activation": {
+def _run(path: Path) -> dict[str, Any]:
+    """What the summary needs of one result."""
+    try:
+        record = json.loads(path.read_text())
+        recipe, kind, machine = record["recipe"], record["kind"], record["machine"]
+        degree = f"degree {recipe['degree']}"
+        activations = {
             "relu": "ReLU",
-            "polynomial": f"degree {recipe['degree']}",
-            "finetuned": f"degree {recipe['degree']}, fine-tuned",
-        }[kind],
-        "epochs": str(recipe["epochs"]),
-        "seeds": " ".join(map(str, sorted(points))),
-        "test accuracy": f"{statistics.mean(points.values()):.2f}",
-        "range": f"{min(points.values()):.2f} to {max(points.values()):.2f}",
-        "against ReLU": f"{statistics.mean(paired):+.2f}"
-        if paired and kind != "relu"
-        else "",
-        "minutes": f"{statistics.mean(r['seconds'] for r in records) / 60:.0f}",
-        **{name: str(machine[name]) for name in ("commit", "date", "processor")},
-    }
+            "polynomial": degree,
+            "finetuned": f"{degree}, fine-tuned",
+        }
+        return {
+            "recipe": recipe["name"],
+            "network": recipe["network"],
+            "kind": kind,
+            "activation": activations[kind],
+            "epochs": recipe["epochs"],
+            "seed": recipe["seed"],
+            "points": 100 * record["test_accuracy"],
+            "seconds": record["seconds"],
+            **{name: str(machine[name]) for name in STAMP},
+        }
+    except (KeyError, TypeError, ValueError) as error:
+        raise ResultsError(f"{path}: not a training result ({error!r})") from error
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -188,11 +194,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped; the same command continues", file=sys.stderr)
         return 130
-    harness.write_atomically(
-        options.out.parent / "training.csv", harness.csv_text(rows)
-    )
-    shown = [name for name in rows[0] if name not in ("commit", "date", "processor")]
-    print(harness.columns([shown, *([r[c] for c in shown] for r in rows)], left=3))
+    shown = rows.drop(columns=list(STAMP))
+    print(columns([list(shown.columns), *shown.to_numpy().tolist()], left=3))
     return 0
 
 

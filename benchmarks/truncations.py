@@ -24,7 +24,7 @@ import numpy as np
 
 from crypten_espn.masked import kernels
 
-from .harness import machine, write_atomically
+from .rows import machine, write_atomically
 
 CHUNK = 1 << 20
 
@@ -79,13 +79,15 @@ class Truncations:
         )
         ring = bits - drop
         dtype = kernels.ring_dtype(ring)
-        d, t = np.empty(count, dtype), np.empty(count, dtype)
-        kernels.rescale(share, y + mask - share, bits=bits, drop=drop, out=d)
-        kernels.mask_shift(mask, bits=bits, drop=drop, out=t)
-        x = kernels.centred(d + t, ring)
-        # With the mask's low bits the sum stays below 2**63: exact in int64.
-        low = (1 << drop) - 1
-        expected = (y + (mask & low)) >> drop
+        # The dealer's coin rounds, the client's mask hides what is kept.
+        coin = mask & ((1 << drop) - 1)
+        hidden = mask >> drop
+        d = np.empty(count, dtype)
+        theirs = share + (hidden << drop)
+        kernels.truncate(y + coin - share, theirs, bits=bits, drop=drop, step=0, out=d)
+        x = kernels.centred(d.astype(np.int64) - hidden, ring)
+        # With the coin the sum stays below 2**63: exact in int64.
+        expected = (y + coin) >> drop
         rounding = x - (y >> drop)
         ok = (rounding == 0) | (rounding == 1)
         tally.count += count

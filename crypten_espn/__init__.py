@@ -8,7 +8,6 @@ import crypten_espn.patches as patches
 
 patches.apply()
 
-from .channel import use_direct_channel  # noqa: E402
 from .convert import PrivateNetwork, check, convert  # noqa: E402
 from .cost import Cost, measure  # noqa: E402
 from .launch import run_multiprocess, run_parties  # noqa: E402
@@ -21,13 +20,20 @@ from .pillar.surgery import (  # noqa: E402
 from .polynomial import Polynomial  # noqa: E402
 from .protocols import polyval, settings  # noqa: E402
 from .protocols.truncation import failure_probability  # noqa: E402
-from .session import connect, deal, serve, simulate  # noqa: E402
+from .serving.client import connect  # noqa: E402
+from .serving.dealer import deal  # noqa: E402
+from .serving.link import Limits, Link  # noqa: E402
+from .serving.server import serve  # noqa: E402
+from .simulate import simulate  # noqa: E402
 from .simulator import compare_precisions, explain  # noqa: E402
+from .wire.crypten import use_direct_channel  # noqa: E402
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Cost",
+    "Limits",
+    "Link",
     "Polynomial",
     "PolynomialActivation",
     "PrivateNetwork",

@@ -5,22 +5,27 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from . import doctor, estimate
-from .channel import TLS
+from . import doctor
+from .array_file import check_batch, load_array
 from .convert import MASKED, check, convert
 from .demo import run as run_demo
-from .errors import DataError, EspnError
-from .masked.material import material_info
+from .errors import EspnError
+from .estimate import command as estimate
+from .keys import make_keys
 from .pillar import command as training
+from .pillar.networks import Network
 from .pillar.recipes import load_network
 from .protocols import PROTOCOLS, TRUNCATIONS
-from .session import MaskedModel, connect, deal, masked_model, serve
+from .serving.command import add_commands, load_calibration
 from .simulator import compare_precisions, explain
+
+# A product has twice an operand's fractional bits, and must fit 63 bits.
+_MOST_BITS = 30
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -106,7 +111,8 @@ def _parser() -> argparse.ArgumentParser:
     estimate.add_arguments(estimator)
 
     _explain_command(commands)
-    _session_commands(commands)
+    add_commands(partial(_command, commands))
+    _keys_command(commands)
 
     trainer = _command(
         commands,
@@ -167,7 +173,7 @@ def _explain_command(
     )
     explainer.add_argument(
         "--precision-bits",
-        type=int,
+        type=_bits,
         nargs="+",
         metavar="BITS",
         help="fractional bits of CrypTen's encoder; several are compared",
@@ -186,88 +192,35 @@ def _explain_command(
     )
 
 
-def _session_commands(
+def _keys_command(
     commands: argparse._SubParsersAction[argparse.ArgumentParser],
 ) -> None:
-    plan = _command(
+    keys = _command(
         commands,
-        "plan",
-        _plan,
-        "the masked engine's plan of a network: rings, scales, bytes, error",
+        "keys",
+        _keys,
+        "make an authority and certificates with roles for --tls",
         [
-            "crypten-espn plan network.safetensors --calibration images.npy",
-            "crypten-espn plan network.safetensors --calibration images.npy "
-            "--precision high",
+            "crypten-espn keys keys --server model.example --dealer 10.0.0.7 "
+            "--client alice bob",
+            "crypten-espn keys keys --server model.example,10.0.0.5",
+            "crypten-espn keys keys --client carol    # the authority is used again",
         ],
     )
-    server = _command(
-        commands,
-        "serve",
-        _serve,
-        "be rank 0: own the network and answer clients until interrupted",
-        [
-            "crypten-espn serve network.safetensors 0.0.0.0:29500 "
-            "--dealer dealer:29501 --calibration images.npy",
-        ],
-    )
-    for parser in (plan, server):
-        parser.add_argument("network", type=Path, help="a trained .safetensors")
-        parser.add_argument(
-            "--calibration",
-            type=Path,
-            required=True,
-            help=".npy of inputs as the network takes them, (n, channels, height, "
-            "width); they bound every layer",
+    keys.add_argument("directory", type=Path, help="where the files go")
+    for role, what in (
+        ("server", "names or addresses that clients connect to"),
+        ("dealer", "names or addresses that both parties connect to"),
+        ("client", "names of clients"),
+    ):
+        keys.add_argument(
+            f"--{role}",
+            nargs="+",
+            default=[],
+            metavar="NAME",
+            help=f"{what}, a certificate each"
+            + ("" if role == "client" else "; join one host's by commas"),
         )
-        parser.add_argument(
-            "--precision",
-            choices=("fast", "high"),
-            default="fast",
-            help="32-bit or 40-bit linear layers (default: %(default)s)",
-        )
-    server.add_argument("address", help="host:port to listen on")
-    client = _command(
-        commands,
-        "predict",
-        _predict,
-        "be rank 1: own the input, learn the logits",
-        [
-            "crypten-espn predict server:29500 --dealer dealer:29501 --input x.npy",
-            "crypten-espn predict server:29500 --dealer dealer:29501 --input x.npy "
-            "--out logits.npy",
-        ],
-    )
-    client.add_argument("address", help="host:port of the server")
-    client.add_argument("--input", type=Path, required=True, help=".npy of one batch")
-    client.add_argument("--out", type=Path, help="where to write the logits as .npy")
-    dealer = _command(
-        commands,
-        "deal",
-        _deal,
-        "be the dealer: prepare randomness for both parties, see no data",
-        ["crypten-espn deal 0.0.0.0:29501"],
-    )
-    dealer.add_argument("address", help="host:port to listen on")
-    for parser in (server, client):
-        parser.add_argument("--dealer", required=True, help="host:port of the dealer")
-        parser.add_argument(
-            "--material", type=Path, help="folder that keeps prepared randomness"
-        )
-    for parser in (server, client, dealer):
-        parser.add_argument(
-            "--tls",
-            nargs=3,
-            metavar=("CERTIFICATE", "KEY", "AUTHORITY"),
-            help="PEM files for mutual TLS",
-        )
-    material = _command(
-        commands,
-        "material",
-        _material,
-        "what a folder of prepared randomness still holds",
-        ["crypten-espn material prepared/"],
-    )
-    material.add_argument("folder", type=Path)
 
 
 def _command(
@@ -312,48 +265,8 @@ def _check(args: argparse.Namespace) -> int:
     return 0 if report.ok else 1
 
 
-def _plan(args: argparse.Namespace) -> int:
-    print(_masked(args))
-    return 0
-
-
-def _serve(args: argparse.Namespace) -> int:
-    model = _masked(args)
-    print(model)
-    print(f"listening on {args.address}; Ctrl-C ends", flush=True)
-    serve(
-        model,
-        args.address,
-        dealer=args.dealer,
-        directory=args.material,
-        tls=_tls(args),
-    )
-    return 0
-
-
-def _predict(args: argparse.Namespace) -> int:
-    inputs = _array(args.input)
-    with connect(
-        args.address, dealer=args.dealer, directory=args.material, tls=_tls(args)
-    ) as server:
-        logits = server.predict(inputs)
-    if args.out is None:
-        for row in logits.flatten(1).tolist():
-            print(" ".join(f"{value:.4f}" for value in row))
-    else:
-        np.save(args.out, logits.numpy())
-        print(f"wrote {args.out}")
-    return 0
-
-
-def _deal(args: argparse.Namespace) -> int:
-    print(f"dealing on {args.address}; Ctrl-C ends", flush=True)
-    deal(args.address, tls=_tls(args))
-    return 0
-
-
 def _explain(args: argparse.Namespace) -> int:
-    inputs = _array(args.input)
+    inputs = load_array(args.input)
     bits, chosen = args.precision_bits, args.precision
     protocol = args.protocol or ("espn" if bits else MASKED)
     if (bits if protocol == MASKED else chosen or args.calibration) is not None:
@@ -362,9 +275,13 @@ def _explain(args: argparse.Namespace) -> int:
             f"--precision and --calibration to the masked engine; {protocol} was chosen"
         )
     onnx = args.network.suffix == ".onnx"
-    example = inputs if args.calibration is None else _array(args.calibration)
+    example = inputs if args.calibration is None else load_calibration(args.calibration)
+    network = args.network if onnx else load_network(args.network)
+    if isinstance(network, Network):
+        for path, given in ((args.input, inputs), (args.calibration, example)):
+            check_batch(given, network.input_shape, str(path), str(args.network))
     private = convert(
-        args.network if onnx else load_network(args.network),
+        network,
         example,
         protocol=protocol,
         truncation=args.truncation,
@@ -385,29 +302,30 @@ def _explain(args: argparse.Namespace) -> int:
     return 0 if found.overflow is None else 1
 
 
-def _material(args: argparse.Namespace) -> int:
-    print(material_info(args.folder))
+def _keys(args: argparse.Namespace) -> int:
+    made = make_keys(
+        args.directory, servers=args.server, dealers=args.dealer, clients=args.client
+    )
+    for key in made:
+        print(key)
+    print(
+        f"Give each party its own two files and {made[0].authority}; keep "
+        f"{args.directory / 'authority.key'} where no party runs."
+    )
     return 0
 
 
-def _masked(args: argparse.Namespace) -> MaskedModel:
-    network = load_network(args.network)
-    inputs = _array(args.calibration)
-    return masked_model(convert(network, inputs[:1]), inputs, precision=args.precision)
-
-
-def _array(path: Path) -> torch.Tensor:
+def _bits(text: str) -> int:
     try:
-        array = np.load(path, allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"{path} cannot be read as .npy ({error}); numpy.save writes such a file"
-        ) from error
-    return torch.from_numpy(array.astype(np.float32))
-
-
-def _tls(args: argparse.Namespace) -> TLS | None:
-    return None if args.tls is None else TLS(*args.tls)
+        bits = int(text)
+    except ValueError:
+        bits = 0
+    if not 1 <= bits <= _MOST_BITS:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no number of fractional bits; give 1 to {_MOST_BITS}, such "
+            "as 16"
+        )
+    return bits
 
 
 def _shape(text: str) -> tuple[int, ...]:

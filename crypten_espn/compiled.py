@@ -1,11 +1,21 @@
-"""Machine code from Python functions, for loops that no library call expresses."""
+"""Machine code from Python functions, for loops that no library call expresses.
+
+A kernel is compiled at its first call with a type, which takes seconds: too long inside
+a protocol's time-out. So each module of kernels says with `heats` how to call all of
+them once, on a few elements, and whoever serves or connects calls `heat` first.
+"""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
 from numba import njit
+
+_kernels: list[Any] = []
+_heaters: list[Callable[[], None]] = []
+_lock = threading.Lock()
 
 
 def compiled(function: Callable[..., Any]) -> Any:
@@ -20,6 +30,34 @@ def compiled(function: Callable[..., Any]) -> Any:
         "fastmath": {"reassoc", "contract"},
     }
     try:
-        return njit(cache=True, **options)(function)
+        kernel = njit(cache=True, **options)(function)
     except RuntimeError:  # numba: no writable place for the cache
-        return njit(**options)(function)
+        kernel = njit(**options)(function)
+    _kernels.append(kernel)
+    return kernel
+
+
+def heats(calls: Callable[[], None]) -> Callable[[], None]:
+    """Decorator of a function that calls a module's kernels with all their types."""
+    _heaters.append(calls)
+    return calls
+
+
+def heat() -> None:
+    """Compile what the imported modules registered; later calls return at once.
+
+    Cost: a minute on a new machine, a second once numba's cache is filled.
+    """
+    with _lock:
+        while _heaters:
+            _heaters[-1]()
+            _heaters.pop()
+
+
+def variants(module: str) -> dict[str, list[str]]:
+    """The types each kernel of a module is compiled for by now."""
+    return {
+        kernel.py_func.__name__: [str(types) for types in kernel.signatures]
+        for kernel in _kernels
+        if kernel.py_func.__module__ == module
+    }

@@ -23,9 +23,9 @@ from .errors import (
 from .findings import NOT_YET, Finding, Report, report
 from .graph import POLYNOMIAL_OP, NetworkGraph, Node, read, simplify
 from .graph.compare import first_difference, probes
-from .masked.composed import ComposedEngine
-from .masked.plan import quantise
-from .masked.planner import make_plan, parameters_of
+from .masked.in_crypten import ComposedEngine
+from .masked.planning import make_plan, masked_model
+from .masked.planning.checking import check_plan, in_evaluation
 from .nn import PolynomialActivation
 from .protocols import PROTOCOLS, current_settings, settings
 
@@ -110,8 +110,8 @@ class PrivateNetwork(crypten_nn.Graph):
                 )
             plan = weights = None
             if comm.get().get_rank() == 0:
-                plan = make_plan(self, self.example)
-                weights = quantise(plan, parameters_of(self))
+                model = masked_model(self)
+                plan, weights = model.plan, model.weights
             self._engine = ComposedEngine(plan, weights)
         self.encrypted = mode
         return self
@@ -207,7 +207,10 @@ def check(model: Source, example: torch.Tensor) -> Report:
         ShapeError: the example does not fit the network.
     """
     graph, found = _read(model, example)
-    return replace(found, masked=_planned(graph, example)) if found.ok else found
+    if not found.ok:
+        return found
+    reference = in_evaluation(model) if isinstance(model, torch.nn.Module) else None
+    return replace(found, masked=_planned(graph, example, reference))
 
 
 def convert(
@@ -289,16 +292,19 @@ def _compared(
     return replace(given, findings=(*given.findings, finding))
 
 
-def _planned(graph: NetworkGraph, example: torch.Tensor) -> str | None:
+def _planned(
+    graph: NetworkGraph,
+    example: torch.Tensor,
+    reference: Callable[[torch.Tensor], Any] | None,
+) -> str | None:
     """Why the masked engine cannot run a graph that can be converted."""
     private = PrivateNetwork(graph, example=example, protocol=None, truncation=None)
     try:
-        make_plan(private, example)
+        return check_plan(private, example, reference=reference)
     except EspnError as error:
         return str(error)
     except Exception as error:
         return f"no plan could be made ({type(error).__name__}: {error})"
-    return None
 
 
 def _read(source: Source, example: torch.Tensor) -> tuple[NetworkGraph, Report]:

@@ -15,6 +15,9 @@ dealer and so knows every mask: for tests and benchmarks only.
 
 from __future__ import annotations
 
+import logging
+from typing import Any
+
 import crypten
 import crypten.communicator as comm
 import torch
@@ -26,6 +29,20 @@ from crypten.mpc.provider.tfp_provider import TrustedFirstParty
 from crypten.mpc.provider.ttp_provider import TrustedThirdParty, TTPClient, TTPServer
 
 from .errors import RandomnessError
+
+_log = logging.getLogger(__name__)
+
+# What CrypTen's triples multiply with; the dealer calls torch's function of that name.
+_PRODUCTS = frozenset(
+    (
+        "mul",
+        "matmul",
+        "conv1d",
+        "conv2d",
+        "conv_transpose1d",
+        "conv_transpose2d",
+    )
+)
 
 
 def one_sided_products(
@@ -182,7 +199,112 @@ def _ttp_rescaling(
 
 
 class Dealer(TTPServer):
-    """CrypTen's trusted third party, extended by the three correlations."""
+    """CrypTen's trusted third party, extended by the three correlations.
+
+    Rank 0 names what it wants. Only `requests` are served; anything else is answered by
+    a refusal, which rank 0 raises as RandomnessError, and the dealer serves on. After
+    an error inside a request its streams are out of step with the parties', so from
+    then on it refuses everything: wrong randomness would give wrong results.
+    """
+
+    #: Names of the methods that rank 0 may ask for; subclasses add theirs.
+    requests: frozenset[str] = frozenset(
+        (
+            "additive",
+            "square",
+            "binary",
+            "wraps",
+            "B2A",
+            "one_sided_products",
+            "powers",
+            "rescaling",
+        )
+    )
+
+    def __init__(self) -> None:
+        crypten.init()
+        self.ttp_group = comm.get().ttp_group
+        self.comm_group = comm.get().ttp_comm_group
+        self.device = "cpu"
+        self._failure = ""
+        self._setup_generators()
+        self._serve()
+
+    def _serve(self) -> None:
+        """Answer rank 0 until it leaves."""
+        party = comm.get()
+        try:
+            while (message := self._received()) != "terminate":
+                try:
+                    answer = self.answer(message)
+                except RandomnessError as error:
+                    _log.warning("refused a request: %s", error)
+                    party.send_obj(str(error), 0, self.ttp_group)
+                    continue
+                party.send_obj(answer.size(), 0, self.ttp_group)
+                party.broadcast(answer, party.get_ttp_rank(), self.comm_group)
+        except RuntimeError as error:  # what gloo raises for a lost connection
+            _log.info("the parties are gone: %s", error)
+
+    def _received(self) -> object:
+        try:
+            return comm.get().recv_obj(0, self.ttp_group)
+        except RuntimeError:
+            raise
+        except Exception as error:
+            return error  # no message; `answer` refuses it
+
+    def answer(self, message: object) -> torch.Tensor:
+        """What rank 0 gets for one message.
+
+        Args:
+            message: as `TTPClient.ttp_request` makes it.
+
+        Raises:
+            RandomnessError: it is no request, names something that is not dealt, or
+                failed; or one before it did.
+        """
+        if self._failure:
+            raise RandomnessError(
+                f"the dealer is out of step with the parties since an earlier request "
+                f"failed ({self._failure}): start all parties again"
+            )
+        keys: dict[str, Any] = {
+            "function": str, "device": (str, type(None)), "args": tuple, "kwargs": dict,
+        }  # fmt: skip
+        if not (
+            isinstance(message, dict)
+            and message.keys() == keys.keys()
+            and all(isinstance(message[key], kind) for key, kind in keys.items())
+        ):
+            raise RandomnessError(
+                "what came is no request: a dictionary of function, device, args and "
+                "kwargs is needed"
+            )
+        name = message["function"]
+        if name not in self.requests:
+            raise RandomnessError(
+                f"{name!r} was asked of the dealer, which deals "
+                f"{', '.join(sorted(self.requests))}"
+            )
+        self.device = message["device"]
+        try:
+            return getattr(self, name)(*message["args"], **message["kwargs"])
+        except Exception as error:
+            self._failure = f"{name}: {type(error).__name__}: {error}"
+            _log.exception("a request failed")
+            raise RandomnessError(f"the dealer failed at {self._failure}") from error
+
+    def additive(
+        self, size0: tuple, size1: tuple, op: str, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        """CrypTen's triples, for its products only: op names a function of torch."""
+        if op not in _PRODUCTS:
+            raise RandomnessError(
+                f"triples of {op!r} were asked for; there are those of "
+                f"{', '.join(sorted(_PRODUCTS))}"
+            )
+        return super().additive(size0, size1, op, *args, **kwargs)
 
     def one_sided_products(self, size: tuple[int, ...], terms: int) -> torch.Tensor:
         a, b = (
@@ -211,6 +333,35 @@ class Dealer(TTPServer):
         return total
 
 
+def _ttp_request(
+    self: Any, func_name: str, device: Any, *args: Any, **kwargs: Any
+) -> torch.Tensor:
+    """CrypTen's `TTPClient.ttp_request`, which also hears a refusal.
+
+    Raises:
+        RandomnessError: the dealer refused; its words are the message.
+    """
+    party = comm.get()
+    if party.get_rank() != 0:
+        raise RandomnessError(
+            f"rank {party.get_rank()} asked the dealer; only rank 0 may"
+        )
+    dealer = party.get_ttp_rank()
+    message = {
+        "function": func_name,
+        "device": None if device is None else str(device),
+        "args": args,
+        "kwargs": kwargs,
+    }
+    party.send_obj(message, dealer, self.ttp_group)
+    size = party.recv_obj(dealer, self.ttp_group)
+    if isinstance(size, str):
+        raise RandomnessError(size)
+    result = torch.empty(size, dtype=torch.long, device=device)
+    party.broadcast(result, dealer, self.comm_group)
+    return result
+
+
 def _register() -> None:
     for kind, functions in {
         TrustedFirstParty: (_tfp_products, _tfp_powers, _tfp_rescaling),
@@ -222,6 +373,7 @@ def _register() -> None:
             if name not in TupleProvider.TRACEABLE_FUNCTIONS:
                 TupleProvider.TRACEABLE_FUNCTIONS.append(name)
     crypten_provider.TTPServer = Dealer
+    TTPClient._TTPClient__TTPClient.ttp_request = _ttp_request
 
 
 _register()

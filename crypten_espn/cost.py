@@ -62,6 +62,23 @@ class Cost:
 
 
 @dataclass(frozen=True)
+class SessionCost(Cost):
+    """What an inference cost; the fields of Cost are the client's online phase.
+
+    Args:
+        peer_bytes_sent: online bytes the server sends.
+        offline: the client's part of the offline phase.
+        peer_offline_bytes_sent: bytes the server sends offline: its masked weights.
+        dealer_bytes_sent: bytes the dealer sends offline.
+    """
+
+    peer_bytes_sent: int = 0
+    offline: Cost = field(default_factory=Cost)
+    peer_offline_bytes_sent: int = 0
+    dealer_bytes_sent: int = 0
+
+
+@dataclass(frozen=True)
 class Traffic:
     """What two parties send each other in one phase, and how.
 

@@ -19,15 +19,15 @@ from tqdm import tqdm
 from .convert import PrivateNetwork, convert
 from .cost import measure
 from .launch import run_parties
+from .masked.planning import masked_model
 from .pillar.data import FASHION_CLASSES, Images, fashion_sample
 from .pillar.recipes import load_network
-from .session import masked_model, simulate, simulate_many
+from .serving.local import run_session
 
 DATA = Path(__file__).with_name("data")
 BATCH = 32
 # CrypTen's ReLU takes about as long for these as the polynomials for all 256.
 RELU_BATCHES = 2
-MASKED_REPEATS = 5
 
 
 @dataclass(frozen=True)
@@ -162,13 +162,11 @@ def _party(
 
 def _with_masked_engine(network: torch.nn.Module, images: torch.Tensor) -> Outcome:
     model = masked_model(convert(network, images[:BATCH]), images[:BATCH])
-    logits, _ = simulate(model, images)
-    costs = [
-        cost for _, cost in simulate_many(model, images[:BATCH], repeat=MASKED_REPEATS)
-    ]
+    answers = run_session(model, images.split(BATCH))
+    costs = [cost for _, cost in answers]
     last = costs[-1]
     return Outcome(
-        logits=logits,
+        logits=torch.cat([logits for logits, _ in answers]),
         rounds=last.rounds,
         bytes_sent=(last.peer_bytes_sent, last.bytes_sent),
         offline_s=[cost.offline.seconds for cost in costs],

@@ -41,7 +41,7 @@ class ConversionError(EspnError, ValueError):
 
 
 class DataError(EspnError, ValueError):
-    """A data set is missing, malformed or holds non-finite values."""
+    """Data are missing, malformed, no real numbers, or not finite."""
 
 
 class CheckpointError(EspnError, ValueError):
@@ -49,7 +49,7 @@ class CheckpointError(EspnError, ValueError):
 
 
 class TrainingError(EspnError, RuntimeError):
-    """Training diverged; the message names the layer and the remedy."""
+    """Training diverged or cannot be right; the message names layer and remedy."""
 
 
 class RandomnessError(EspnError, RuntimeError):
@@ -62,6 +62,10 @@ class MaterialError(RandomnessError):
 
 class PlanError(EspnError, ValueError):
     """A network has no plan in the ring; the message names the layer."""
+
+
+class TransportError(EspnError, ValueError):
+    """A certificate, a key or an address cannot be used; nothing was connected."""
 
 
 class PeerError(EspnError, ConnectionError):

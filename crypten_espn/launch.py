@@ -9,18 +9,18 @@ only from pipes between this process and those it started itself.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import multiprocessing
 import os
-import pickle
+import struct
 import sys
 import tempfile
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import connection
 from multiprocessing.context import ForkServerProcess
@@ -43,6 +43,9 @@ threads: int = int(os.environ.get("CRYPTEN_ESPN_THREADS", "1"))
 _GRACE_S = 0.5
 # What a party may take from its last message to its end.
 _JOIN_S = 5.0
+
+_LENGTH = struct.Struct("<Q")
+_CHUNK = 1 << 20
 
 _main_lock = threading.Lock()
 
@@ -73,9 +76,11 @@ def run_parties(
         world_size values, rank 0 first.
 
     Raises:
-        EspnError: world_size is less than 1.
+        EspnError: world_size is less than 1, or the function or its arguments cannot
+            be pickled.
         PeerError: a party raised (its traceback is the message, its exception the
-            cause), ended without a value, or the time was over.
+            cause), ended without a value or in the middle of it, returned one that
+            cannot be pickled or loaded, or the time was over.
     """
     import crypten
     from omegaconf import OmegaConf
@@ -83,9 +88,16 @@ def run_parties(
     if world_size < 1:
         raise EspnError(f"world_size={world_size} was given; it must be 1 or more")
     limit = timeout_s if timeout is None else timeout
+    try:
+        call = cloudpickle.dumps((function, tuple(args), dict(kwargs or {})))
+    except Exception as error:
+        raise EspnError(
+            f"the function or its arguments cannot be sent to the parties: {error}; "
+            "make what does not pickle inside the function"
+        ) from error
     with tempfile.TemporaryDirectory(prefix="crypten-espn-") as folder:
         job = _Job(
-            call=cloudpickle.dumps((function, tuple(args), dict(kwargs or {}))),
+            call=call,
             environment={
                 **os.environ,
                 "WORLD_SIZE": str(world_size),
@@ -147,12 +159,42 @@ class _Job:
 
 @dataclass(frozen=True)
 class _Outcome:
-    """What a process reports: its value, or why and when it failed."""
+    """What a process reports: its value, or why and when it failed.
 
-    value: Any = None
+    Value and cause are pickles: a report can be read even if they cannot.
+    """
+
+    value: bytes = b""
     failure: str | None = None
-    cause: BaseException | None = None
+    cause: bytes = b""
     at: float = 0.0
+
+
+class _Reply:
+    """One process's report, as it comes in."""
+
+    def __init__(self, end: connection.Connection) -> None:
+        self.end = end
+        self._data = bytearray()
+
+    def read(self) -> None:
+        """Take what is there.
+
+        Raises:
+            EOFError: nothing more will come, and the report is not whole.
+        """
+        data = os.read(self.end.fileno(), _CHUNK)
+        if not data:
+            raise EOFError
+        self._data += data
+
+    def whole(self) -> memoryview | None:
+        """The report once all of it is there."""
+        if len(self._data) < _LENGTH.size:
+            return None
+        (length,) = _LENGTH.unpack_from(self._data)
+        whole = len(self._data) == _LENGTH.size + length
+        return memoryview(self._data)[_LENGTH.size :] if whole else None
 
 
 class _Parties:
@@ -164,14 +206,14 @@ class _Parties:
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(["crypten_espn"])
         self._processes: list[ForkServerProcess] = []
-        self._replies: list[connection.Connection] = []
+        self._replies: list[_Reply] = []
 
     def start(self, job: _Job, rank: int) -> None:
         reply, far_end = self._context.Pipe(duplex=False)
         process = self._context.Process(
             target=_party, args=(job, rank, far_end), name=f"party-{rank}"
         )
-        self._replies.append(reply)
+        self._replies.append(_Reply(reply))
         with far_end, _without_main():
             process.start()
         self._processes.append(process)
@@ -197,12 +239,12 @@ class _Parties:
                 raise _first_failure(outcomes)
         for process in self._processes:
             process.join(_JOIN_S)
-        return [outcomes[rank].value for rank in sorted(outcomes)]
+        return [_value(rank, outcomes[rank]) for rank in sorted(outcomes)]
 
     def stop(self) -> None:
         """End every process that has not ended on its own."""
         for reply in self._replies:
-            reply.close()
+            reply.end.close()
         for process in self._processes:
             process.terminate()
         for process in self._processes:
@@ -215,25 +257,44 @@ class _Parties:
     def _next(
         self, known: Mapping[int, _Outcome], deadline: float | None
     ) -> dict[int, _Outcome]:
-        """What arrives next, by rank; nothing when the deadline comes first."""
+        """What is whole next, by rank; nothing when the deadline comes first."""
         pending = {
-            self._replies[r]: r for r in range(len(self._replies)) if r not in known
+            self._replies[r].end: r for r in range(len(self._replies)) if r not in known
         }
-        wait_s = None if deadline is None else max(0.0, deadline - time.monotonic())
-        ready = connection.wait(list(pending), wait_s) if pending else []
-        ranks = [rank for reply, rank in pending.items() if reply in ready]
-        return {rank: self._read(rank) for rank in ranks}
+        while pending:
+            wait_s = None if deadline is None else max(0.0, deadline - time.monotonic())
+            ready = connection.wait(list(pending), wait_s)
+            ranks = [rank for end, rank in pending.items() if end in ready]
+            found = {rank: self._read(rank) for rank in ranks}
+            arrived = {r: outcome for r, outcome in found.items() if outcome}
+            # The deadline holds for a report, not for each part of it.
+            if arrived or not ready or wait_s == 0:
+                return arrived
+        return {}
 
-    def _read(self, rank: int) -> _Outcome:
+    def _read(self, rank: int) -> _Outcome | None:
+        """Read on; the outcome once it is whole, or cannot become so."""
+        reply = self._replies[rank]
         try:
-            data = self._replies[rank].recv_bytes()
-        except EOFError:
+            reply.read()
+        except (EOFError, OSError):
             process = self._processes[rank]
             process.join(_JOIN_S)
             return _Outcome(
                 failure=f"it ended with exit code {process.exitcode} and no result"
             )
-        return cloudpickle.loads(data)
+        data = reply.whole()
+        return None if data is None else cloudpickle.loads(data)
+
+
+def _value(rank: int, outcome: _Outcome) -> Any:
+    try:
+        return cloudpickle.loads(outcome.value)
+    except Exception as error:
+        raise PeerError(
+            f"rank {rank} returned a value that cannot be loaded here: "
+            f"{type(error).__name__}: {error}; return tensors, numbers or text"
+        ) from error
 
 
 def _first_failure(outcomes: Mapping[int, _Outcome]) -> PeerError:
@@ -242,11 +303,13 @@ def _first_failure(outcomes: Mapping[int, _Outcome]) -> PeerError:
     error = PeerError(
         f"rank {rank} failed and the run was stopped: {failed[rank].failure}"
     )
-    error.__cause__ = failed[rank].cause
+    # Not every exception survives a pickle; the traceback always does.
+    with contextlib.suppress(Exception):
+        error.__cause__ = cloudpickle.loads(failed[rank].cause)
     return error
 
 
-@contextmanager
+@contextlib.contextmanager
 def _without_main() -> Iterator[None]:
     """Keep multiprocessing from importing the caller's script in the child.
 
@@ -266,10 +329,13 @@ def _party(job: _Job, rank: int, reply: connection.Connection) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         value = _run(job, rank)
-        data = cloudpickle.dumps(_Outcome(value=value))
+        outcome = _Outcome(value=cloudpickle.dumps(value))
     except BaseException as error:
-        data = _report(error)
-    reply.send_bytes(data)
+        outcome = _failure(error)
+    data = cloudpickle.dumps(outcome)
+    rest = memoryview(_LENGTH.pack(len(data)) + data)
+    while rest:
+        rest = rest[os.write(reply.fileno(), rest) :]
 
 
 def _run(job: _Job, rank: int) -> Any:
@@ -294,17 +360,12 @@ def _run(job: _Job, rank: int) -> Any:
     return value
 
 
-def _report(error: BaseException) -> bytes:
-    outcome = _Outcome(
-        failure="".join(traceback.format_exception(error)), at=time.monotonic()
-    )
-    try:
-        data = cloudpickle.dumps(dataclasses.replace(outcome, cause=error))
-        pickle.loads(data)
-    except Exception:
-        # Not every exception survives a pickle; the traceback always does.
-        return cloudpickle.dumps(outcome)
-    return data
+def _failure(error: BaseException) -> _Outcome:
+    cause = b""
+    with contextlib.suppress(Exception):
+        cause = cloudpickle.dumps(error)
+    text = "".join(traceback.format_exception(error))
+    return _Outcome(failure=text, cause=cause, at=time.monotonic())
 
 
 def _end_with_parent() -> None:

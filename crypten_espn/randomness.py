@@ -1,10 +1,16 @@
-"""The generator behind every mask: an AES-128 keystream with seeds from the OS."""
+"""The generator behind every mask: an AES-128 keystream with seeds from the OS.
+
+A process made by os.fork holds copies of its parent's streams. Were both to draw, two
+masks would be equal; so whatever was made before the fork refuses to draw in the child.
+"""
 
 from __future__ import annotations
 
 import math
 import os
+import threading
 from collections.abc import Sequence
+from typing import NoReturn
 
 import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
@@ -14,6 +20,9 @@ from .errors import RandomnessError
 
 SEED_BYTES = 16
 
+#: Inferences a ratchet may pass over in one step, which takes a second at most.
+MAX_SKIP = 1 << 16
+
 # Encrypting zeros yields the keystream; a chunk this small stays in the cache.
 _ZEROS = memoryview(bytes(1 << 18))
 
@@ -22,6 +31,17 @@ _SMALL = 1 << 13
 
 # Narrowest word for 1 to 8, 9 to 16, ... bits.
 _WORDS = (torch.uint8, torch.int16, *2 * (torch.int32,), *4 * (torch.int64,))
+
+# How many forks lie between the first process and this one.
+_generation = 0
+
+
+def _count_fork() -> None:
+    global _generation
+    _generation += 1
+
+
+os.register_at_fork(after_in_child=_count_fork)
 
 
 def new_seed() -> bytes:
@@ -41,8 +61,9 @@ class Keystream:
     3. CMAC of the word "fork" and a label is the seed of an independent stream.
 
     Two holders of one seed who make the same calls draw the same values. Every call
-    moves on: no bit is given out twice. Draws happen on the CPU; for another device
-    copy the result, so that parties on different devices agree.
+    moves on: no bit is given out twice, not even by the copy that os.fork leaves in a
+    child, whose calls raise RandomnessError. Draws happen on the CPU; for another
+    device copy the result, so that parties on different devices agree.
 
     Args:
         seed: 16 bytes; from the operating system if None.
@@ -55,12 +76,8 @@ class Keystream:
 
     def __init__(self, seed: bytes | None = None) -> None:
         seed = new_seed() if seed is None else seed
-        if len(seed) != SEED_BYTES:
-            raise RandomnessError(
-                f"a seed of {len(seed)} bytes was given; it must have {SEED_BYTES}: "
-                "use new_seed()"
-            )
-        self._seed = bytes(seed)
+        self._seed = _checked(seed)
+        self._generation = _generation
         key = algorithms.AES(_derive(self._seed, b"stream"))
         self._stream = Cipher(key, modes.CTR(bytes(SEED_BYTES))).encryptor()
 
@@ -120,6 +137,7 @@ class Keystream:
         Raises:
             RandomnessError: the label is a negative int.
         """
+        _refuse_after_fork("keystream", self._generation)
         if isinstance(label, int):
             if label < 0:
                 raise RandomnessError(
@@ -132,6 +150,7 @@ class Keystream:
         return Keystream(_derive(self._seed, b"fork bytes " + label))
 
     def _words(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        _refuse_after_fork("keystream", self._generation)
         count = math.prod(shape) * dtype.itemsize
         if 0 < count <= _SMALL:
             data = bytearray(self._stream.update(_ZEROS[:count]))
@@ -141,6 +160,7 @@ class Keystream:
         return out
 
     def _fill(self, out: torch.Tensor) -> None:
+        _refuse_after_fork("keystream", self._generation)
         if out.numel() == 0:
             return
         # One word order for all machines would cost a pass; all of torch's are
@@ -156,10 +176,109 @@ class Keystream:
         Args:
             count: how many, zero or more.
         """
+        _refuse_after_fork("keystream", self._generation)
         return self._stream.update(bytes(count))
 
 
-def _derive(seed: bytes, label: bytes) -> bytes:
+class Ratchet:
+    """One seed an inference, each derived from the last and then forgotten.
+
+    1. State 0 is the seed. CMAC of the word "use" under state i is inference i's seed.
+    2. CMAC of the word "next" under state i is state i + 1; it overwrites state i.
+
+    Whoever reads this process's memory later derives the seeds of inferences to come,
+    none of those given out: forward secrecy, as far as Python allows. The state lies in
+    one buffer and is overwritten there; copies that the cipher makes are freed, not
+    erased.
+
+    Args:
+        seed: 16 bytes; both holders of one seed get the same seed for an inference.
+
+    Raises:
+        RandomnessError: the seed does not have 16 bytes.
+
+    Source: Bellare, Yee, "Forward-Security in Private-Key Cryptography", CT-RSA 2003;
+        NIST SP 800-38B (CMAC).
+    """
+
+    def __init__(self, seed: bytes) -> None:
+        self._state = bytearray(_checked(seed))
+        self._next = 0
+        self._generation = _generation
+        self._lock = threading.Lock()
+
+    def __repr__(self) -> str:
+        return f"Ratchet(state=<hidden>, next_index={self._next})"
+
+    def __reduce__(self) -> NoReturn:
+        raise RandomnessError(
+            "a ratchet was to be copied; its copy would give the same seeds out again: "
+            "pass the ratchet itself"
+        )
+
+    @property
+    def next_index(self) -> int:
+        """The lowest index that can still be taken."""
+        return self._next
+
+    def take(self, index: int) -> bytes:
+        """The seed of an inference; neither it nor an earlier one comes again.
+
+        Args:
+            index: not below `next_index`; those between are passed over and lost.
+
+        Returns:
+            16 bytes.
+
+        Cost: two CMACs for each index passed over.
+
+        Raises:
+            RandomnessError: index lies below next_index, or more than MAX_SKIP above
+                it; nothing changes. Or the process is a fork of the ratchet's.
+        """
+        _refuse_after_fork("ratchet", self._generation)
+        with self._lock:
+            if index < self._next:
+                raise RandomnessError(
+                    f"the seed of inference {index} was asked for; those before "
+                    f"{self._next} were given out or passed over, and cannot be "
+                    f"derived again: use index {self._next} or a later one"
+                )
+            if index - self._next > MAX_SKIP:
+                raise RandomnessError(
+                    f"the seed of inference {index} was asked for; the next one is "
+                    f"{self._next}, and at most {MAX_SKIP} may be passed over"
+                )
+            while self._next < index:
+                self._advance()
+            seed = _derive(self._state, b"use")
+            self._advance()
+        return seed
+
+    def _advance(self) -> None:
+        self._state[:] = _derive(self._state, b"next")
+        self._next += 1
+
+
+def _checked(seed: bytes) -> bytes:
+    if len(seed) != SEED_BYTES:
+        raise RandomnessError(
+            f"a seed of {len(seed)} bytes was given; it must have {SEED_BYTES}: "
+            "use new_seed()"
+        )
+    return bytes(seed)
+
+
+def _refuse_after_fork(what: str, generation: int) -> None:
+    if generation != _generation:
+        raise RandomnessError(
+            f"this {what} was made before os.fork and is used in the child, where it "
+            "would repeat what its parent draws: make a new one after the fork, or "
+            "start processes with multiprocessing's forkserver or spawn"
+        )
+
+
+def _derive(seed: bytes | bytearray, label: bytes) -> bytes:
     mac = CMAC(algorithms.AES(seed))
     mac.update(label)
     return mac.finalize()

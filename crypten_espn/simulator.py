@@ -8,7 +8,7 @@ there, how far two private runs differ from each other, and what is left of the 
 CrypTen's protocols: both shares of every value are simulated, with rank 0's drawn from
 a keystream where the protocols draw it. Truncation works on shares, so it rounds as
 the parties' does; given the same draws, the result is theirs, bit for bit. The masked
-engine's own simulator is `masked.plan.simulate`; `explain` calls it.
+engine's own is `masked.reference`; `explain` calls it.
 """
 
 from __future__ import annotations
@@ -25,17 +25,18 @@ from crypten.encoder import FixedPointEncoder
 from .convert import MASKED, PrivateNetwork, nearest
 from .errors import ConversionError, ProtocolError, RangeError, ShapeError
 from .explanation import Comparison, Explanation, Fault, LayerError
-from .masked.plan import Plan, Segment, Weights, quantise
-from .masked.plan import simulate as simulate_plan
-from .masked.planner import layer_title, make_plan, parameters_of
+from .masked.model import MaskedModel
+from .masked.plan import Plan, channels_last
+from .masked.planning import layer_title, masked_model
+from .masked.planning.network import Network, parameters_of
+from .masked.reference import Rounding, Roundings, evaluate
+from .masked.steps import Output, Step
 from .polynomial import RING_BITS, RingForm, as_int64
 from .protocols import Settings, settings
 from .randomness import SEED_BYTES, Keystream
 
 # Inputs at once; bounds memory, not results.
 _CHUNK = 32
-# A plan this wide rounds far below the others': the real network, segment by segment.
-_WIDE_RING = 56
 
 
 class Draws(Protocol):
@@ -68,7 +69,7 @@ def explain(
         x: (batch, *input_shape).
         precision_bits: fractional bits for CrypTen's protocols;
             crypten.cfg.encoder.precision_bits when None.
-        precision: for the masked engine, as `masked.planner.make_plan`.
+        precision: for the masked engine, as `masked.planning.builder.make_plan`.
         example: calibration inputs for the masked engine; those of the conversion when
             None.
         runs: simulated runs with shares of their own; their differences give the
@@ -625,37 +626,37 @@ def _explain_masked(
     runs: int,
     draws: Draws,
 ) -> Explanation:
-    parameters = parameters_of(private)
-    plan = make_plan(private, example, precision=precision)
-    weights = quantise(plan, parameters)
-    wide = make_plan(private, x, precision=_WIDE_RING)
-    wide_weights = quantise(wide, parameters)
+    model = masked_model(private, example, precision=precision)
+    network = Network(private)
+    network.cut()
+    ends = network.ends
     clear, exact = [], []
     results: list[list[Any]] = [[] for _ in range(runs)]
     logits = []
     for part in x.split(_CHUNK):
-        clear.append(_real(private, part))
-        exact.append(_values(wide, wide_weights, part, None)[1])
+        real = network.run(part, ends)
+        clear.append(real[ends[-1]])
+        exact.append([_channels_last(real[end]) for end in ends])
         for run in range(runs):
-            masks = _masks(plan, len(part), draws)
-            answer, values = _values(plan, weights, part, masks)
+            answer, values = _values(model, part, _coins(model.plan, draws))
             results[run].append(values)
             if run == 0:
                 logits.append(answer)
     layers, overflow = [], None
-    for index, segment in enumerate(plan.segments):
+    names = [known.name for known in model.report.parts]
+    for index, part_plan in enumerate(model.plan.parts):
         expected = torch.cat([values[index] for values in exact])
         given = [torch.cat([v[index] for v in run]) for run in results]
         error = (given[0] - expected).abs()
         stack = torch.stack(given)
         span = float((stack.amax(0) - stack.amin(0)).max())
-        fault = _beyond(plan, index, expected)
+        fault = _beyond(part_plan, names[index], expected)
         overflow = overflow or fault[0]
-        unit = 2.0**-segment.scale
+        unit = 2.0**-part_plan.frac_bits
         layers.append(
             LayerError(
-                segment.name,
-                "rescaling" if segment.name.endswith("(rescaled)") else "linear part",
+                names[index],
+                "rescaling" if names[index].endswith("(rescaled)") else "linear part",
                 unit,
                 float(expected.abs().max()),
                 float(error.max()),
@@ -667,7 +668,7 @@ def _explain_masked(
             )
         )
     return Explanation(
-        f"{MASKED}, precision {precision}, {_scales(plan)}",
+        f"{MASKED}, precision {precision}, {_scales(model.plan)}",
         tuple(layers),
         torch.cat(logits),
         torch.cat(clear),
@@ -681,74 +682,69 @@ def _scales(plan: Plan) -> str:
     bits = [source.frac_bits for source in plan.sources]
     low, high = min(bits), max(bits)
     kept = str(low) if low == high else f"{low} to {high}"
-    return f"activations of {kept} bits in a ring of {plan.segments[0].ring}"
+    return f"activations of {kept} bits in a ring of {plan.output.ring}"
 
 
 def _values(
-    plan: Plan, weights: Weights, x: torch.Tensor, masks: Any
+    model: MaskedModel, x: torch.Tensor, roundings: Roundings | None
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Logits, and every segment's result in the network's units."""
-    logits, trace = simulate_plan(plan, weights, x, masks=masks)
+    """Logits, and every linear part's result in the network's units."""
+    logits, trace = evaluate(model.plan, model.weights, x, roundings=roundings)
     return logits, [
-        torch.from_numpy(z).double() * 2.0**-segment.scale
-        for z, segment in zip(trace, plan.segments, strict=True)
+        torch.from_numpy(z).double() * 2.0**-part.frac_bits
+        for z, part in zip(trace, model.plan.parts, strict=True)
     ]
 
 
-def _masks(plan: Plan, batch: int, draws: Draws) -> list[Any]:
-    """Both masks of every activation; only their low bits decide a rounding."""
-    return [
-        tuple(
-            draws.ring((batch * segment.elements,)).numpy() & ((1 << 62) - 1)
-            for _ in range(2)
-        )
-        for segment in plan.segments
-        if segment.activation is not None
-    ]
+def _coins(plan: Plan, draws: Draws) -> Roundings:
+    """Coins as the parties' masks and the dealer would give them."""
+
+    def coins(number: int, z: Any) -> Rounding:
+        act = plan.steps[number].activation
+        first = [
+            draws.ring(z.shape).numpy() & ((1 << 62) - 1) for _ in range(act.masks)
+        ]
+        second = draws.ring(z.shape).numpy() & ((1 << act.drop) - 1)
+        return Rounding(first, second)
+
+    return coins
 
 
 def _beyond(
-    plan: Plan, index: int, expected: torch.Tensor
+    part: Step | Output, name: str, expected: torch.Tensor
 ) -> tuple[Fault | None, float]:
-    """The first value a segment or its polynomial cannot hold; the headroom."""
-    segment = plan.segments[index]
-    checks = [(expected, segment.scale, segment.ring - 2)]
-    act = segment.activation
-    if act is not None:
-        checks.append((_polynomial(segment, expected), act.value_scale, RING_BITS))
+    """The first value a linear part or its polynomial cannot hold; the headroom."""
+    checks = [(expected, part.frac_bits, part.ring - 2)]
+    if isinstance(part, Step):
+        frac_bits = part.activation.value_frac_bits
+        checks.append((_polynomial(part, expected), frac_bits, RING_BITS))
     fault, least = None, math.inf
-    for values, scale, limit in checks:
-        magnitude = values.abs() * 2.0**scale
+    for values, frac_bits, limit in checks:
+        magnitude = values.abs() * 2.0**frac_bits
         room = limit - math.log2(max(float(magnitude.max()), 1.0))
         least = min(least, room)
         if room <= 0 and fault is None:
             at = int((magnitude >= 2.0**limit).flatten().int().argmax())
-            found = _fault("wraps", values * 2.0**scale, at, 2.0**-scale, limit)
-            fault = dataclasses.replace(found, layer=segment.name)
+            unit = 2.0**-frac_bits
+            found = _fault("wraps", values * 2.0**frac_bits, at, unit, limit)
+            fault = dataclasses.replace(found, layer=name)
     return fault, least
 
 
-def _polynomial(segment: Segment, z: torch.Tensor) -> torch.Tensor:
-    """A segment's polynomial on real values, from its integer coefficients."""
-    act = segment.activation
-    assert act is not None
-    result = torch.full_like(z, act.constant * 2.0**-act.value_scale)
-    for group in act.groups:
-        bits = act.scale - group.shift
-        for k, c in enumerate(group.coeffs):
+def _polynomial(step: Step, z: torch.Tensor) -> torch.Tensor:
+    """A step's polynomial on real values, from its integer coefficients."""
+    act = step.activation
+    terms = [(g.shift, g.coeffs) for g in act.groups]
+    if act.linear is not None:
+        terms.append((act.linear.shift, (0, act.linear.coefficient)))
+    result = torch.full_like(z, act.constant * 2.0**-act.value_frac_bits)
+    for shift, coeffs in terms:
+        bits = step.frac_bits - shift
+        for k, c in enumerate(coeffs):
             if c:
-                result += c * 2.0 ** (k * bits - act.value_scale) * z**k
+                result += c * 2.0 ** (k * bits - act.value_frac_bits) * z**k
     return result
 
 
-def _real(private: PrivateNetwork, x: torch.Tensor) -> torch.Tensor:
-    """The network's output in float64."""
-    values = {
-        **{n: torch.from_numpy(a).double() for n, a in parameters_of(private).items()},
-        private.input_names[0]: x.double(),
-    }
-    for name in _order(private):
-        if name not in values:
-            inputs = [values[i] for i in private._graph[name]]
-            values[name] = _layer(private._modules[name], inputs, _Reals())
-    return values[private.output_names[0]]
+def _channels_last(values: torch.Tensor) -> torch.Tensor:
+    return torch.from_numpy(channels_last(values.numpy()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -84,3 +85,67 @@ def test_expected_errors_are_one_line(
     status, _, err = run(capsys, *arguments)
     assert status == 2 and message in err
     assert err.startswith("crypten-espn: ") and "Traceback" not in err
+
+
+@pytest.fixture
+def network(tmp_path):
+    """The path of a small network for 28x28 images of one channel."""
+    model: nn.Module = networks.convnet(in_channels=1, size=28)
+    polynomial = Polynomial.fit(torch.relu, degree=4)
+    model = espn.replace_activations(model, {nn.ReLU: polynomial})
+    path = tmp_path / "network.safetensors"
+    save_network(espn.replace_pooling(model).eval(), path)
+    return str(path)
+
+
+def images(folder, *shape, name="images.npy"):
+    path = folder / name
+    np.save(path, np.random.default_rng(0).normal(0, 0.1, shape).astype(np.float32))
+    return str(path)
+
+
+@pytest.mark.parametrize("command", ["plan", "explain", "calibrate"])
+def test_images_of_another_size_are_named_with_both_sizes(
+    capsys, tmp_path, network, command
+):
+    wrong = images(tmp_path, 3, 1, 32, 32)
+    right = images(tmp_path, 3, 1, 28, 28, name="right.npy")
+    arguments = {
+        "plan": ("plan", network, "--calibration", wrong),
+        "explain": ("explain", network, "--input", wrong),
+        "calibrate": ("explain", network, "--input", right, "--calibration", wrong),
+    }[command]
+    status, _, err = run(capsys, *arguments)
+    assert status == 2 and "ShapeError" in err and "images.npy" in err
+    assert "(3, 1, 32, 32)" in err and "28, 28" in err and "resize" in err
+
+
+def test_one_calibration_image_is_told(capsys, tmp_path, network):
+    one = images(tmp_path, 1, 1, 28, 28)
+    status, out, err = run(capsys, "plan", network, "--calibration", one)
+    assert status == 0 and out
+    assert "one input, which bounds every layer" in err
+    several = images(tmp_path, 3, 1, 28, 28)
+    status, _, err = run(capsys, "plan", network, "--calibration", several)
+    assert status == 0 and err == ""
+
+
+def test_a_file_that_is_no_array_is_one_line(capsys, tmp_path, network):
+    path = tmp_path / "photo.jpg"
+    path.write_bytes(b"\xff\xd8\xff\xe0 and so on")
+    for arguments in (
+        ("plan", network, "--calibration", str(path)),
+        ("explain", network, "--input", str(path)),
+        ("predict", "localhost:1", "--dealer", "localhost:2", "--input", str(path)),
+    ):
+        status, _, err = run(capsys, *arguments)
+        assert status == 2 and "JPEG image" in err and "pickle" not in err
+        assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("bits", ["-3", "0", "31", "1000", "many"])
+def test_fractional_bits_out_of_range_are_a_usage_error(capsys, bits):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["explain", "n", "--input", "x.npy", "--precision-bits", bits])
+    assert ended.value.code == 2
+    assert f"{bits!r} is no number of fractional bits" in capsys.readouterr().err

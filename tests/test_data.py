@@ -15,6 +15,7 @@ from crypten_espn.pillar.data import (
     FASHION_NORMALIZATION,
     Images,
     Normalization,
+    fashion,
     fashion_sample,
     load_dataset,
 )
@@ -88,7 +89,7 @@ def test_files_that_are_missing_come_with_the_command(tmp_path: Path) -> None:
 
 
 def test_fashion_mnist_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data, "FASHION_SYSTEM_FOLDER", tmp_path / "none")
+    monkeypatch.setattr(fashion, "FASHION_SYSTEM_FOLDER", tmp_path / "none")
     with pytest.raises(DataError, match=r"dataset-fashion-mnist[\s\S]*--data"):
         load_dataset("fashion-mnist", directory=tmp_path)
 

@@ -7,8 +7,9 @@ import math
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from crypten_espn.errors import RangeError
+from crypten_espn.errors import RangeError, TrainingError
 from crypten_espn.pillar.penalty import (
     PAPER_WARMUP,
     FixedPoint,
@@ -224,3 +225,58 @@ def test_a_report_needs_activations_and_data() -> None:
         range_report(nn.Linear(1, 1), [])
     with pytest.raises(RangeError, match="empty"):
         range_report(two_layers(), [])
+
+
+def penalised(run) -> tuple[Tensor, list[Tensor]]:
+    """Penalty and gradients of the second of two equal steps."""
+    model = two_layers()
+    x = 3 * torch.randn(8, 5, generator=torch.Generator().manual_seed(1))
+    for _ in range(2):
+        model.zero_grad()
+        out = run(model, x)
+        penalty = range_penalty(model)
+        (out.sum() + penalty).backward()
+    return penalty, [p.grad for p in model.parameters() if p.grad is not None]
+
+
+def test_a_checkpoint_changes_neither_penalty_nor_gradient() -> None:
+    plain = penalised(lambda model, x: model(x))
+    again = penalised(lambda model, x: checkpoint(model, x, use_reentrant=False))
+    torch.testing.assert_close(again, plain)
+    assert plain[0] > 0
+
+
+@pytest.mark.parametrize("penalty", [range_penalty, boundary_penalty])
+def test_a_reentrant_checkpoint_is_an_error_where_a_penalty_would_be_zero(
+    penalty,
+) -> None:
+    model = two_layers()
+    x = torch.randn(8, 5, requires_grad=True)
+    out = checkpoint(model, x, use_reentrant=True)
+    with pytest.raises(TrainingError, match=r"of 1, 3 .*use_reentrant=False"):
+        penalty(model)
+    # Without a penalty it works as ever, and the next plain step has its penalty.
+    out.sum().backward()
+    checkpoint(model, x, use_reentrant=True).sum().backward()
+    assert penalty(model) == 0
+    model(40 * x)
+    assert penalty(model) > 0
+
+
+def test_a_pass_without_gradients_leaves_the_next_penalty_alone() -> None:
+    model = two_layers()
+    with torch.no_grad():
+        model(torch.ones(2, 5))
+    assert range_penalty(model) == 0
+    model(9 * torch.ones(2, 5))
+    assert range_penalty(model) > 0
+
+
+def test_an_old_backward_pass_does_not_forget_a_new_input() -> None:
+    model = two_layers()
+    x = 3 * torch.randn(8, 5)
+    first = model(x)
+    expected = range_penalty(model)
+    model(x)
+    first.sum().backward()
+    torch.testing.assert_close(range_penalty(model), expected)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import multiprocessing
 import os
 import pickle
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
@@ -18,7 +20,7 @@ from hypothesis import strategies as st
 
 from crypten_espn import patches
 from crypten_espn.errors import RandomnessError
-from crypten_espn.randomness import Keystream, new_seed
+from crypten_espn.randomness import MAX_SKIP, Keystream, Ratchet, new_seed
 
 from .mt19937 import ELEMENTS, Clone
 
@@ -141,6 +143,118 @@ def test_the_seed_stays_hidden() -> None:
 def test_misuse_is_named(misuse: Any, message: str) -> None:
     with pytest.raises(RandomnessError, match=message):
         misuse()
+
+
+# Copies that a fork leaves.
+
+
+def outcome_in_a_fork(action: Callable[[], object]) -> str:
+    """What a forked child says: the error's text, or that there was none."""
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            action()
+            text = "no error"
+        except RandomnessError as error:
+            text = str(error)
+        except BaseException as error:
+            text = repr(error)
+        os.write(write, text.encode())
+        os._exit(0)
+    os.close(write)
+    with os.fdopen(read) as answer:
+        text = answer.read()
+    os.waitpid(child, 0)
+    return text
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda stream: stream.bytes(16),
+        lambda stream: stream.ring(3),
+        lambda stream: stream.ring(1 << 14),
+        lambda stream: stream.fill(torch.empty(3, dtype=torch.int64)),
+        lambda stream: stream.fork(b"label"),
+    ],
+)
+def test_a_forked_child_draws_nothing_from_its_parents_keystream(draw: Any) -> None:
+    stream = Keystream(SEED)
+    draw(stream)
+    text = outcome_in_a_fork(lambda: draw(stream))
+    assert "keystream was made before os.fork" in text
+    assert outcome_in_a_fork(lambda: draw(Keystream(SEED))) == "no error"
+    draw(stream)  # the parent's own goes on
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_forked_child_takes_no_seed_from_its_parents_ratchet() -> None:
+    ratchet = Ratchet(SEED)
+    text = outcome_in_a_fork(lambda: ratchet.take(0))
+    assert "ratchet was made before os.fork" in text
+    ratchet.take(0)
+
+
+# One seed an inference.
+
+
+def test_a_ratchet_chains_cmacs_of_next_and_gives_cmacs_of_use() -> None:
+    from cryptography.hazmat.primitives.ciphers import algorithms
+    from cryptography.hazmat.primitives.cmac import CMAC
+
+    def prf(key: bytes, word: bytes) -> bytes:
+        mac = CMAC(algorithms.AES(key))
+        mac.update(word)
+        return mac.finalize()
+
+    state, expected = SEED, []
+    for _ in range(6):
+        expected.append(prf(state, b"use"))
+        state = prf(state, b"next")
+    ratchet = Ratchet(SEED)
+    assert [ratchet.take(index) for index in range(6)] == expected
+    skipping = Ratchet(SEED)
+    assert [skipping.take(index) for index in (1, 2, 5)] == [
+        expected[index] for index in (1, 2, 5)
+    ]
+
+
+def test_a_seed_that_was_given_or_passed_over_never_comes_again() -> None:
+    ratchet = Ratchet(SEED)
+    ratchet.take(3)
+    for index in (-1, 0, 2, 3):
+        with pytest.raises(RandomnessError, match=f"inference {index} was asked for"):
+            ratchet.take(index)
+    assert ratchet.next_index == 4
+    assert ratchet.take(4) != ratchet.take(5)
+
+
+def test_a_spent_state_is_nowhere_in_the_ratchet() -> None:
+    ratchet = Ratchet(SEED)
+    ratchet.take(0)
+    held = [bytes(v) for v in vars(ratchet).values() if isinstance(v, bytearray)]
+    assert len(held) == 1 and held[0] != SEED
+
+
+def test_an_index_far_ahead_is_refused_before_any_work() -> None:
+    ratchet = Ratchet(SEED)
+    for index in (MAX_SKIP + 1, 2**63, 10**30):
+        with pytest.raises(RandomnessError, match=f"at most {MAX_SKIP} may be passed"):
+            ratchet.take(index)
+    assert ratchet.next_index == 0
+    assert ratchet.take(0) == Ratchet(SEED).take(0)
+
+
+def test_a_ratchet_is_neither_printed_nor_copied() -> None:
+    ratchet = Ratchet(SEED)
+    assert SEED.hex() not in repr(ratchet) and repr(SEED) not in repr(ratchet)
+    for make in (pickle.dumps, copy.copy, copy.deepcopy):
+        with pytest.raises(RandomnessError, match="same seeds out again"):
+            make(ratchet)
+    with pytest.raises(RandomnessError, match="5 bytes was given; it must have 16"):
+        Ratchet(b"short")
 
 
 # The attack. A party knows its own view: its data, its shares and what is opened to it.
@@ -266,11 +380,9 @@ def one_private_product(*, provider: str, patched: bool) -> tuple[View, torch.Te
                 far.close()
                 replies.append(near)
                 processes.append(process)
-            for near in replies[:2]:
-                assert near.poll(60), "a party is silent"
             secret, view = (pickle.loads(near.recv_bytes()) for near in replies[:2])
             for process in processes:
-                process.join(20)
+                process.join()
         finally:
             for process in processes:
                 process.kill()

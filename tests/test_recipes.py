@@ -23,16 +23,17 @@ from safetensors.torch import load_file, save_file
 from crypten_espn.errors import CheckpointError, DataError, TrainingError
 from crypten_espn.pillar import command, data
 from crypten_espn.pillar.data import Dataset, Images, Normalization
+from crypten_espn.pillar.data.splits import in_memory
 from crypten_espn.pillar.networks import NETWORKS, Architecture
+from crypten_espn.pillar.preparation import blending, schedule
 from crypten_espn.pillar.recipes import (
     RECIPES,
     Recipe,
-    _mixed,
-    _Run,
     accuracy,
     find_recipe,
     train,
 )
+from crypten_espn.pillar.run import Run
 from crypten_espn.pillar.storage import load_network
 from crypten_espn.pillar.surgery import activations
 
@@ -62,7 +63,7 @@ def toy_dataset(directory: Path, held_out: int | None) -> Dataset:
         return Images(images.to(torch.uint8), labels, Normalization((0.3,), (0.3,)))
 
     whole, test = part(320), part(80)
-    return data._in_memory("toy", ("a", "b", "c", "d"), whole, 64, lambda: test)
+    return in_memory("toy", ("a", "b", "c", "d"), whole, 64, lambda: test)
 
 
 @pytest.fixture(autouse=True)
@@ -327,15 +328,37 @@ def test_data_that_are_not_finite_are_named(
         train(TINY, out=tmp_path, progress=False)
 
 
-def test_mixup_and_cutmix_blend_images_and_targets_alike() -> None:
-    images = torch.arange(4.0).view(4, 1, 1, 1).expand(4, 1, 6, 6)
-    targets = torch.eye(4)
-    for recipe in (replace(TINY, mixup=1.0), replace(TINY, cutmix=1.0)):
-        generator = torch.Generator().manual_seed(5)
-        mixed, blended = _mixed(images, targets, recipe, generator)
-        # Image i holds the value i, so its mean is the blend of class numbers.
-        torch.testing.assert_close(mixed.mean((1, 2, 3)), blended @ torch.arange(4.0))
-        assert not torch.equal(mixed, images)
+@pytest.mark.parametrize("kinds", [{}, {"mixup": 1.0}, {"cutmix": 1.0}])
+def test_a_batch_is_blended_with_its_targets(kinds: dict[str, float]) -> None:
+    images = torch.arange(4.0).view(4, 1, 1, 1).expand(4, 1, 6, 6).clone()
+    torch.manual_seed(5)
+    blend = blending(replace(TINY, **kinds), 4)  # type: ignore[arg-type]
+    mixed, targets = blend(images, torch.arange(4))
+    assert targets.dtype == torch.float32 and targets.shape == (4, 4)
+    torch.testing.assert_close(targets.sum(1), torch.ones(4))
+    # Image i holds the value i, so its mean is the blend of class numbers.
+    torch.testing.assert_close(mixed.mean((1, 2, 3)), targets @ torch.arange(4.0))
+    assert torch.equal(mixed, images) == (not kinds)
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 2])
+def test_rate_rises_to_its_peak_and_falls_to_zero(warmup: int) -> None:
+    recipe = replace(TINY, warmup_epochs=warmup)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.05)
+    plan = schedule(recipe, optimizer, steps_per_epoch=8)
+    rates = []
+    for _ in range(32):
+        rates.append(plan.get_last_lr()[0])
+        optimizer.step()
+        plan.step()
+    top = 8 * warmup
+    assert rates[:top] == pytest.approx(
+        [0.05 * (step + 1) / (top + 1) for step in range(top)]
+    )
+    assert rates[top] == pytest.approx(0.05) == max(rates)
+    assert rates[top + (32 - top) // 2] == pytest.approx(0.025)
+    assert rates[top:] == sorted(rates[top:], reverse=True) and rates[-1] < 1e-3
+    assert plan.get_last_lr()[0] == pytest.approx(0, abs=1e-9)
 
 
 # --- fine-tuning -----------------------------------------------------------------
@@ -358,13 +381,13 @@ def test_relus_give_way_after_their_epochs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []
-    original = _Run._replace_gradually
+    original = Run.replace_gradually
 
-    def watched(run: _Run) -> None:
+    def watched(run: Run) -> None:
         original(run)
         seen.append(len(activations(run.model)))
 
-    monkeypatch.setattr(_Run, "_replace_gradually", watched)
+    monkeypatch.setattr(Run, "replace_gradually", watched)
     recipe = replace(TINY, relu_epochs=1.0, replace_epochs=1.0)
     train(recipe, out=tmp_path, progress=False)
     assert seen == [0] * 8 + [1] * 4 + [2] * 20

@@ -15,7 +15,7 @@ from crypten.encoder import FixedPointEncoder
 from torch import nn
 
 import crypten_espn as espn
-from crypten_espn import cli, session
+from crypten_espn import cli
 from crypten_espn.convert import nearest
 from crypten_espn.errors import (
     ConversionError,
@@ -165,7 +165,7 @@ def test_bundled_networks_within_the_declared_rounding(path, bits):
     private = espn.convert(load_network(path), images, protocol="espn")
     found = explain(private, images, precision_bits=bits)
     with crypten.cfg.temp_override({"encoder.precision_bits": bits}):
-        logits, _ = session.simulate(private, images, timeout=200)
+        logits, _ = espn.simulate(private, images, timeout=200)
     assert (logits - found.logits).abs().max() <= found.rounding
     # The declaration says something: it is small beside the logits.
     assert found.rounding < 0.1 * found.clear.abs().max()

@@ -13,8 +13,9 @@ import torch
 
 from .data import load_dataset
 from .penalty import range_report
-from .recipes import RECIPES, Recipe, find_recipe, fine_tuning, train
+from .recipe import RECIPES, Recipe, find_recipe, fine_tuning
 from .storage import load_network
+from .training import train
 
 # Fields that the command line may override, with their help.
 _OVERRIDES = {

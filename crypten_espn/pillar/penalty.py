@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import RangeError
+from ..errors import RangeError, TrainingError
 from ..polynomial import RING_BITS, Polynomial
 from . import elementwise
-from .surgery import PolynomialActivation, activations
+from .surgery import activations
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,8 @@ def range_penalty(
 
     Raises:
         RangeError: an argument is out of range.
+        TrainingError: inputs passed under a reentrant checkpoint, where autograd does
+            not see them; use_reentrant=False does.
     """
     if power < 2 or power % 2 or not gamma > 0:
         raise RangeError(
@@ -121,6 +123,8 @@ def boundary_penalty(
 
     Raises:
         RangeError: an argument is out of range.
+        TrainingError: inputs passed under a reentrant checkpoint, where autograd does
+            not see them; use_reentrant=False does.
     """
     if not 0 <= margin < 1:
         raise RangeError(
@@ -138,13 +142,21 @@ def _mean_over_layers(model: nn.Module, reduction: str, penalty: Any) -> Tensor:
         raise RangeError(
             f"a penalty was given reduction={reduction!r}; it is 'sum' or 'mean'"
         )
-    layers = []
-    for module in model.modules():
-        if not isinstance(module, PolynomialActivation):
-            continue
+    layers, hidden = [], []
+    for name, module in activations(model).items():
+        if module.take_hidden():
+            hidden.append(name or "(model)")
         for x in module.take_recorded():
             value = penalty(x, module.polynomial)
             layers.append(value / x.numel() if reduction == "mean" else value)
+    if hidden:
+        more = f" and {len(hidden) - 3} more" if len(hidden) > 3 else ""
+        raise TrainingError(
+            f"the inputs of {', '.join(hidden[:3])}{more} passed inside "
+            "an autograd.Function, such as torch.utils.checkpoint with "
+            "use_reentrant=True, where they carry no gradient yet and a penalty would "
+            "be zero; checkpoint with use_reentrant=False"
+        )
     if not layers:
         parameter = next(model.parameters(), None)
         return torch.zeros((), device=None if parameter is None else parameter.device)

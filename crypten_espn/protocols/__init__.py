@@ -2,45 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import crypten
 import crypten.communicator as comm
-import torch
 from crypten.mpc import MPCTensor
-from crypten.mpc.primitives import ArithmeticSharedTensor
 from omegaconf import OmegaConf
 
 from ..cost import Cost
 from ..errors import ProtocolError, RangeError, WorldSizeError
 from ..polynomial import Polynomial, RingForm
-from . import beaver, espn, opened_mask, truncation
+from . import truncation
+from .beaver import BEAVER
+from .espn import ESPN
+from .opened_mask import OPENED_MASK
+from .protocol import Protocol
+from .shares import shared
 
-
-@dataclass(frozen=True)
-class Protocol:
-    """One way to evaluate a polynomial on shares, with its declared cost."""
-
-    name: str
-    evaluate: Callable[[torch.Tensor, torch.Tensor, RingForm], torch.Tensor]
-    cost: Callable[[RingForm, int], Cost]
-    accepts: Callable[[int], bool]
-    world_sizes: str
-
-
-PROTOCOLS: dict[str, Protocol] = {
-    module.__name__.rsplit(".", 1)[-1]: Protocol(
-        module.__name__.rsplit(".", 1)[-1],
-        module.evaluate,
-        module.cost,
-        module.accepts,
-        module.WORLD_SIZES,
-    )
-    for module in (espn, opened_mask, beaver)
-}
+# Settings, estimates and benchmarks read this table; a protocol enters it here.
+PROTOCOLS: dict[str, Protocol] = {p.name: p for p in (ESPN, OPENED_MASK, BEAVER)}
 TRUNCATIONS = ("local", "exact")
 # local truncation fails with this probability, 2**-29, per element of magnitude 1.
 FAILURE_BITS = 29
@@ -213,7 +196,4 @@ def polyval(x: MPCTensor, polynomial: Polynomial) -> MPCTensor:
     result = chosen.protocol.evaluate(share, powers_input, form)
     shrink = truncation.exact if chosen.exact(world_size) else truncation.local
     result = shrink(result, form.out_bits - frac_bits)
-    output = MPCTensor([])
-    output._tensor = ArithmeticSharedTensor.from_shares(result, precision=frac_bits)
-    output.ptype = x.ptype
-    return output
+    return shared(result, frac_bits=frac_bits)

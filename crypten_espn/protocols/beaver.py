@@ -12,13 +12,7 @@ from crypten.mpc.primitives import ArithmeticSharedTensor, beaver
 
 from ..cost import RING_BYTES, Cost
 from ..polynomial import RingForm, as_int64
-
-WORLD_SIZES = "any"
-
-
-def accepts(world_size: int) -> bool:
-    """Whether the protocol runs with this many parties."""
-    return world_size >= 1
+from .protocol import Protocol
 
 
 def evaluate(x: torch.Tensor, p: torch.Tensor, form: RingForm) -> torch.Tensor:
@@ -77,3 +71,18 @@ def cost(form: RingForm, elements: int) -> Cost:
     return Cost(
         1 + len(batches), RING_BYTES * opened * elements, corrections * elements
     )
+
+
+def _stored_words(degree: int) -> int:
+    """A triple for each product of the tree; a square's is a pair."""
+    if degree < 2:
+        return 0
+    words, known = 2, 2
+    while known < degree:
+        added = min(known, degree - known)
+        words += 2 * added + 1
+        known += added
+    return words
+
+
+BEAVER = Protocol("beaver", evaluate, cost, _stored_words)

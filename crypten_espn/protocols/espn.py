@@ -15,13 +15,7 @@ import torch
 from ..correlated import one_sided_products
 from ..cost import RING_BYTES, Cost
 from ..polynomial import RingForm, as_int64
-
-WORLD_SIZES = "exactly 2"
-
-
-def accepts(world_size: int) -> bool:
-    """Whether the protocol runs with this many parties."""
-    return world_size == 2
+from .protocol import Protocol
 
 
 def evaluate(x: torch.Tensor, p: torch.Tensor, form: RingForm) -> torch.Tensor:
@@ -95,3 +89,11 @@ def cost(form: RingForm, elements: int) -> Cost:
     if form.degree < 2:
         return Cost()
     return Cost(1, RING_BYTES * (form.degree - 1) * elements, elements)
+
+
+def _stored_words(degree: int) -> int:
+    """n - 1 masks and a share of the sum of products."""
+    return degree if degree >= 2 else 0
+
+
+ESPN = Protocol("espn", evaluate, cost, _stored_words, most_parties=2)

@@ -14,13 +14,7 @@ import torch
 from ..correlated import powers
 from ..cost import RING_BYTES, Cost
 from ..polynomial import RingForm, as_int64
-
-WORLD_SIZES = "any"
-
-
-def accepts(world_size: int) -> bool:
-    """Whether the protocol runs with this many parties."""
-    return world_size >= 1
+from .protocol import Protocol
 
 
 def evaluate(x: torch.Tensor, p: torch.Tensor, form: RingForm) -> torch.Tensor:
@@ -75,3 +69,11 @@ def cost(form: RingForm, elements: int) -> Cost:
     if form.degree < 2:
         return Cost()
     return Cost(1, RING_BYTES * elements, (form.degree - 1) * elements)
+
+
+def _stored_words(degree: int) -> int:
+    """n powers of the mask."""
+    return degree if degree >= 2 else 0
+
+
+OPENED_MASK = Protocol("opened_mask", evaluate, cost, _stored_words)

@@ -1,0 +1,1 @@
+"""Accuracy in private; `python -m benchmarks.accuracy --help` has more."""

@@ -1,0 +1,1 @@
+"""The PILLAR paper's training figures; see `python -m benchmarks.figures --help`."""

@@ -1,0 +1,181 @@
+"""The dealer's part of the offline phase; it sees neither weights nor data.
+
+For each linear part and inference, with t of every source, G, delta and r as
+`material` and this file draw them:
+
+1. Send the server B*t + r - G: with the client's (W-B)*t + G, its opening is ready but
+   for W*D.
+2. For a step's polynomial, compute the values that belong to each power of D for both
+   cases of every mask, r_k = r + delta_k; send the server what the client's seed-drawn
+   shares leave. The second opening's rounding coins, uniform below 2**s, are added to
+   the constant: the client's share hides them from the server, and the client never
+   sees them.
+
+The client receives a seed from the dealer and nothing else.
+
+Source: Delphi (Mishra et al., USENIX Security 2020) for the server-held weights; the
+two-valued truncation mask after Escudero et al., CRYPTO 2020, and Dalskov et al.,
+USENIX Security 2021.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..randomness import Keystream, new_seed
+from . import kernels
+from .linear import Operands, accumulate
+from .material import (
+    CLIENT,
+    SERVER,
+    ClientDraws,
+    client_draws,
+    client_input_mask,
+    draw,
+    inference_seeds,
+    server_draws,
+    source_mask,
+    weight_masks,
+)
+from .messages import SERVER as TO_SERVER
+from .messages import Protocol, Send
+from .plan import Plan
+from .steps import Step
+
+
+@dataclass
+class Coins:
+    """A step's masks and rounding coins, which nobody but the dealer knows in full.
+
+    Args:
+        masks: (groups, n) r_k, uniform modulo 2**m.
+        rounding: (n,) rho, uniform below 2**s.
+    """
+
+    masks: np.ndarray
+    rounding: np.ndarray
+
+
+class Dealing:
+    """Makes one pair's correlated randomness.
+
+    Args:
+        plan: the parties' plan.
+        seed: the dealer's own 16 bytes; from the operating system if None.
+        seeds: the parties', where they have them already; drawn from `seed` if None.
+
+    Attributes:
+        seeds: what server and client get; each is one party's secret.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        *,
+        seed: bytes | None = None,
+        seeds: tuple[bytes, bytes] | None = None,
+    ) -> None:
+        self.plan = plan
+        root = Keystream(new_seed() if seed is None else seed)
+        self.seeds = seeds or (
+            root.fork(b"server").bytes(16),
+            root.fork(b"client").bytes(16),
+        )
+        self._masks = weight_masks(plan, self.seeds[SERVER])
+        self._ratchets = (
+            inference_seeds(root.fork(b"dealer").bytes(16)),
+            inference_seeds(self.seeds[SERVER]),
+            inference_seeds(self.seeds[CLIENT]),
+        )
+
+    def deal(self, index: int, batch: int) -> Protocol[None]:
+        """Send the server everything for inference `index`.
+
+        Args:
+            index: must rise from call to call.
+            batch: inputs in it.
+
+        Cost: offline, one message a linear part: m bits for each element, and 16 V
+            bytes for each activation; the client receives nothing.
+
+        Raises: RandomnessError if the index was dealt before.
+        """
+        plan = self.plan
+        own, server, client = (ratchet.take(index) for ratchet in self._ratchets)
+        sources = {0: client_input_mask(plan, client, batch)}
+        steps = zip(
+            plan.parts,
+            client_draws(plan, client, batch),
+            coins(plan, own, server, batch),
+            strict=True,
+        )
+        for number, (part, drawn, coin) in enumerate(steps):
+            given = self._product(number, part.ring, sources, drawn, coin)
+            if not isinstance(part, Step) or coin is None:
+                yield Send(TO_SERVER, ((given, part.ring),))
+                continue
+            values = self._values(part, drawn, coin)
+            assert drawn.hidden is not None
+            sources[number + 1] = source_mask(
+                drawn.hidden, given.shape, part.activation.ring
+            )
+            for dead in plan.last_reads[number]:
+                del sources[dead]
+            yield Send(TO_SERVER, ((given, part.ring), (values, 64)))
+
+    def _product(
+        self,
+        number: int,
+        ring: int,
+        sources: dict[int, np.ndarray],
+        drawn: ClientDraws,
+        coin: Coins | None,
+    ) -> np.ndarray:
+        """B*t + r - G, in the array of G."""
+        out = -drawn.linear
+        operands = Operands(self.plan.shapes, sources, self._masks, public=False)
+        accumulate(self.plan.parts[number].root, operands, out)
+        if coin is not None:
+            out += coin.masks[0].reshape(out.shape)
+        return out
+
+    @staticmethod
+    def _values(step: Step, drawn: ClientDraws, coin: Coins) -> np.ndarray:
+        assert drawn.values is not None
+        tables = step.tables
+        out = np.empty_like(drawn.values)
+        kernels.deal_polynomial(
+            coin.masks,
+            coin.rounding,
+            drawn.values,
+            bits=step.ring,
+            shifts=tables.shifts,
+            degrees=tables.degrees,
+            table=tables.table,
+            linear=tables.linear,
+            linear_shift=tables.linear_shift,
+            out=out,
+        )
+        return out
+
+
+def coins(plan: Plan, own: bytes, server: bytes, batch: int) -> Iterator[Coins | None]:
+    """Every linear part's masks and coins; None for the output.
+
+    Args:
+        own, server: the dealer's and the server's seed of the inference.
+    """
+    stream = Keystream(own).fork(b"batch").fork(batch)
+    deltas = server_draws(plan, server, batch)
+    for number, (step, delta) in enumerate(zip(plan.steps, deltas, strict=True)):
+        count = batch * plan.elements(number)
+        first = draw(stream, (1, count), bits=step.ring)
+        masks = first if not len(delta) else np.concatenate([first, first + delta])
+        drop = step.activation.drop
+        rounding = draw(stream, (count,), bits=drop).astype(np.int64, copy=False)
+        # A type's own width comes with a sign, and coins are not negative.
+        yield Coins(masks, rounding & kernels.ring_mask(drop))
+    yield None

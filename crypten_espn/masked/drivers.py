@@ -1,0 +1,155 @@
+"""Where the messages of a protocol's parts travel: over channels, or in one process."""
+
+from __future__ import annotations
+
+import hmac
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from ..errors import MaterialError
+from ..wire.channel import HEADER_BYTES, Channel
+from ..wire.packing import pack, packed_bytes, unpack
+from .messages import Compare, Protocol, Receive, Send, Tell
+
+T = TypeVar("T")
+TOLD_BYTES = 32
+
+
+def over(part: Protocol[T], channels: Mapping[str, Channel], *, tag: int = 0) -> T:
+    """Run one party's part of a protocol over channels to the others.
+
+    Args:
+        part: the generator; closed when a channel fails.
+        channels: by the other party's name.
+        tag: number that every message carries.
+
+    Raises: PeerError as the channels do; MaterialError if the parties' digests differ,
+        on both sides.
+    """
+    answer: Any = None
+    try:
+        while True:
+            event, answer = part.send(answer), None
+            if isinstance(event, Send):
+                channels[event.to].send_parts(event.parts, tag=tag)
+            elif isinstance(event, Receive):
+                answer = channels[event.of].receive_parts(event.parts, tag=tag)
+            elif isinstance(event, Tell):
+                channels[event.to].send_bytes(event.digest, tag=tag)
+            else:
+                told = channels[event.of].receive_bytes(limit=TOLD_BYTES, tag=tag)
+                _compare(event, told)
+    except StopIteration as end:
+        return end.value
+    finally:
+        part.close()
+
+
+def _compare(mine: Compare, theirs: bytes) -> None:
+    if not hmac.compare_digest(mine.digest, theirs):
+        raise MaterialError(
+            f"The {mine.of} used material of another inference, session or plan, so "
+            "the result is worthless and was dropped. Prepare material together again."
+        )
+
+
+@dataclass
+class Transcript:
+    """What parties in one process sent, in order.
+
+    Args:
+        messages: sender, receiver and payload bytes of each message of ring elements.
+        told: how often each party told the other what to compare.
+        sends: the messages themselves.
+    """
+
+    messages: list[tuple[str, str, int]] = field(default_factory=list)
+    told: dict[str, int] = field(default_factory=dict)
+    sends: list[tuple[str, Send]] = field(default_factory=list, repr=False)
+
+    def bytes_sent(self, sender: str) -> int:
+        """Bytes a party puts on the wire, frame headers included."""
+        payloads = [size for who, _, size in self.messages if who == sender]
+        payloads += [TOLD_BYTES] * self.told.get(sender, 0)
+        return sum(payloads) + len(payloads) * HEADER_BYTES
+
+
+def together(
+    parts: Mapping[str, Protocol[Any]], *, keep: bool = False
+) -> tuple[dict[str, Any], Transcript]:
+    """Run every party's part in this process; what they send is packed and unpacked.
+
+    Args:
+        parts: generators by party.
+        keep: whether the transcript holds the messages, not only their sizes.
+
+    Returns: each part's value, and the transcript.
+
+    Raises: MaterialError if digests differ; RuntimeError if all wait for each other.
+    """
+    queues: dict[tuple[str, str], deque[Any]] = {}
+    transcript = Transcript()
+    values: dict[str, Any] = {}
+    waiting: dict[str, Any] = dict.fromkeys(parts)  # the event each one is held by
+    running = dict(parts)
+    while running:
+        moved = False
+        for name, part in list(running.items()):
+            event = waiting[name]
+            while True:
+                answer: Any = None
+                if event is not None:
+                    queue = queues.get((event.of, name))
+                    if not queue:
+                        break
+                    answer = _take(event, queue.popleft())
+                moved = True
+                try:
+                    event = part.send(answer)
+                    while isinstance(event, Send | Tell):
+                        _post(name, event, queues, transcript, keep)
+                        event = part.send(None)
+                except StopIteration as end:
+                    values[name] = end.value
+                    del running[name]
+                    break
+                waiting[name] = event
+        if not moved:
+            raise RuntimeError(f"{', '.join(running)} wait for each other.")
+    return values, transcript
+
+
+def _post(
+    name: str,
+    event: Send | Tell,
+    queues: dict[tuple[str, str], deque[Any]],
+    transcript: Transcript,
+    keep: bool,
+) -> None:
+    queue = queues.setdefault((name, event.to), deque())
+    if isinstance(event, Tell):
+        transcript.told[name] = transcript.told.get(name, 0) + 1
+        queue.append(event.digest)
+        return
+    data = [(bytes(pack(array, bits=bits)), bits) for array, bits in event.parts]
+    transcript.messages.append((name, event.to, event.payload))
+    if keep:
+        kept = tuple((array.copy(), bits) for array, bits in event.parts)
+        transcript.sends.append((name, Send(event.to, kept)))
+    queue.append(data)
+
+
+def _take(event: Receive | Compare, message: Any) -> Any:
+    """What a waiting part gets from a message, checked as a channel would."""
+    if isinstance(event, Compare):
+        _compare(event, message)
+        return None
+    expected = [packed_bytes(count, bits) for count, bits in event.parts]
+    if [len(data) for data, _ in message] != expected:
+        raise RuntimeError(f"The {event.of} sent parts of another size than expected.")
+    return [
+        unpack(memoryview(bytearray(data)), count, bits=bits)
+        for (data, _), (count, bits) in zip(message, event.parts, strict=True)
+    ]

@@ -1,0 +1,289 @@
+"""The online phase: two openings per activation and one integer pass per layer.
+
+Sources are x = D + t with D known to the server and t to the client.
+
+1. The client sends D = x - t for its input.
+2. The server adds W*D to what it prepared: the result is c = z + 2**(m-2) + r. Group k
+   of the polynomial's powers has a mask of its own, c_k = c + delta_k; the server sends
+   c_k >> s_k.
+3. Both compute their share of the polynomial. With r_k's dealer-known truncation
+   -(r_k >> s_k), logical if the top bit of c_k is 1 and arithmetic if it is 0,
+   (c_k >> s_k) - 2**(m-2-s_k) plus it equals z >> s_k or one more, over the integers.
+   The dealer supplied the polynomial's coefficients in D for both cases; the public top
+   bit selects.
+4. The client sends the top bits of its share plus its own mask r'. The server adds its
+   share and drops s bits: the next D. Back to 2; the last layer's z goes to the client
+   instead, with noise.
+
+So one inference takes 2 messages for each linear part: the input and openings down,
+shares up, the logits. In a large batch 2 to 4 run through the images in chunks, so that
+neither party waits for the other.
+
+Who learns what. The client sees every c_k >> s_k, uniform because r_k is uniform, used
+once and known to the dealer alone; its seed-drawn shares; W - B, uniform because B is
+the server's; and the logits. What rounds a value is hidden from it: the bits of c_k
+below s_k, and the dealer's coins in the server's share. Of its own share it drops bits
+worth 2**-16 of a unit. The server sees c, and D of each source, uniform because t
+follows from the client's uniform mask, used once. It learns nothing of input or logits.
+Both know the plan. The dealer sees neither data nor weights nor any message between the
+parties. The claim is: semi-honest, two parties, a dealer that does not collude.
+
+Source: truncation by a known top bit after Escudero et al., CRYPTO 2020, and Dalskov et
+al., USENIX Security 2021; opened-mask polynomials after HoneyBadgerMPC, CCS 2019.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..errors import ShapeError
+from ..wire.packing import packed_bytes
+from . import kernels
+from .linear import Operands, accumulate
+from .material import ClientMaterial, ServerMaterial
+from .messages import (
+    CLIENT,
+    SERVER,
+    Compare,
+    Protocol,
+    Receive,
+    Send,
+    Tell,
+    receive,
+    send,
+)
+from .plan import INPUT, Plan
+from .steps import Step
+from .weights import Weights
+
+
+def chunks(batch: int) -> list[slice]:
+    """The parts of a batch that travel as messages of their own within a layer.
+
+    While the client works on one chunk, the server convolves the next, and a chunk's
+    values stay in the cache from one step to the next. Less than 8 images travel whole.
+    """
+    size = batch if batch < 8 else min(4, batch // 4)
+    return [slice(a, min(a + size, batch)) for a in range(0, batch, size)]
+
+
+# ---------------------------------------------------------------- the server
+
+
+def server(plan: Plan, weights: Weights, material: ServerMaterial) -> Protocol[None]:
+    """One inference at the server, from the client's first message to the logits.
+
+    Args:
+        plan, weights: the model.
+        material: used up by this call (its arrays are overwritten).
+
+    Cost: a message for each linear part, as many received: m - s_k bits an activation
+        and group sent, m + 16 received. In large batches each layer's travel in chunks.
+
+    Error: exact in each ring. Each truncation gives floor or floor + 1, never more; the
+        logits' noise is below 2**(d-1).
+    """
+    batch = material.pairing.batch
+    first = plan.sources[INPUT]
+    (data,) = yield receive(CLIENT, batch * first.elements, first.ring)
+    share = yield from server_layers(
+        plan, weights, material, data.reshape(batch, *first.shape)
+    )
+    # Whoever used other material than the client would send it noise, or worse.
+    digest = material.pairing.digest(plan)
+    yield Compare(CLIENT, digest)
+    yield Tell(CLIENT, digest)
+    yield send(CLIENT, share, plan.output.ring)
+
+
+def server_layers(
+    plan: Plan, weights: Weights, material: ServerMaterial, data: np.ndarray
+) -> Protocol[np.ndarray]:
+    """From D of the input to the server's share of the output.
+
+    Args:
+        data: D = x - t, (batch, *sources[0].shape).
+
+    Returns: the server's share of the output's integers, (batch, *logits_shape).
+
+    Cost, Error: as `server`, without its first message and its last.
+    """
+    parts = chunks(material.pairing.batch)
+    sources = {INPUT: data}
+    halves: list[np.ndarray] = []  # by chunk, the last polynomial's share
+    for number, part in enumerate(plan.parts):
+        opened = material.linear[number]
+        if number > 0:
+            source = plan.sources[number]
+            sources[number] = np.empty(
+                (len(opened), *source.shape), dtype=kernels.ring_dtype(source.ring)
+            )
+        mine: list[np.ndarray] = []
+        for place, chunk in enumerate(parts):
+            if number > 0:
+                yield from _truncated(
+                    plan.steps[number - 1], halves[place], sources[number][chunk]
+                )
+            here = {s: sources[s][chunk] for s in part.root.sources}
+            operands = Operands(plan.shapes, here, weights.integers)
+            accumulate(part.root, operands, opened[chunk])
+            if isinstance(part, Step):
+                half = yield from _open(plan, material, number, chunk)
+                mine.append(half)
+        halves = mine
+        for dead in plan.last_reads[number]:
+            del sources[dead]
+    return material.linear[-1]
+
+
+def _open(
+    plan: Plan, material: ServerMaterial, number: int, chunk: slice
+) -> Protocol[np.ndarray]:
+    """Send a chunk's openings; return the server's share of the polynomial."""
+    step, tables = plan.steps[number], plan.steps[number].tables
+    c = material.linear[number][chunk].reshape(-1)
+    start = chunk.start * plan.elements(number)
+    deltas = material.deltas[number][:, start : start + c.size]
+    openings = np.empty((step.activation.masks, c.size), dtype=c.dtype)
+    kernels.shifted_openings(
+        c, deltas, bits=step.ring, shifts=tables.shifts, out=openings
+    )
+    yield Send(CLIENT, tuple(zip(openings, step.opened_bits, strict=True)))
+    half = np.empty(c.size, dtype=np.int64)
+    kernels.polynomial_share(
+        openings,
+        material.values[number],
+        widths=tables.widths,
+        degrees=tables.degrees,
+        public=tables.public,
+        constant=tables.constant,
+        start=start,
+        step=0,
+        out=half,
+    )
+    if tables.linear:
+        kernels.add_linear(
+            c,
+            bits=step.ring,
+            shift=tables.linear_shift,
+            coefficient=tables.linear,
+            out=half,
+        )
+    return half
+
+
+def _truncated(step: Step, half: np.ndarray, out: np.ndarray) -> Protocol[None]:
+    """Receive the client's half of a second opening; write the next D."""
+    act = step.activation
+    (theirs,) = yield receive(CLIENT, half.size, act.sent_bits)
+    kernels.truncate(
+        half,
+        theirs,
+        bits=act.ring + act.drop,
+        drop=act.drop,
+        step=act.drop - act.kept,
+        out=out.reshape(-1),
+    )
+
+
+# ---------------------------------------------------------------- the client
+
+
+def client(plan: Plan, material: ClientMaterial, x: np.ndarray) -> Protocol[np.ndarray]:
+    """One inference at the client; it computes no linear layer.
+
+    Args:
+        plan: the plan.
+        material: used up by this call.
+        x: int64 (batch, *sources[0].shape), as `Plan.encode` gives it.
+
+    Returns: the output's integers, (batch, *logits_shape), modulo 2**ring.
+
+    Cost: a message for each linear part: the input at m bits, an activation at m + 16.
+
+    Error: as `server`.
+
+    Raises: ShapeError for another batch than the material's, before anything is sent.
+    """
+    first, batch = plan.sources[INPUT], material.pairing.batch
+    if x.shape != (batch, *first.shape):
+        raise ShapeError(
+            f"The material was made for batches of {batch}; the input has {len(x)}. "
+            "Prepare material for this batch size."
+        )
+    masked = x.astype(kernels.ring_dtype(first.ring)) - material.input_mask
+    yield send(SERVER, masked, first.ring)
+    share = yield from client_layers(plan, material)
+    digest = material.pairing.digest(plan)
+    yield Tell(SERVER, digest)
+    yield Compare(SERVER, digest)
+    (theirs,) = yield receive(SERVER, share.size, plan.output.ring)
+    return theirs.reshape(share.shape) + share
+
+
+def client_layers(plan: Plan, material: ClientMaterial) -> Protocol[np.ndarray]:
+    """From the first opening to the client's share of the output.
+
+    Returns: the client's share of the output's integers.
+
+    Cost, Error: as `client`, without its first message and the logits.
+    """
+    for number, step in enumerate(plan.steps):
+        act, tables = step.activation, step.tables
+        public = np.zeros_like(tables.public)
+        elements = plan.elements(number)
+        for chunk in chunks(material.pairing.batch):
+            count = (chunk.stop - chunk.start) * elements
+            parts = yield Receive(
+                SERVER, tuple((count, bits) for bits in step.opened_bits)
+            )
+            openings = np.empty((act.masks, count), kernels.ring_dtype(step.ring))
+            for line, received in zip(openings, parts, strict=True):
+                line[:] = received
+            half = np.empty(count, dtype=np.int64)
+            kernels.polynomial_share(
+                openings,
+                material.values[number],
+                widths=tables.widths,
+                degrees=tables.degrees,
+                public=public,
+                constant=0,
+                start=chunk.start * elements,
+                step=act.drop - act.kept,
+                out=half,
+            )
+            yield send(SERVER, half, act.sent_bits)
+    return material.output
+
+
+# ---------------------------------------------------------------- what it costs
+
+
+def message_sizes(plan: Plan, *, batch: int) -> list[tuple[str, int]]:
+    """Sender and payload bytes of every online message, in order.
+
+    The same counts that the generators send, without an inference.
+    """
+    first = plan.sources[INPUT]
+    sizes = [(CLIENT, packed_bytes(batch * first.elements, first.ring))]
+    for number, step in enumerate(plan.steps):
+        counts = [(c.stop - c.start) * plan.elements(number) for c in chunks(batch)]
+        sizes += [
+            (SERVER, sum(packed_bytes(count, bits) for bits in step.opened_bits))
+            for count in counts
+        ]
+        sizes += [
+            (CLIENT, packed_bytes(count, step.activation.sent_bits)) for count in counts
+        ]
+    last = batch * plan.elements(len(plan.steps))
+    return [*sizes, (SERVER, packed_bytes(last, plan.output.ring))]
+
+
+def online_bytes(plan: Plan, *, batch: int = 1) -> tuple[int, int]:
+    """Online payload bytes that server and client send, frame headers excluded."""
+    sizes = message_sizes(plan, batch=batch)
+    down, up = (
+        sum(size for sender, size in sizes if sender == party)
+        for party in (SERVER, CLIENT)
+    )
+    return down, up

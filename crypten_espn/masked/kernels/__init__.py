@@ -1,0 +1,34 @@
+"""Integer kernels of the masked engine: convolution and polynomial passes.
+
+Every kernel is exact modulo 2**32 (int32 arrays) or 2**64 (int64 arrays), runs on one
+thread, and releases the GIL. Before compiled code touches memory, its caller here
+compares the shapes of everything it gets, once per call.
+"""
+
+from .activation import (
+    add_linear,
+    deal_polynomial,
+    polynomial_share,
+    shifted_openings,
+    truncate,
+)
+from .convolution import PIXELS, VECTOR, convolve, pad, pool_sum, windows
+from .ring import centred, reduce_ring, ring_dtype, ring_mask
+
+__all__ = [
+    "PIXELS",
+    "VECTOR",
+    "add_linear",
+    "centred",
+    "convolve",
+    "deal_polynomial",
+    "pad",
+    "polynomial_share",
+    "pool_sum",
+    "reduce_ring",
+    "ring_dtype",
+    "ring_mask",
+    "shifted_openings",
+    "truncate",
+    "windows",
+]

@@ -1,0 +1,73 @@
+"""What a party's part of a protocol asks its driver to do.
+
+A protocol is written as one generator for each party, without sockets: it yields what
+it sends and what it waits for, and `drivers` decides where messages travel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+
+from ..wire.packing import packed_bytes
+
+SERVER, CLIENT, DEALER = "server", "client", "dealer"
+
+
+@dataclass(frozen=True)
+class Send:
+    """One message of ring elements; each part is an array and the bits of its ring."""
+
+    to: str
+    parts: tuple[tuple[np.ndarray, int], ...]
+
+    @property
+    def payload(self) -> int:
+        return sum(packed_bytes(array.size, bits) for array, bits in self.parts)
+
+
+@dataclass(frozen=True)
+class Receive:
+    """Wait for one message; each part is a number of elements and their bits.
+
+    The driver answers with the parts' elements, flat.
+    """
+
+    of: str
+    parts: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class Tell:
+    """Tell the other party 32 bytes that it compares with its own."""
+
+    to: str
+    digest: bytes
+
+
+@dataclass(frozen=True)
+class Compare:
+    """Wait for what the other party tells; other bytes end in a MaterialError."""
+
+    of: str
+    digest: bytes
+
+
+Event = Send | Receive | Tell | Compare
+
+
+T = TypeVar("T")
+Protocol = Generator[Event, Any, T]
+
+
+def send(to: str, array: np.ndarray, bits: int) -> Send:
+    """A message of one part."""
+    return Send(to, ((array, bits),))
+
+
+def receive(of: str, count: int, bits: int) -> Receive:
+    """Wait for a message of one part."""
+    return Receive(of, ((count, bits),))

@@ -1,0 +1,187 @@
+"""Writes the plan of a cut network at its scales."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import numpy as np
+
+from ...errors import PlanError
+from ..checks import VERSION
+from ..linear import Add, Concat, Conv, Expression, Flatten, Pad, Pool, Read, Scale
+from ..model import PartReport, PlanReport
+from ..plan import INPUT, Plan
+from ..steps import VALUE_RING, Activation, Input, Output, Step
+from ..weights import Quantisation
+from .coins import largest_deviation
+from .layers import Layer
+from .precision import shifted
+from .scales import NarrowError, Scales, Unit
+
+# The noise on the logits is 1 to 2 times so many standard deviations of what coins do
+# to the logit that they move most.
+_NOISE = 4.2
+# A bias has to be a whole number that float64 and int64 hold.
+_MAX_BIAS = 2.0**62
+
+
+class Builder:
+    """Writes the plan of a cut network."""
+
+    def __init__(self, scales: Scales) -> None:
+        self.scales = scales
+        self.network = scales.network
+        self.weights: list[Quantisation] = []
+
+    # -- expressions
+
+    def write(self, name: str, unit: Unit) -> Expression:
+        """The expression whose integers stand for the value in the given unit."""
+        layer = self.network.layers[name]
+        if name in self.scales.source_of:
+            source = self.scales.source_of[name]
+            multiplier = round(unit.factor / 2.0 ** self.scales.frac_bits[source])
+            return Read(source, multiplier)
+        if layer.weighted:
+            return self._write_weighted(layer, unit)
+        finer = Unit(unit.bits, unit.ratio / self.scales.divisor(layer))
+        children = tuple(self.write(child, finer) for child in layer.inputs)
+        if layer.kind == "pool":
+            here = layer.pool_windows(self.network.layers[layer.inputs[0]].shape)
+            return Pool(children[0], here.kernel, here.stride, here.pads)
+        if layer.kind == "scale":
+            assert layer.factors is not None
+            rows = layer.factors.integers.tolist()
+            return Scale(children[0], tuple(map(tuple, rows)))
+        if layer.kind == "pad":
+            assert layer.windows is not None
+            return Pad(children[0], layer.windows.pads)
+        if layer.kind == "flatten":
+            return Flatten(children[0])
+        return Add(children) if layer.kind == "add" else Concat(children)
+
+    def _write_weighted(self, layer: Layer, unit: Unit) -> Expression:
+        below = self.scales.unit(layer.inputs[0])
+        child = self.write(layer.inputs[0], below)
+        weight = self.network.parameters[layer.weight]
+        factor = unit.factor / below.factor
+        if layer.bias:
+            bias = float(np.abs(self.network.parameters[layer.bias]).max())
+            if bias * unit.factor >= _MAX_BIAS:
+                raise NarrowError(
+                    f"{layer.title}: a bias of {bias:.4g}, {unit.factor:.4g} units of "
+                    f"its ring of {self.scales.ring} each, does not fit 62 bits."
+                )
+        number = len(self.weights)
+        self.weights.append(
+            Quantisation(layer.title, layer.weight, layer.bias, factor, unit.factor)
+        )
+        if layer.windows is None:
+            return Conv(child, number, len(weight))
+        here = layer.windows
+        return Conv(
+            child,
+            number,
+            len(weight),
+            here.kernel,
+            here.stride,
+            here.dilation,
+            here.pads,
+            here.groups,
+        )
+
+    # -- the polynomial
+
+    def activation(self, index: int) -> Activation:
+        """What follows part `index`.
+
+        Raises: NarrowError if its values do not fit.
+        """
+        scales = self.scales
+        layer = scales.activation(index)
+        assert layer is not None and layer.polynomial is not None
+        polynomial = layer.polynomial
+        frac_bits = scales.frac_bits[index + 1]
+        value_frac_bits = frac_bits + scales.drop
+        found = scales.truncations(layer.name, frac_bits)
+        assert found is not None
+        largest = scales.largest_source(layer.name)
+        if largest * 2.0**value_frac_bits >= 2.0 ** (VALUE_RING - 2):
+            raise NarrowError(
+                f"{layer.title}: the polynomial reaches {largest:.4g}, too large at "
+                f"{value_frac_bits} fractional bits in a ring of {VALUE_RING}."
+            )
+        return Activation(
+            found.linear,
+            found.groups,
+            shifted(polynomial.numerators[0], value_frac_bits - polynomial.frac_bits),
+            scales.drop,
+            frac_bits,
+        )
+
+    # -- the whole plan
+
+    def build(self) -> tuple[Plan, PlanReport]:
+        """The plan and what its owner may know beside.
+
+        Raises: PlanError naming the layer that does not fit, or whose shape the plan
+            would not compute.
+        """
+        scales, ends = self.scales, self.scales.ends
+        roots = [
+            self.write(end, Unit(scales.scales[index]))
+            for index, end in enumerate(ends)
+        ]
+        coins, error = scales.logits_error(self.weights)
+        deviation, noise_bits = largest_deviation(scales), 0
+        if deviation > 0:
+            bits = math.log2(_NOISE * deviation) + scales.scales[-1]
+            noise_bits = max(0, math.ceil(bits))
+            error = math.hypot(error, 2.0 ** (noise_bits - scales.scales[-1]) / 12**0.5)
+        steps = tuple(
+            Step(root, scales.ring, scales.scales[index], self.activation(index))
+            for index, root in enumerate(roots[:-1])
+        )
+        taken = Input(
+            tuple(self.network.layers[self.network.input].shape),
+            scales.ring,
+            scales.frac_bits[INPUT],
+            scales.largest_source(self.network.input),
+        )
+        output = Output(roots[-1], scales.ring, scales.scales[-1], noise_bits)
+        try:
+            plan = Plan(VERSION, taken, steps, output)
+        except PlanError as error_:
+            raise PlanError(self._named(str(error_))) from None
+        self._compare_shapes(plan)
+        parts = tuple(
+            PartReport(
+                scales.title(index),
+                scales.bounds[index],
+                self.network.layers[end].largest,
+                scales.part_error(index, self.weights),
+            )
+            for index, end in enumerate(ends)
+        )
+        inputs = scales.calibration.inputs
+        return plan, PlanReport(parts, tuple(self.weights), error, coins, inputs)
+
+    def _named(self, text: str) -> str:
+        """A plan's complaint with the layer's name for the step's number."""
+        found = re.match(r"step (\d+)(?=:)", text)
+        if found is None:
+            return text
+        return self.scales.title(int(found[1])) + text[found.end() :]
+
+    def _compare_shapes(self, plan: Plan) -> None:
+        """What the plan computes has the shapes that calibration saw."""
+        shapes = (*plan.shapes[1:], plan.logits_shape)
+        for index, (end, shape) in enumerate(
+            zip(self.scales.ends, shapes, strict=True)
+        ):
+            if self.network.hwc(end) != shape:
+                raise PlanError(
+                    f"{self.scales.title(index)}: the plan computes values of shape "
+                    f"{shape}, the network {self.network.hwc(end)}."
+                )

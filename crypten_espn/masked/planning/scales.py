@@ -1,0 +1,417 @@
+"""Chooses the scale of every value of a cut network.
+
+Each linear part gets the scale its largest value allows; the bits are split between
+weights and activations where rounded weights, rounded activations and the polynomial's
+own truncations together move the output least.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ...errors import PlanError
+from ..checks import MAX_OPERATIONS
+from ..plan import INPUT
+from ..steps import VALUE_RING
+from ..weights import Quantisation
+from .calibration import Calibration
+from .layers import RESCALED, Layer
+from .precision import Truncations, choose_truncations
+
+FRAC_BITS = range(2, 31)
+# The fractional bits of a linear part, and the bits of a layer's largest weight, below
+# which a plan is refused.
+LEAST_SCALE = 12
+LEAST_WEIGHT_BITS = 3
+# A public multiplier is rounded to a whole number; further off than this it is refused.
+_MULTIPLIER_ERROR = 2.0**-7
+
+
+class NarrowError(PlanError):
+    """A network that has no plan in this ring, but may have one in a wider."""
+
+
+@dataclass(frozen=True)
+class Natural:
+    """The unit of a public value whose sources are read by whole multipliers.
+
+    Integers stand for real * ratio * 2**max(frac_bits[s] + offsets[s]).
+
+    Args:
+        ratio: odd; of pools whose windows are no powers of two.
+        offsets: bits by source, of windows that are.
+    """
+
+    ratio: int
+    offsets: dict[int, int]
+
+    def bits(self, frac_bits: Sequence[int]) -> int:
+        return max(frac_bits[s] + offset for s, offset in self.offsets.items())
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Integers stand for real * 2**bits * ratio."""
+
+    bits: int
+    ratio: float = 1.0
+
+    @property
+    def factor(self) -> float:
+        return 2.0**self.bits * self.ratio
+
+
+@dataclass(frozen=True)
+class _Weighing:
+    """A layer with weights as a part reads it.
+
+    Args:
+        layer: which.
+        part: the number of the part it belongs to.
+        divisor: what pools above it divide by, up to the part's end.
+        below: the unit of its input.
+        largest: of its weights' magnitudes.
+    """
+
+    layer: Layer
+    part: int
+    divisor: int
+    below: Natural
+    largest: float
+
+
+@dataclass(frozen=True)
+class _Public:
+    """A source that reaches a part's end without a weight; divisor as above."""
+
+    part: int
+    divisor: int
+
+
+@dataclass
+class _Readings:
+    """Where a part reads sources: through weights, and without."""
+
+    weighings: list[_Weighing] = field(default_factory=list)
+    public: dict[int, list[_Public]] = field(default_factory=dict)
+
+
+class Scales:
+    """The scales of a cut network.
+
+    Attributes:
+        source_of: numbers of the input and the activations, by name.
+        ends: names of the values that end the linear parts.
+        bounds, scales: by part: the largest |z| allowed for, and z's fractional bits.
+        frac_bits: by source.
+
+    Raises: NarrowError naming the layer whose values or weights do not fit the ring.
+    """
+
+    def __init__(self, calibration: Calibration, *, ring: int, headroom: float) -> None:
+        self.calibration = calibration
+        self.network = network = calibration.network
+        self.ring = ring
+        self.headroom = headroom
+        # x = D + t must hold in the linear ring: 64 - drop = ring.
+        self.drop = VALUE_RING - ring
+        self.source_of = {network.input: INPUT}
+        self.ends = network.ends
+        for name in network.order:
+            if network.layers[name].kind == "activation":
+                self.source_of[name] = len(self.source_of)
+        self._names = list(self.source_of)
+        self._naturals: dict[str, Natural] = {}
+        self._found: dict[tuple[str, int], Truncations | None] = {}
+        self.bounds = [self._bound(i) for i in range(len(self.ends))]
+        self.scales = [self._scale(i) for i in range(len(self.ends))]
+        self.readings = _Readings()
+        self._visits = 0
+        for index, end in enumerate(self.ends):
+            self._visit(end, index, 1)
+        self.frac_bits = [FRAC_BITS[0]] * len(self._names)
+        # Sources that one layer reads together share its scale: choose, then once more
+        # knowing what the others chose.
+        for _ in range(2):
+            for name in self._names:
+                self.frac_bits[self.source_of[name]] = self._choose(name)
+
+    # -- what is where
+
+    def activation(self, index: int) -> Layer | None:
+        """The activation after part `index`; None after the last."""
+        if index + 1 >= len(self._names):
+            return None
+        return self.network.layers[self._names[index + 1]]
+
+    def title(self, index: int) -> str:
+        """The name of part `index`."""
+        act = self.activation(index)
+        return "output" if act is None else act.title
+
+    def divisor(self, layer: Layer) -> int:
+        """What a pool or a scale divides by; 1 for other layers."""
+        if layer.kind not in ("pool", "scale"):
+            return 1
+        return layer.divisor(self.network.layers[layer.inputs[0]].shape)
+
+    def natural(self, name: str) -> Natural:
+        """The unit of a public value."""
+        if name not in self._naturals:
+            self._naturals[name] = self._natural(name)
+        return self._naturals[name]
+
+    def _natural(self, name: str) -> Natural:
+        if name in self.source_of:
+            return Natural(1, {self.source_of[name]: 0})
+        layer = self.network.layers[name]
+        below = [self.natural(child) for child in layer.inputs]
+        divisor = self.divisor(layer)
+        twos = (divisor & -divisor).bit_length() - 1
+        offsets: dict[int, int] = {}
+        for child in below:
+            for source, offset in child.offsets.items():
+                offsets[source] = max(offset + twos, offsets.get(source, 0))
+        ratio = math.lcm(*(child.ratio for child in below)) * (divisor >> twos)
+        return Natural(ratio, offsets)
+
+    def unit(self, name: str) -> Unit:
+        """The natural unit of a public value at the chosen scales."""
+        found = self.natural(name)
+        return Unit(found.bits(self.frac_bits), found.ratio)
+
+    def _visit(self, name: str, index: int, divisor: int) -> None:
+        self._visits += 1
+        if self._visits > MAX_OPERATIONS:
+            raise PlanError(
+                f"{self.title(index)}: a linear part of more than {MAX_OPERATIONS:,} "
+                "operations. Sums of sums are written out; put an activation between."
+            )
+        if name in self.source_of:
+            found = self.readings.public.setdefault(self.source_of[name], [])
+            found.append(_Public(index, divisor))
+            return
+        layer = self.network.layers[name]
+        if layer.weighted:
+            below = self.natural(layer.inputs[0])
+            largest = float(np.abs(self.network.parameters[layer.weight]).max())
+            weighing = _Weighing(layer, index, divisor, below, largest)
+            self.readings.weighings.append(weighing)
+            return
+        for child in layer.inputs:
+            self._visit(child, index, divisor * self.divisor(layer))
+
+    # -- parts
+
+    def _bound(self, index: int) -> float:
+        """Headroom times the largest value seen, and at least the interval."""
+        seen = self.network.layers[self.ends[index]].largest
+        act = self.activation(index)
+        bound = self.headroom * seen
+        if (
+            act is not None
+            and act.polynomial is not None
+            and not act.name.endswith(RESCALED)
+        ):
+            bound = max(bound, 1.25 * max(map(abs, act.polynomial.interval)))
+        return max(bound, 2.0**-4)
+
+    def _scale(self, index: int) -> int:
+        scale = math.floor(self.ring - 2 - math.log2(self.bounds[index]))
+        if scale < LEAST_SCALE:
+            raise NarrowError(
+                f"{self.title(index)}: values up to {self.bounds[index]:.4g} leave "
+                f"{scale} fractional bits in a ring of {self.ring}; at least "
+                f"{LEAST_SCALE} are needed."
+            )
+        return scale
+
+    # -- sources
+
+    def _choose(self, name: str) -> int:
+        """The bits at which the output is moved least, over all readers."""
+        source = self.source_of[name]
+        weighings = [
+            (one, self._others(one.below, source))
+            for one in self.readings.weighings
+            if source in one.below.offsets
+        ]
+        public = self.readings.public.get(source, [])
+        best, best_error = 0, math.inf
+        largest = self.largest_source(name)
+        layer = self.network.layers[name]
+        why = f"values up to {largest:.4g} do not fit a ring of {self.ring}."
+        for bits in FRAC_BITS:
+            if largest * 2.0**bits >= 2.0 ** (self.ring - 2):
+                break
+            error = self._own_error(layer, bits)
+            if error is None:
+                why = (
+                    "a coefficient of its polynomial rounds to 0 in a ring of "
+                    f"{self.ring}."
+                )
+                continue
+            for one, others in weighings:
+                shared = max(others, bits + one.below.offsets[source])
+                factor = self._weight_factor(one, shared)
+                if not self._holds(one, factor):
+                    why = self._lost(one, factor, layer)
+                    error = math.inf
+                    break
+                error += one.layer.weight_effect / factor**2 / 12
+            for reader in public:
+                off = self._multiplier_error(reader, bits)
+                if off > _MULTIPLIER_ERROR:
+                    why = (
+                        f"its scale cannot be brought to that of "
+                        f"{self.title(reader.part)} in a ring of {self.ring}."
+                    )
+                    error = math.inf
+                    break
+                error += self.calibration.factor_error(layer, off)
+            if error < best_error:
+                best, best_error = bits, error
+        if best == 0:
+            raise NarrowError(why if ": " in why else f"{layer.title}: {why}")
+        return best
+
+    def _others(self, below: Natural, source: int) -> int:
+        rest = {s: o for s, o in below.offsets.items() if s != source}
+        return max((self.frac_bits[s] + o for s, o in rest.items()), default=0)
+
+    def _own_error(self, layer: Layer, bits: int) -> float | None:
+        """What a source's own rounding does to the outputs."""
+        if layer.polynomial is None:
+            return self.calibration.input_error(bits)
+        found = self.truncations(layer.name, bits)
+        if found is None:
+            return None
+        rounding = layer.effect.rounding * 2.0 ** (-2 * bits) / 6
+        return rounding + found.by_coins + found.by_coefficients
+
+    def _weight_factor(self, one: _Weighing, bits: int) -> float:
+        """Integers are round(weight * factor) when the layer's input has these bits."""
+        ratio = one.divisor * one.below.ratio
+        return 2.0 ** (self.scales[one.part] - bits) / ratio
+
+    def _holds(self, one: _Weighing, factor: float) -> bool:
+        """Whether a layer's weights survive their rounding and fit the ring."""
+        most = one.largest * factor
+        return most == 0 or 2.0**LEAST_WEIGHT_BITS <= most < 2.0 ** (self.ring - 1)
+
+    def _lost(self, one: _Weighing, factor: float, source: Layer) -> str:
+        bits = math.log2(one.largest * factor)
+        return (
+            f"{one.layer.title}: its largest weight, {one.largest:.4g}, would have "
+            f"{bits:.0f} bits in a ring of {self.ring}, {LEAST_WEIGHT_BITS} to "
+            f"{self.ring - 2} are possible; it reads {source.title}, values up to "
+            f"{self.largest_source(source.name):.4g}."
+        )
+
+    def _multiplier_error(self, reader: _Public, bits: int) -> float:
+        """How far a public multiplier is off, relatively, when it is rounded."""
+        exact = 2.0 ** (self.scales[reader.part] - bits) / reader.divisor
+        whole = round(exact)
+        if not 1 <= whole < 2 ** (self.ring - 1):
+            return math.inf
+        return abs(whole / exact - 1)
+
+    def truncations(self, name: str, bits: int) -> Truncations | None:
+        """An activation's truncations if its result keeps `bits`; None if it cannot."""
+        key = (name, bits)
+        if key not in self._found:
+            layer = self.network.layers[name]
+            part = self.source_of[name] - 1
+            assert layer.polynomial is not None
+            self._found[key] = choose_truncations(
+                layer.polynomial,
+                ring=self.ring,
+                frac_bits=self.scales[part],
+                result_bits=bits,
+                value_frac_bits=bits + self.drop,
+                effect=layer.effect,
+            )
+        return self._found[key]
+
+    def largest_source(self, name: str) -> float:
+        """What a source may reach when its polynomial's input reaches its bound."""
+        layer = self.network.layers[name]
+        if layer.kind == "input":
+            # Public, so rounded up: the largest image is nobody's business.
+            return 2.0 ** math.ceil(math.log2(self.headroom * max(layer.largest, 0.5)))
+        assert layer.polynomial is not None
+        bound = self.bounds[self.source_of[name] - 1]
+        grid = np.linspace(-bound, bound, 2001)
+        values = np.polynomial.polynomial.polyval(grid, layer.polynomial.coeffs)
+        return float(np.abs(values).max()) * 1.01 + 0.01
+
+    # -- what is left of precision
+
+    def part_error(self, index: int, weights: Sequence[Quantisation]) -> float:
+        """Standard deviation of z's error by this part's own roundings.
+
+        Args:
+            weights: as written, in the order of `readings.weighings`.
+        """
+        variance = 0.0
+        for one, known in zip(self.readings.weighings, weights, strict=True):
+            if one.part != index:
+                continue
+            weight = self.network.parameters[one.layer.weight].astype(np.float64)
+            filters = weight.shape[0]
+            square = self.network.layers[one.layer.inputs[0]].mean_square
+            off = square * weight.size / filters * _rounded_off(weight, known.factor)
+            least = min(self.frac_bits[s] for s in one.below.offsets)
+            off += float(np.square(weight).sum()) / filters * 2.0 ** (-2 * least) / 6
+            variance += off / one.divisor
+        for source, readers in self.readings.public.items():
+            mine = sum(1 for reader in readers if reader.part == index)
+            variance += mine * 2.0 ** (-2 * self.frac_bits[source]) / 6
+        return math.sqrt(variance)
+
+    def logits_error(self, weights: Sequence[Quantisation]) -> tuple[float, float]:
+        """Standard deviation of a logit's error: by coins alone, and by all roundings.
+
+        Effects count all logits together; this is the mean over logits and calibration
+        inputs. The server's noise is not in it.
+        """
+        by_source = list(self._source_errors())
+        coins = sum(one[0] for one in by_source)
+        other = sum(one[1] for one in by_source)
+        for one, known in zip(self.readings.weighings, weights, strict=True):
+            weight = self.network.parameters[one.layer.weight].astype(np.float64)
+            other += one.layer.weight_effect * _rounded_off(weight, known.factor)
+        outputs = self.calibration.outputs
+        coins, other = coins / outputs, other / outputs
+        scale = self.scales[-1]
+        # z is rounded to its unit, and the decoded logits to float32.
+        output = self.network.layers[self.network.output]
+        other += 2.0 ** (-2 * scale) / 12 + output.mean_square * 2.0**-50
+        return math.sqrt(coins), math.sqrt(coins + other)
+
+    def _source_errors(self) -> Iterator[tuple[float, float]]:
+        """By source: what its coins do to all outputs, and what its roundings do."""
+        for name, source in self.source_of.items():
+            layer, bits = self.network.layers[name], self.frac_bits[source]
+            off = sum(
+                self.calibration.factor_error(
+                    layer, self._multiplier_error(reader, bits)
+                )
+                for reader in self.readings.public.get(source, [])
+            )
+            if layer.polynomial is None:
+                yield 0.0, off + self.calibration.input_error(bits)
+                continue
+            found = self.truncations(name, bits)
+            assert found is not None
+            rounding = layer.effect.rounding * 2.0 ** (-2 * bits) / 6
+            yield rounding + found.by_coins, off + found.by_coefficients
+
+
+def _rounded_off(weight: np.ndarray, factor: float) -> float:
+    """Mean square of what rounding takes from a layer's weights."""
+    return float(np.square(np.rint(weight * factor) / factor - weight).mean())

@@ -1,0 +1,154 @@
+"""Both parties' part of the offline phase, before an input exists.
+
+Once a session the server sends W - B, its weights under a mask. For each inference the
+client computes (W-B)*t + (public paths of t) + G, its half of every opening, and sends
+it; the server adds what the dealer sent, its bias and 2**(m-2). What is left online is
+W*D.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from ..randomness import Keystream
+from . import kernels
+from .linear import Operands, accumulate
+from .material import (
+    ClientMaterial,
+    Pairing,
+    ServerMaterial,
+    client_draws,
+    client_input_mask,
+    draw,
+    inference_seeds,
+    server_draws,
+    source_mask,
+    weight_masks,
+    with_mask,
+)
+from .messages import CLIENT, DEALER, SERVER, Protocol, Receive, receive, send
+from .plan import Plan, part_shape
+from .steps import Step
+from .weights import Weights
+
+
+class ServerPreparation:
+    """The server's side, for one session.
+
+    Args:
+        plan, weights: the model.
+        seed: the server's session seed from the dealer.
+    """
+
+    def __init__(self, plan: Plan, weights: Weights, seed: bytes) -> None:
+        self.plan = plan
+        self._weights = weights
+        self._masks = weight_masks(plan, seed)
+        self._ratchet = inference_seeds(seed)
+        self._biases = [self._bias(number) for number in range(len(plan.parts))]
+
+    def _bias(self, number: int) -> np.ndarray:
+        """A part's value for zero sources, plus 2**(m-2) where it is opened."""
+        plan, part = self.plan, self.plan.parts[number]
+        out = np.zeros(
+            (1, *part_shape(plan, number)), dtype=kernels.ring_dtype(part.ring)
+        )
+        accumulate(part.root, Operands(plan.shapes, biases=self._weights.biases), out)
+        if isinstance(part, Step):
+            out += out.dtype.type(1 << (part.ring - 2))
+        return out
+
+    def open_weights(self) -> Protocol[None]:
+        """Send W - B to the client.
+
+        Cost: one message a layer, one ring element a weight; once a session.
+        """
+        masks, self._masks = self._masks, []
+        for shape, integers, mask in zip(
+            self.plan.weights, self._weights.integers, masks, strict=True
+        ):
+            yield send(CLIENT, integers - mask, shape.ring)
+
+    def prepare(self, pairing: Pairing) -> Protocol[ServerMaterial]:
+        """Make one inference's material; indices rise from call to call.
+
+        Cost: receives the dealer's message and the client's half for each part.
+        """
+        plan, batch = self.plan, pairing.batch
+        seed = self._ratchet.take(pairing.index)
+        material = ServerMaterial(pairing, [], [], [])
+        for number, part in enumerate(plan.parts):
+            count = batch * plan.elements(number)
+            shape = (batch, *part_shape(plan, number))
+            if isinstance(part, Step):
+                values = 2 * part.activation.values * count
+                parts = ((count, part.ring), (values, 64))
+                given, dealt = yield Receive(DEALER, parts)
+                (half,) = yield receive(CLIENT, count, part.ring)
+                material.values.append(dealt.reshape(2, -1, count))
+                total = given + half
+            else:
+                (total,) = yield receive(DEALER, count, part.ring)
+            material.linear.append(total.reshape(shape) + self._biases[number])
+        material.deltas.extend(server_draws(plan, seed, batch))
+        material.linear[-1] += _noise(plan, material.linear[-1])
+        return material
+
+
+def _noise(plan: Plan, like: np.ndarray) -> np.ndarray:
+    """Uniform below 2**d around zero, from a fresh seed that nobody else knows."""
+    bits = plan.output.noise_bits
+    if bits == 0:
+        return np.zeros_like(like)
+    drawn = draw(Keystream(), like.shape, bits=bits).astype(like.dtype, copy=False)
+    return drawn - like.dtype.type(1 << (bits - 1))
+
+
+class ClientPreparation:
+    """The client's side, for one session.
+
+    Args:
+        plan: the plan.
+        seed: the client's session seed from the dealer.
+    """
+
+    def __init__(self, plan: Plan, seed: bytes) -> None:
+        self.plan = plan
+        self._ratchet = inference_seeds(seed)
+        self._opened: list[np.ndarray] = []
+
+    def open_weights(self) -> Protocol[None]:
+        """Receive W - B from the server, once a session."""
+        for shape in self.plan.weights:
+            layout = shape.kernel_layout
+            (flat,) = yield receive(SERVER, math.prod(layout), shape.ring)
+            self._opened.append(flat.reshape(layout))
+
+    def prepare(self, pairing: Pairing) -> Protocol[ClientMaterial]:
+        """Make one inference's material; indices rise from call to call.
+
+        Cost: sends one message for each step, m bits an activation.
+        """
+        plan, batch = self.plan, pairing.batch
+        seed = self._ratchet.take(pairing.index)
+        mask = client_input_mask(plan, seed, batch)
+        sources = {0: mask}
+        values: list[np.ndarray] = []
+        draws = zip(plan.parts, client_draws(plan, seed, batch), strict=True)
+        total = np.empty(0)
+        for number, (part, drawn) in enumerate(draws):
+            total = drawn.linear
+            operands = Operands(plan.shapes, sources, self._opened)
+            accumulate(part.root, operands, total)
+            if isinstance(part, Step):
+                assert drawn.hidden is not None
+                sources[number + 1] = source_mask(
+                    drawn.hidden, total.shape, part.activation.ring
+                )
+                values.append(with_mask(part, drawn))
+                for dead in plan.last_reads[number]:
+                    del sources[dead]
+                yield send(SERVER, total, part.ring)
+        return ClientMaterial(pairing, mask, values, total, seed)

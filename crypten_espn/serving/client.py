@@ -1,0 +1,298 @@
+"""The client: owns the input, prepares with a server and learns the logits."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+from ..compiled import heat
+from ..cost import Cost
+from ..errors import EspnError, MaterialError
+from ..masked.drivers import over
+from ..masked.inference import chunks
+from ..masked.inference import client as inference
+from ..masked.material import ClientMaterial, Pairing
+from ..masked.plan import Plan
+from ..wire.channel import Channel
+from ..wire.tls import TLS
+from .boundary import session_tag, telling
+from .link import Limits, Link, one_link
+from .messages import (
+    GREETING,
+    Accepted,
+    Goodbye,
+    Hello,
+    Prepare,
+    Prepared,
+    Welcome,
+    hear,
+    receive_plan,
+    tell,
+)
+from .preparing import ClientDealing, reach
+from .stock import WINDOW, Stock, stored_session
+
+log = logging.getLogger(__name__)
+
+
+class Client:
+    """A connection to a served model; see `connect`.
+
+    Args:
+        address: "host:port" of the server.
+        link: how to reach it and the dealer, and where material is kept.
+        plan: the plan the server must have; None accepts the one it sends.
+
+    Attributes:
+        plan: the public plan, received from the server.
+        session: as both parties and the dealer call it, None before anything was
+            prepared; whoever knows it can take part in it.
+        online, offline: this side's cost so far.
+    """
+
+    def __init__(self, address: str, link: Link, *, plan: Plan | None = None) -> None:
+        self.online = self.offline = Cost()
+        self._address, self._link = address, link
+        self._folder = None if link.directory is None else Path(link.directory)
+        self._others: list[Channel] = []
+        self._lock = threading.Lock()
+        self._dealing: ClientDealing | None = None
+        self._following = 0
+        # Its session first: the server must have the same one.
+        self.session: str | None = None
+        if self._folder is not None:
+            self.session, self._following = stored_session(self._folder)
+        heat()  # before anyone's time-out runs
+        self._channel = reach(address, link, role="client", peer_role="server")
+        with telling(self._channel):
+            self.plan, following = self._greet(self._channel, plan)
+            self._stock = Stock(ClientMaterial, "client", self.plan, b"")
+            if self._folder is not None and self.session is not None:
+                self._stock.open(self._folder, session=self.session)
+                self._stock.compare(following)
+
+    def _greet(self, channel: Channel, plan: Plan | None) -> tuple[Plan, int]:
+        """Say who this is; the server's plan, and its next index."""
+        channel.pace()
+        channel.handshake(digest=GREETING)
+        tell(channel, Hello(session=self.session, next_index=self._following))
+        welcome = hear(channel, Welcome)
+        theirs = receive_plan(channel, limit=Limits().plan_bytes)
+        channel.handshake(digest=(plan or theirs).digest)
+        return theirs, welcome.next_index
+
+    @property
+    def remaining(self) -> int:
+        """Inferences prepared and not used."""
+        return self._stock.remaining
+
+    def prepare(self, count: int = 1, *, batch: int = 1) -> None:
+        """Prepare inferences with the server and the dealer, before inputs exist.
+
+        Args:
+            count: how many inferences.
+            batch: inputs in each.
+
+        Cost: offline, this side sends m bits per activation and inference, and receives
+            one ring element per weight, once a session.
+
+        Raises:
+            MaterialError: a side knows no dealer, or unused material is in the way.
+            PeerError: a side is gone, or refuses so many.
+        """
+        if self._link.dealer is None:
+            raise MaterialError("No material is left and no dealer is known.")
+        channel, began = self._channel, time.perf_counter()
+        fresh = self._dealing is None
+        name = secrets.token_hex(16) if self._dealing is None else self._dealing.session
+        start = 0 if fresh else self._following
+        order = Prepare(session=name, start=start, count=count, batch=batch)
+        sent = channel.bytes_sent
+        pairing = Pairing(bytes.fromhex(name), start, batch)
+        adding = self._stock.adding(pairing, count=count, folder=self._folder)
+        with telling(channel), adding as added:
+            if self._dealing is None:
+                self._dealing = ClientDealing(self._link, name, self.plan)
+            dealing = self._dealing
+            with telling(dealing.channel):
+                tell(channel, order)
+                hear(channel, Accepted)
+                if fresh:
+                    dealing.begin(channel)
+                made = dealing.prepare(channel, start=start, count=count, batch=batch)
+                for material in made:
+                    added.add(material)
+                hear(channel, Prepared)
+        self.session, self._following = name, start + count
+        log.info(
+            "session %s: prepared %d inferences of batch %d",
+            session_tag(name),
+            count,
+            batch,
+        )
+        self.offline += Cost(
+            rounds=0,
+            bytes_sent=channel.bytes_sent - sent,
+            seconds=time.perf_counter() - began,
+        )
+
+    def predict(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits of a batch; the server learns neither input nor logits.
+
+        Args:
+            x: (batch, *input_shape), real numbers.
+
+        Returns: float32 (batch, *output_shape).
+
+        Cost: 1 message sent per layer of activations and 1 for the input; as many
+            received. Without prepared material the offline phase runs first.
+
+        Error: as the plan's table says; no truncation ever fails.
+
+        Raises:
+            ShapeError, RangeError: the input is none, before anything is sent.
+            MaterialError: as `prepare`, or the next material is for another batch.
+            PeerError: the server is gone or silent.
+        """
+        return self._predict(self._channel, x)
+
+    def predict_many(
+        self, inputs: Sequence[torch.Tensor], *, in_flight: int = 8
+    ) -> list[torch.Tensor]:
+        """`predict` for each input, several at once over as many connections.
+
+        A waiting link then does not idle either processor.
+
+        Args:
+            inputs: each (batch, *input_shape), the same batch.
+            in_flight: how many inferences at once, 1 to 64.
+
+        Returns: the logits in the order of the inputs.
+
+        Cost, Error, Raises: as `predict`, for each; nothing is sent unless every input
+            is valid.
+        """
+        if not 1 <= in_flight <= WINDOW:
+            raise ValueError(
+                f"in_flight={in_flight} was given; allowed are 1 to {WINDOW}"
+            )
+        for x in inputs:
+            self.plan.encode(x)
+        if not inputs:
+            return []
+        missing = len(inputs) - self.remaining
+        if missing > 0:
+            self.prepare(missing, batch=len(inputs[0]))
+        while len(self._others) < min(in_flight, len(inputs)) - 1:
+            self._others.append(self._another())
+        channels = [self._channel, *self._others][:in_flight]
+        results: list[torch.Tensor | None] = [None] * len(inputs)
+        failures: list[BaseException] = []
+        waiting = iter(range(len(inputs)))
+
+        def work(channel: Channel) -> None:
+            try:
+                while not failures:
+                    with self._lock:
+                        number = next(waiting, None)
+                    if number is None:
+                        return
+                    results[number] = self._predict(channel, inputs[number])
+            except BaseException as error:
+                failures.append(error)
+
+        threads = [
+            threading.Thread(target=work, args=(channel,)) for channel in channels
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if failures:
+            raise failures[0]
+        return [logits for logits in results if logits is not None]
+
+    def _another(self) -> Channel:
+        """One more connection to this session."""
+        channel = reach(self._address, self._link, role="client", peer_role="server")
+        with telling(channel):
+            self._greet(channel, self.plan)
+        return channel
+
+    def _predict(self, channel: Channel, x: torch.Tensor) -> torch.Tensor:
+        encoded = self.plan.encode(x)
+        batch = len(x)
+        if self.remaining == 0:
+            self.prepare(1, batch=batch)
+        material = self._stock.take_next(batch=batch)
+        sent, messages = channel.bytes_sent, channel.messages_sent
+        received = channel.messages_received
+        began = time.perf_counter()
+        with telling(channel):
+            channel.pace()
+            part = inference(self.plan, material, encoded)
+            z = over(part, {"server": channel}, tag=material.pairing.index)
+        seconds = time.perf_counter() - began
+        # Each way one message beside the layers', the input or the logits, and one to
+        # compare what was used. The chunks of a large batch travel at once.
+        layers = channel.messages_sent - messages + channel.messages_received - received
+        rounds = 2 + (layers - 4) // len(chunks(batch))
+        with self._lock:
+            self.online += Cost(rounds, channel.bytes_sent - sent, 0, seconds)
+        return self.plan.decode(z)
+
+    def close(self) -> None:
+        """Say goodbye and disconnect."""
+        for channel in (*self._others, self._channel):
+            with suppress(EspnError):
+                tell(channel, Goodbye())
+            channel.close()
+        if self._dealing is not None:
+            self._dealing.close()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def connect(
+    address: str,
+    *,
+    plan: Plan | None = None,
+    link: Link | None = None,
+    dealer: str | None = None,
+    directory: str | os.PathLike[str] | None = None,
+    tls: TLS | None = None,
+    timeout: float | None = None,
+    insecure: bool = False,
+) -> Client:
+    """Connect to a served model.
+
+    Args:
+        address: "host:port" of the server.
+        plan: the plan the server must have; None accepts the one it sends.
+        link: the next five as one object, instead of them.
+        dealer: "host:port" of the dealer.
+        directory: where to keep material; in memory if None.
+        tls: mutual TLS certificates, or None.
+        timeout: seconds the server may be silent.
+        insecure: allow addresses that others reach without TLS.
+
+    Raises:
+        PeerError: the server cannot be reached.
+        PlanMismatchError: on both sides, if it holds another plan.
+        MaterialError: stored material is not for it.
+    """
+    return Client(
+        address, one_link(link, dealer, directory, tls, timeout, insecure), plan=plan
+    )

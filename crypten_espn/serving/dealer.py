@@ -1,0 +1,288 @@
+"""The dealer's process: pairs a server with its client and deals for both."""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+
+from ..errors import MaterialError, PeerError, PlanError
+from ..masked.dealing import Dealing
+from ..masked.drivers import over
+from ..masked.kernels import ring_dtype
+from ..masked.plan import Plan
+from ..wire.channel import Channel
+from ..wire.tls import TLS
+from .boundary import session_tag, told
+from .host import Connection, Host
+from .link import Limits, Link, one_link
+from .messages import (
+    GREETING,
+    MESSAGE_BYTES,
+    Goodbye,
+    Join,
+    Joined,
+    Order,
+    Paired,
+    Seed,
+    hear,
+    receive_plan,
+    tell,
+)
+from .stock import material_bytes
+
+log = logging.getLogger(__name__)
+
+# How soon it is noticed that a waiting client has left.
+_GLANCE_S = 0.25
+
+
+class _Seat:
+    """A client that waits for its server, or whose material is being dealt."""
+
+    def __init__(self, join: Join, connection: Connection) -> None:
+        self.join = join
+        self.connection = connection
+        self.taken = False
+        self.over = threading.Event()
+        self.error: BaseException | None = None
+
+
+class DealerServer(Host):
+    """Deals correlated randomness to pairs of parties; see `deal`.
+
+    A client comes first and waits; its server finds it by the session's name, which
+    only these two know. A session has one of each: whoever else names it is refused,
+    and the pair that exists notices nothing.
+
+    Args:
+        address: "host:port" to listen on.
+        link: certificates and time-out; or `tls`, `timeout`, `insecure` apart.
+        limits: what it puts up with.
+        plans: digests of the plans it deals for; any plan if None.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        link: Link | None = None,
+        tls: TLS | None = None,
+        timeout: float | None = None,
+        insecure: bool = False,
+        limits: Limits | None = None,
+        plans: Collection[bytes] | None = None,
+    ) -> None:
+        super().__init__(
+            address,
+            role="dealer",
+            peer_roles=("server", "client"),
+            link=one_link(link, None, None, tls, timeout, insecure),
+            limits=Limits() if limits is None else limits,
+            log=log,
+        )
+        self._plans = plans
+        self._seats: dict[str, _Seat] = {}
+        self._held = 0
+
+    def answer(self, connection: Connection) -> None:
+        """Greet a party; a client then waits for its server, a server is dealt to."""
+        channel = connection.channel
+        party = channel.handshake(digest=GREETING)
+        join = hear(channel, Join)
+        channel.peer = f"the {party}"
+        self.greeted(connection)
+        if party == "client":
+            self._wait(join, connection)
+        else:
+            self._deal_to(join, channel)
+
+    def _wait(self, join: Join, connection: Connection) -> None:
+        seat = _Seat(join, connection)
+        with self._lock:
+            if join.session in self._seats:
+                raise PeerError("This session already has its client.")
+            waiting = [s for s in self._seats.values() if not s.taken]
+            if len(waiting) >= self.limits.waiting:
+                oldest = waiting[0]
+                self._remove(oldest)
+                oldest.connection.end(
+                    f"{self.limits.waiting} clients wait here for their servers; this "
+                    "one makes room for a newer one."
+                )
+            self._seats[join.session] = seat
+        try:
+            tell(connection.channel, Joined())
+            self._await_server(seat)
+            seat.over.wait()
+            if seat.error is not None:
+                raise PeerError(told(seat.error))
+        finally:
+            self._leave(seat)
+
+    def _await_server(self, seat: _Seat) -> None:
+        """Wait until the client's server has come.
+
+        Raises:
+            PeerError: it does not come in time, or the client leaves first.
+        """
+        limit, connection = self.limits.waiting_s, seat.connection
+        end = time.monotonic() + limit
+        while not connection.wake.wait(min(_GLANCE_S, end - time.monotonic())):
+            # The server's thread speaks to this client once it has taken the seat.
+            with self._lock:
+                if seat.taken or connection.ended is not None:
+                    break
+                left = not connection.channel.is_quiet()
+                if left or time.monotonic() >= end:
+                    self._remove(seat)
+                    raise PeerError(
+                        "The client left before its server came."
+                        if left
+                        else f"No server joined this client within {limit:g} s."
+                    )
+        if connection.ended is not None and not seat.taken:
+            raise PeerError(connection.ended)
+
+    def _deal_to(self, join: Join, channel: Channel) -> None:
+        with self._lock:
+            seat = self._seats.get(join.session)
+            if seat is None:
+                raise PeerError(
+                    "No client of this session waits here; the client joins first."
+                )
+            if seat.taken:
+                raise PeerError("This session already has its server and its client.")
+            seat.taken = True
+        seat.connection.wake.set()
+        try:
+            self._deal(join, channel, seat)
+        except BaseException as error:
+            seat.error = error
+            raise
+        finally:
+            self._leave(seat)
+            seat.over.set()
+
+    def _leave(self, seat: _Seat) -> None:
+        with self._lock:
+            self._remove(seat)
+
+    def _remove(self, seat: _Seat) -> None:
+        if self._seats.get(seat.join.session) is seat:
+            del self._seats[seat.join.session]
+
+    def _deal(self, join: Join, down: Channel, seat: _Seat) -> None:
+        """Deal what the server orders, until it says goodbye."""
+        if join.digest != seat.join.digest:
+            raise PlanError(
+                f"The parties' plans differ: the server's is {join.digest[:16]}, the "
+                f"client's {seat.join.digest[:16]}."
+            )
+        if self._plans is not None and bytes.fromhex(join.digest) not in self._plans:
+            raise PlanError(
+                f"This dealer does not deal for plan {join.digest[:16]}; it has a list "
+                "of plans it deals for."
+            )
+        tell(down, Paired())
+        plan = receive_plan(down, limit=self.limits.plan_bytes, digest=join.digest)
+        with self._holding(_mask_bytes(plan)):
+            self._deal_plan(plan, down, seat)
+
+    def _deal_plan(self, plan: Plan, down: Channel, seat: _Seat) -> None:
+        up, tag = seat.connection.channel, session_tag(seat.join.session)
+        dealing = Dealing(plan)
+        for mine, other, secret in ((down, up, 0), (up, down, 1)):
+            seed = dealing.seeds[secret].hex()
+            tell(mine, Seed(seed=seed, partner=other.fingerprint))
+        log.info("session %s: dealing for plan %s", tag, plan.digest.hex()[:16])
+        following = 0
+        while True:
+            down.wait(timeout=self.limits.idle_s, limit=MESSAGE_BYTES)
+            order = hear(down, Order, Goodbye)
+            if isinstance(order, Goodbye):
+                return
+            self._check(order, plan, following)
+            following = order.start + order.count
+            for index in range(order.start, following):
+                over(dealing.deal(index, order.batch), {"server": down}, tag=index)
+            log.info(
+                "session %s: dealt %d inferences of batch %d",
+                tag,
+                order.count,
+                order.batch,
+            )
+
+    @contextmanager
+    def _holding(self, size: int) -> Iterator[None]:
+        """Count the masks of a pair's weights among what is held for all pairs."""
+        with self._lock:
+            self.limits.check_bytes(size, held=self._held)
+            self._held += size
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._held -= size
+
+    def _check(self, order: Order, plan: Plan, following: int) -> None:
+        self.limits.check_order(start=order.start, count=order.count, batch=order.batch)
+        if order.start < following:
+            raise MaterialError(
+                f"Inference {order.start} was prepared before, and a mask is used "
+                f"once; go on from {following}, or start a new session."
+            )
+        self.limits.check_bytes(material_bytes(plan, "server", order.batch))
+
+
+def _mask_bytes(plan: Plan) -> int:
+    """Bytes of B, a mask for every weight."""
+    return sum(
+        math.prod(weight.kernel_layout) * np.dtype(ring_dtype(weight.ring)).itemsize
+        for weight in plan.weights
+    )
+
+
+def deal(
+    address: str,
+    *,
+    link: Link | None = None,
+    tls: TLS | None = None,
+    timeout: float | None = None,
+    insecure: bool = False,
+    limits: Limits | None = None,
+    plans: Collection[bytes] | None = None,
+) -> None:
+    """Be the dealer for any number of pairs until interrupted.
+
+    The dealer sees plans, and neither weights nor data. It must not collude with
+    either party: with one of them it could undo the other's masks.
+
+    Args:
+        address: "host:port" to listen on.
+        link: certificates and time-out as one object, instead of the next three.
+        tls: mutual TLS certificates.
+        timeout: seconds a party may be silent while something is under way.
+        insecure: allow an address that others reach without TLS; the seeds then travel
+            in the clear.
+        limits: what it puts up with; the defaults of `Limits` if None.
+        plans: digests of the plans it deals for; any plan if None.
+
+    Raises:
+        PeerError: the address cannot be used.
+    """
+    with DealerServer(
+        address,
+        link=link,
+        tls=tls,
+        timeout=timeout,
+        insecure=insecure,
+        limits=limits,
+        plans=plans,
+    ) as server:
+        server.run()

@@ -1,0 +1,125 @@
+"""What is told once to a party: how it reaches the others, and what it puts up with."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, fields
+
+from ..errors import PeerError
+from ..wire.tls import TLS
+
+TIMEOUT_S = 30.0
+
+
+@dataclass(frozen=True)
+class Link:
+    """How a party reaches the others and where it keeps what they prepare.
+
+    Args:
+        dealer: "host:port" of the dealer; None where none is needed.
+        directory: folder for prepared material; in memory if None.
+        tls: this party's certificates, or None.
+        timeout: seconds the other side may be silent while something is under way.
+        insecure: allow connections that leave this machine without TLS; seeds and
+            masked values then travel in the clear.
+    """
+
+    dealer: str | None = None
+    directory: str | os.PathLike[str] | None = None
+    tls: TLS | None = None
+    timeout: float = TIMEOUT_S
+    insecure: bool = False
+
+
+def one_link(
+    link: Link | None,
+    dealer: str | None,
+    directory: str | os.PathLike[str] | None,
+    tls: TLS | None,
+    timeout: float | None,
+    insecure: bool,
+) -> Link:
+    """The link that was given, whole or field by field, and not both.
+
+    Raises:
+        TypeError: both were given.
+    """
+    if link is None:
+        seconds = TIMEOUT_S if timeout is None else timeout
+        return Link(dealer, directory, tls, seconds, insecure)
+    if (dealer, directory, tls, timeout, insecure) != (None, None, None, None, False):
+        raise TypeError(
+            "give link=, or dealer=, directory=, tls=, timeout= and insecure=, not both"
+        )
+    return link
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a server or a dealer accepts; what exceeds it is refused by name.
+
+    Args:
+        connections: connections that were greeted.
+        greeting: connections not yet greeted; the oldest makes room for a newer one.
+        handshake_s: seconds from accepting a connection to the end of its greeting.
+        idle_s: seconds a connection may ask for nothing.
+        waiting: clients that wait at the dealer; the oldest makes room for a newer one.
+        waiting_s: seconds a client may wait there for its server.
+        count: inferences in one order.
+        batch: inputs in one inference.
+        prepared: inferences of one session that are prepared and not used.
+        material_bytes: material of all sessions that a server holds in memory; at the
+            dealer the masks of all pairs' weights, and the material of an inference.
+        plan_bytes: length of a plan.
+    """
+
+    connections: int = 256
+    greeting: int = 64
+    handshake_s: float = 10.0
+    idle_s: float = 3600.0
+    waiting: int = 64
+    waiting_s: float = 60.0
+    count: int = 4096
+    batch: int = 1024
+    prepared: int = 16384
+    material_bytes: int = 8 << 30
+    plan_bytes: int = 4 << 20
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            if getattr(self, field.name) <= 0:
+                raise ValueError(
+                    f"{field.name}={getattr(self, field.name)} was given; a limit must "
+                    "be positive"
+                )
+
+    def check_order(self, *, start: int, count: int, batch: int) -> None:
+        """Check a wish for inferences before anything is prepared for it.
+
+        Raises:
+            PeerError: too many inferences, inputs, or a number that has no index.
+        """
+        for what, given, most in (
+            ("inferences were asked for in one order", count, self.count),
+            ("inputs in one inference were asked for", batch, self.batch),
+        ):
+            if given > most:
+                raise PeerError(f"{given} {what}; at most {most} are allowed.")
+        if start + count > 1 << 32:
+            raise PeerError(
+                f"Inferences {start} to {start + count - 1} were asked for; a session "
+                f"has {1 << 32}. Connect again to start a new one."
+            )
+
+    def check_bytes(self, size: int, *, held: int = 0) -> None:
+        """Check what material would take, before anything is allocated for it.
+
+        Raises:
+            PeerError: it would take more than `material_bytes`.
+        """
+        if held + size > self.material_bytes:
+            raise PeerError(
+                f"Material of {size:,} bytes was asked for beside {held:,} already "
+                f"held; at most {self.material_bytes:,} are allowed. Ask for fewer "
+                "inferences, or smaller batches."
+            )

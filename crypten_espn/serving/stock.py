@@ -1,0 +1,304 @@
+"""A party's prepared inferences, in memory or on disk, each handed out once."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Container, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+
+from ..errors import MaterialError
+from ..masked.header import Identity
+from ..masked.material import (
+    ClientMaterial,
+    Layout,
+    Pairing,
+    ServerMaterial,
+    client_layout,
+    server_layout,
+)
+from ..masked.plan import Plan
+from ..masked.store import DATA, MaterialStore, Record, open_data
+from ..masked.store_writer import MaterialWriter
+from ..wire.packing import packed_bytes
+from .messages import Party
+
+# How far an inference may be asked for ahead of the next: requests of several
+# connections overtake each other.
+WINDOW = 64
+
+
+def layout_of(plan: Plan, party: Party, batch: int) -> Layout:
+    """Shapes and types of the arrays of one inference's material."""
+    return (server_layout if party == "server" else client_layout)(plan, batch)
+
+
+def material_bytes(plan: Plan, party: Party, batch: int) -> int:
+    """Bytes of one inference's material; nothing is allocated to find out."""
+    return sum(
+        math.prod(shape) * np.dtype(dtype).itemsize
+        for shape, dtype in layout_of(plan, party, batch)
+    )
+
+
+def stored_session(folder: Path) -> tuple[str | None, int]:
+    """Whose unused material a folder holds: the session, and the next index.
+
+    Returns: (None, 0) if there is none.
+
+    Raises:
+        MaterialError: there is some, and it cannot be used.
+    """
+    if not (folder / DATA).exists():
+        return None, 0
+    with open_data(folder) as data:
+        identity, following = data.header.identity, data.journal.next_index()
+    if following == identity.indices.stop:
+        return None, 0
+    return identity.session.hex(), following
+
+
+T = TypeVar("T", ServerMaterial, ClientMaterial)
+
+
+class Stock(Generic[T]):
+    """One session's material at one party.
+
+    Args:
+        kind: the party's material.
+        party: which party.
+        plan: what the material is for.
+        model: digest of the server's weights; empty at the client.
+    """
+
+    def __init__(self, kind: type[T], party: Party, plan: Plan, model: bytes) -> None:
+        self._kind: type[T] = kind
+        self._party, self._plan, self._model = party, plan, model
+        self._session = bytes(16)
+        self._store: MaterialStore | None = None
+        self._ready: dict[int, T] = {}
+        self._promised = 0
+        self._floor = 0
+        self._lock = threading.Lock()
+
+    def open(self, folder: Path, *, session: str, floor: int = 0) -> None:
+        """Hand out what a folder holds.
+
+        Args:
+            folder: of a writer's.
+            session: whose material it must be, in hex.
+            floor: the first index that may still be used.
+
+        Raises:
+            MaterialError: it is missing, damaged, or of another session, plan, model
+                or party.
+        """
+        rank = 0 if self._party == "server" else 1
+        store = MaterialStore(
+            folder,
+            rank=rank,
+            plan=self._plan.digest,
+            layout=lambda batch: layout_of(self._plan, self._party, batch),
+            model=self._model,
+        )
+        if store.identity.session.hex() != session:
+            raise MaterialError(
+                f"{folder} holds another session's material than the one it is asked "
+                "for. Prepare material together again."
+            )
+        self._store = store
+        self._session, self._floor = bytes.fromhex(session), floor
+
+    def compare(self, peer_next: int) -> None:
+        """Refuse stored material that was restored from a copy, where it shows.
+
+        Raises:
+            MaterialError: as `MaterialStore.compare`.
+        """
+        if self._store is not None:
+            self._store.compare(peer_next)
+
+    @property
+    def remaining(self) -> int:
+        """Inferences that were not used."""
+        stored = 0 if self._store is None else self._store.remaining
+        return stored + len(self._ready)
+
+    @property
+    def next_index(self) -> int:
+        """The first index not yet used of what is stored; 0 in memory."""
+        return 0 if self._store is None else self._store.next_index
+
+    @property
+    def input_sizes(self) -> Container[int]:
+        """Bytes that a client's input may take, at the moment they are looked at."""
+        return _InputSizes(self)
+
+    def takes_input(self, size: int) -> bool:
+        """Whether some of the material is for inputs of so many bytes on the wire."""
+        with self._lock:
+            batches = {m.pairing.batch for m in self._ready.values()}
+        if self._store is not None:
+            batches.add(self._store.identity.batch)
+        first = self._plan.sources[0]
+        return any(
+            size == packed_bytes(batch * first.elements, first.ring)
+            for batch in batches
+        )
+
+    @property
+    def held(self) -> int:
+        """Bytes in memory, or promised to be."""
+        return self._promised
+
+    @contextmanager
+    def adding(
+        self, pairing: Pairing, *, count: int, folder: Path | None
+    ) -> Iterator[_Adding[T]]:
+        """Take in new material, all of it or none.
+
+        Args:
+            pairing: session, first index and batch.
+            count: inferences.
+            folder: where to keep them; None for memory.
+
+        Raises:
+            MaterialError: the folder holds unused material, another process prepares
+                into it, or the disk is full or cannot be written.
+        """
+        if folder is None:
+            size = count * material_bytes(self._plan, self._party, pairing.batch)
+            with self._lock:
+                self._promised += size
+            adding = _Adding[T](None)
+            try:
+                yield adding
+            except BaseException:
+                with self._lock:
+                    self._promised -= size
+                raise
+            with self._lock:
+                self._ready |= adding.made
+            return
+        identity = Identity(
+            session=pairing.session,
+            rank=0 if self._party == "server" else 1,
+            batch=pairing.batch,
+            count=count,
+            first=pairing.index,
+            plan=self._plan.digest,
+            model=self._model,
+        )
+        layout = layout_of(self._plan, self._party, pairing.batch)
+        with MaterialWriter(folder, identity=identity, layout=layout) as writer:
+            yield _Adding(writer)
+        self.open(folder, session=pairing.session.hex(), floor=pairing.index)
+
+    def read_ahead(self) -> None:
+        """Have the next stored material in memory, still unused."""
+        if self._store is not None:
+            self._store.read_ahead()
+
+    def take(self, index: int) -> T:
+        """The material of inference `index`; it counts as used from now on.
+
+        Raises:
+            MaterialError: it was used, or never prepared, or others come before it.
+        """
+        with self._lock:
+            found = self._ready.pop(index, None)
+            if found is None and self._store is not None:
+                return self._claim(self._store, index)
+            if found is not None:
+                self._promised -= self._size(found)
+        if found is None:
+            raise MaterialError(
+                f"Inference {index} has no unused material at the {self._party}; "
+                "nothing was sent."
+            )
+        return found
+
+    def take_next(self, *, batch: int) -> T:
+        """The next material, if it is for inputs of this batch.
+
+        Raises:
+            MaterialError: none is left, or it is for another batch; nothing changes.
+        """
+        with self._lock:
+            if self._ready:
+                index = min(self._ready)
+                self._check_batch(self._ready[index].pairing.batch, batch)
+                found = self._ready.pop(index)
+                self._promised -= self._size(found)
+                return found
+            if self._store is None:
+                raise MaterialError("No material is left; prepare some.")
+            self._check_batch(self._store.identity.batch, batch)
+            return self._material(self._store, self._store.take())
+
+    def _claim(self, store: MaterialStore, index: int) -> T:
+        following = max(store.next_index, self._floor)
+        if index < following or index not in store.identity.indices:
+            raise MaterialError(
+                f"Inference {index} has no unused material at the {self._party}; "
+                "nothing was sent."
+            )
+        if index - following >= WINDOW:
+            raise MaterialError(
+                f"Inference {index} was asked for and {following} is next; at most "
+                f"{WINDOW} may be under way at once."
+            )
+        while True:
+            record = store.take(at_least=self._floor)
+            material = self._material(store, record)
+            if record.index >= index:
+                return material
+            self._promised += self._size(material)
+            self._ready[record.index] = material
+
+    def _material(self, store: MaterialStore, record: Record) -> T:
+        pairing = Pairing(self._session, record.index, store.identity.batch)
+        return self._kind.from_arrays(self._plan, pairing, record.arrays)
+
+    def _size(self, material: T) -> int:
+        return material_bytes(self._plan, self._party, material.pairing.batch)
+
+    @staticmethod
+    def _check_batch(prepared: int, given: int) -> None:
+        if prepared != given:
+            raise MaterialError(
+                f"The next material is for batches of {prepared}, the input has "
+                f"{given}. Split or pad the input, or prepare for {given}."
+            )
+
+
+class _InputSizes:
+    def __init__(self, stock: Stock[Any]) -> None:
+        self._stock = stock
+
+    def __contains__(self, size: object) -> bool:
+        return isinstance(size, int) and self._stock.takes_input(size)
+
+
+class _Adding(Generic[T]):
+    """Where new material goes until all of it is there."""
+
+    def __init__(self, writer: MaterialWriter | None) -> None:
+        self._writer = writer
+        self.made: dict[int, T] = {}
+
+    def add(self, material: T) -> None:
+        """Take in the next material."""
+        index = material.pairing.index
+        if self._writer is None:
+            self.made[index] = material
+        else:
+            self._writer.add(index, material.arrays())
+
+
+ServerStock = Stock[ServerMaterial]
+ClientStock = Stock[ClientMaterial]

@@ -1,0 +1,298 @@
+"""Listening for peers, and connecting to one."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import ipaddress
+import logging
+import select
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Collection
+
+from ..errors import PeerError, TransportError
+from .channel import Channel
+from .tls import TLS, check_peer, secure
+
+BACKLOG = 128
+_PAUSE_S = 0.05  # before trying again
+
+logger = logging.getLogger(__name__)
+
+
+def parse_address(address: str) -> tuple[str, int]:
+    """Split "host:port" (or "[v6 host]:port").
+
+    Raises:
+        PeerError: there is no host, or no port between 0 and 65535.
+    """
+    host, _, port = address.rpartition(":")
+    bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
+    digits = port.isascii() and port.isdigit() and len(port) <= 5
+    if not bare or (":" in bare) != (bare != host) or not digits or int(port) > 65535:
+        raise PeerError(
+            f"Address {address!r} is not host:port with a port up to 65535. "
+            'Write for example "0.0.0.0:29500", or "[::1]:29500".'
+        )
+    return bare, int(port)
+
+
+def host_port(host: str, port: int) -> str:
+    """Undo `parse_address`."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+class Incoming:
+    """A peer that connected and of which nothing is known yet: `open` it."""
+
+    def __init__(
+        self, sock: socket.socket, role: str, context: ssl.SSLContext | None
+    ) -> None:
+        self._sock, self._role, self._context = sock, role, context
+
+    def open(self, *, peer_roles: Collection[str], timeout: float = 30.0) -> Channel:
+        """Do the TLS handshake and check the peer's role; in a thread of its own.
+
+        Args:
+            peer_roles: what the peer may be.
+            timeout: seconds for the whole handshake, and then the channel's.
+
+        Raises:
+            PeerError: the peer is not done in time, or shows no certificate of one of
+                these roles; it is told so.
+        """
+        peer = "the " + " or ".join(peer_roles)
+        end = time.monotonic() + timeout
+        return _open(
+            self._sock, self._context, self._role, tuple(peer_roles), peer, None, end,
+            timeout,
+        )  # fmt: skip
+
+    def close(self) -> None:
+        """Drop the peer."""
+        self._sock.close()
+
+
+class Listener:
+    """A listening socket; the peers that connect are opened elsewhere.
+
+    Args:
+        address: "host:port"; port 0 lets the system choose, see `.address`.
+        role: what this side is: "server", "client" or "dealer".
+        tls: certificates for mutual TLS, or None for plain TCP.
+        insecure: whether plain TCP may be offered beyond this host.
+
+    Raises:
+        TransportError: the certificate is another role's, or plain TCP would be
+            offered beyond this host.
+        PeerError: the address cannot be listened on.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        role: str,
+        tls: TLS | None = None,
+        insecure: bool = False,
+    ) -> None:
+        host, port = parse_address(address)
+        found = _resolve(host, port, "The address to listen on")
+        _check_plaintext(address, found, tls, insecure)
+        self._role = role
+        self._context = None if tls is None else _context(tls, role, server=True)
+        family, kind, protocol, _, place = found[0]
+        self._sock = socket.socket(family, kind, protocol)
+        self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._sock.setblocking(False)
+        try:
+            self._sock.bind(place)
+            self._sock.listen(BACKLOG)
+        except OSError as error:
+            self._sock.close()
+            raise PeerError(f"Cannot listen on {address}: {error.strerror}.") from None
+        name = self._sock.getsockname()
+        self.address = host_port(host, name[1])
+        self._accepting = threading.Lock()
+        self._closed = False
+
+    def accept(self, *, timeout: float | None = None) -> Incoming:
+        """The next peer that connects; nothing is read from it here.
+
+        What only concerns one connection, or a host that is out of descriptors or of
+        memory for a while, is logged and survived.
+
+        Args:
+            timeout: seconds; None waits until `close`.
+
+        Raises:
+            PeerError: nobody connected in time, or the listener was closed.
+        """
+        end = None if timeout is None else time.monotonic() + timeout
+        with self._accepting:
+            while True:
+                if self._closed:
+                    raise PeerError(f"{self.address} is closed.")
+                left = None if end is None else end - time.monotonic()
+                try:
+                    sock, _ = self._sock.accept()
+                    return Incoming(sock, self._role, self._context)
+                except BlockingIOError:
+                    if left is not None and left <= 0:
+                        raise PeerError(
+                            f"Nobody connected to {self.address} within {timeout:g} s."
+                        ) from None
+                except OSError as error:
+                    if error.errno in (errno.EBADF, errno.EINVAL, errno.ENOTSOCK):
+                        raise PeerError(f"{self.address} is closed.") from None
+                    logger.warning("a connection to %s failed: %s", self.address, error)
+                    time.sleep(_PAUSE_S)
+                    continue
+                poller = select.poll()
+                poller.register(self._sock, select.POLLIN)
+                poller.poll(None if left is None else left * 1000)
+
+    def close(self) -> None:
+        """Stop listening, from any thread; `accept` ends."""
+        self._closed = True
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
+        with self._accepting:
+            self._sock.close()
+
+    def __enter__(self) -> Listener:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def connect_channel(
+    address: str,
+    *,
+    role: str,
+    peer_role: str,
+    timeout: float = 30.0,
+    tls: TLS | None = None,
+    insecure: bool = False,
+) -> Channel:
+    """Connect to a listening peer; where nothing listens yet, try again.
+
+    Args:
+        address: "host:port". With TLS the peer's certificate must be for this host.
+        role: what this side is: "server", "client" or "dealer".
+        peer_role: what the other side must be.
+        timeout: seconds to be connected, and then the channel's.
+        tls: certificates for mutual TLS, or None for plain TCP.
+        insecure: whether plain TCP may be used beyond this host.
+
+    Raises:
+        TransportError: the certificate is another role's, or plain TCP would be used
+            beyond this host; nothing was sent.
+        PeerError: the address is none, nobody answers, or the peer is not what it
+            should be.
+    """
+    peer = f"the {peer_role}"
+    host, port = parse_address(address)
+    if port == 0:
+        raise PeerError(
+            f"{address} names no port to connect to; {peer} prints the one it "
+            "listens on."
+        )
+    found = _resolve(host, port, f"The address of {peer}")
+    _check_plaintext(address, found, tls, insecure)
+    context = None if tls is None else _context(tls, role, server=False)
+    end = time.monotonic() + timeout
+    sock = _connect(found, address, peer, end, timeout)
+    return _open(sock, context, role, (peer_role,), peer, host, end, timeout)
+
+
+# A name's addresses, as getaddrinfo gives them.
+_Found = list[tuple[socket.AddressFamily, socket.SocketKind, int, str, tuple]]
+
+
+def _resolve(host: str, port: int, what: str) -> _Found:
+    try:
+        return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)  # type: ignore[return-value]
+    except (OSError, UnicodeError) as error:
+        detail = getattr(error, "strerror", None) or error
+        raise PeerError(
+            f"{what}, {host_port(host, port)}, cannot be resolved: {detail}."
+        ) from None
+
+
+def _check_plaintext(
+    address: str, found: _Found, tls: TLS | None, insecure: bool
+) -> None:
+    """Plain TCP only inside this host: seeds and masks would be read on the way."""
+    if tls is not None or insecure:
+        return
+    for *_, place in found:
+        ip = ipaddress.ip_address(str(place[0]).partition("%")[0])
+        ip = getattr(ip, "ipv4_mapped", None) or ip
+        if not ip.is_loopback:
+            raise TransportError(
+                f"{address} is beyond this host ({ip}), and without TLS everybody on "
+                "the way reads the seeds. Give certificates with --tls (tls=); "
+                "`crypten-espn keys` makes them. For a network nobody else can reach: "
+                "--insecure (insecure=True)."
+            )
+
+
+def _context(tls: TLS, role: str, *, server: bool) -> ssl.SSLContext:
+    if tls.role != role:
+        raise TransportError(
+            f"This side is the {role}, and {tls.certificate} is the certificate of a "
+            f"{tls.role}."
+        )
+    return tls.context(server=server)
+
+
+def _connect(
+    found: _Found, address: str, peer: str, end: float, timeout: float
+) -> socket.socket:
+    while True:
+        for family, kind, protocol, _, place in found:
+            sock = socket.socket(family, kind, protocol)
+            try:
+                sock.settimeout(max(0.1, end - time.monotonic()))
+                sock.connect(place)
+                return sock
+            except OSError as error:
+                sock.close()
+                failure = error
+        if time.monotonic() + _PAUSE_S > end:
+            raise PeerError(
+                f"Cannot reach {peer} at {address} within {timeout:g} s: {failure}."
+            )
+        time.sleep(_PAUSE_S)
+
+
+def _open(
+    sock: socket.socket,
+    context: ssl.SSLContext | None,
+    role: str,
+    peer_roles: tuple[str, ...],
+    peer: str,
+    host: str | None,
+    end: float,
+    timeout: float,
+) -> Channel:
+    """A channel over a connected socket, with TLS and the peer's role checked."""
+    if context is not None:
+        sock = secure(sock, context, server=host is None, end=end, peer=peer)
+    channel = Channel(
+        sock, role=role, peer_roles=peer_roles, timeout=timeout, peer=peer
+    )
+    if isinstance(sock, ssl.SSLSocket):
+        try:
+            channel.certificate_role = check_peer(
+                sock, roles=peer_roles, host=host, own=role
+            )
+        except PeerError as error:
+            channel.abort(str(error))
+            raise
+    return channel

@@ -1,0 +1,203 @@
+"""Both parties and the dealer of the masked engine in one process; small networks."""
+
+from __future__ import annotations
+
+import math
+
+import msgspec
+import numpy as np
+import torch
+
+import crypten_espn as espn
+from crypten_espn.masked import kernels
+from crypten_espn.masked.dealing import Dealing, coins
+from crypten_espn.masked.drivers import together
+from crypten_espn.masked.inference import chunks, client, server
+from crypten_espn.masked.material import Pairing, client_draws, inference_seeds
+from crypten_espn.masked.model import MaskedModel
+from crypten_espn.masked.planning import masked_model
+from crypten_espn.masked.preparing import ClientPreparation, ServerPreparation
+from crypten_espn.masked.reference import Rounding
+from crypten_espn.randomness import Keystream
+
+QUARTIC = espn.Polynomial((322, 512, 160, 0, -3), 10, (-5.0, 5.0))
+SESSION = bytes(16)
+
+
+def planned(network, example, **options) -> MaskedModel:
+    """A torch network planned for the masked engine."""
+    return masked_model(espn.convert(network, example[:1]), example, **options)
+
+
+def without_noise(model: MaskedModel) -> MaskedModel:
+    """The same model, whose logits leave as exact integers."""
+    output = msgspec.structs.replace(model.plan.output, noise_bits=0)
+    plan = msgspec.structs.replace(model.plan, output=output)
+    return MaskedModel(plan, model.weights, model.report)
+
+
+class Pair:
+    """A server, a client and their dealer, from a known seed."""
+
+    def __init__(self, model: MaskedModel, *, seed: bytes = bytes(16)) -> None:
+        self.model = model
+        self.plan = model.plan
+        self.seed = seed
+        self.dealing = Dealing(self.plan, seed=seed)
+        self.server = ServerPreparation(self.plan, model.weights, self.dealing.seeds[0])
+        self.client = ClientPreparation(self.plan, self.dealing.seeds[1])
+        _, self.opening = together(
+            {"server": self.server.open_weights(), "client": self.client.open_weights()}
+        )
+
+    def prepare(self, index: int, batch: int):
+        """The material of both parties."""
+        pairing = Pairing(SESSION, index, batch)
+        ready, transcript = together(
+            {
+                "dealer": self.dealing.deal(index, batch),
+                "server": self.server.prepare(pairing),
+                "client": self.client.prepare(pairing),
+            }
+        )
+        return ready["server"], ready["client"], transcript
+
+    def infer(self, x, *, index: int = 0, keep: bool = False):
+        """The output's integers as the client gets them, and what was sent."""
+        ours, theirs, _ = self.prepare(index, len(x))
+        values, transcript = together(
+            {
+                "server": server(self.plan, self.model.weights, ours),
+                "client": client(self.plan, theirs, self.plan.encode(x)),
+            },
+            keep=keep,
+        )
+        return kernels.centred(values["client"], self.plan.output.ring), transcript
+
+    def roundings(self, index: int, batch: int):
+        """What decides every rounding of inference `index`, from all parties' seeds.
+
+        Computed by Python integers from the definitions, not by the engine's kernels.
+        """
+        root = Keystream(self.seed)
+        own = inference_seeds(root.fork(b"dealer").bytes(16)).take(index)
+        seeds = [inference_seeds(seed).take(index) for seed in self.dealing.seeds]
+        drawn = list(client_draws(self.plan, seeds[1], batch))
+        coin = list(coins(self.plan, own, seeds[0], batch))
+
+        def rounding(number: int, z: np.ndarray) -> Rounding:
+            step, mine, theirs = self.plan.steps[number], coin[number], drawn[number]
+            assert mine is not None
+            bits = step.ring
+            masks = [r.astype(np.int64).reshape(z.shape) for r in mine.masks]
+            act = step.activation
+            dropped = client_low_bits(step, z, masks, theirs)
+            second = mine.rounding.reshape(z.shape) - dropped
+            assert act.masks == len(masks) and bits > 0
+            return Rounding(masks, second)
+
+        return rounding
+
+
+def client_low_bits(step, z, masks, drawn):
+    """What the client drops of its share y1, by Python integers."""
+    act, m = step.activation, step.ring
+    degrees = [group.degree for group in act.groups] or [1]
+    flat = z.reshape(-1).tolist()
+    values = drawn.values
+    dropped = np.empty(len(flat), dtype=np.int64)
+    for i, value in enumerate(flat):
+        total, index = int(drawn.hidden[i]) << act.drop, 0
+        for k, degree in enumerate(degrees):
+            shift = act.shifts(m)[k]
+            c = (value + (1 << (m - 2)) + int(masks[k].reshape(-1)[i])) % (1 << m)
+            case = 0 if c >> (m - 1) else 1
+            opened = (c >> shift) - (1 << (m - 2 - shift)) if degree > 1 else 0
+            for j in range(degree):
+                total += int(values[case, index + j, i]) * opened**j
+            index += degree
+        dropped[i] = total % (1 << (act.drop - act.kept))
+    return dropped.reshape(z.shape)
+
+
+class Residual(torch.nn.Module):
+    """Stem, a strided block with a projection, average pool and a linear head."""
+
+    def __init__(self, polynomial=QUARTIC):
+        super().__init__()
+
+        def act():
+            return espn.PolynomialActivation(polynomial)
+
+        self.stem = torch.nn.Conv2d(3, 8, 3, padding=1)
+        self.act0, self.act1, self.act2 = act(), act(), act()
+        self.conv1 = torch.nn.Conv2d(8, 16, 3, stride=2, padding=1, bias=False)
+        self.conv2 = torch.nn.Conv2d(16, 16, 3, padding=1)
+        self.project = torch.nn.Conv2d(8, 16, 1, stride=2)
+        self.head = torch.nn.Linear(16, 5)
+
+    def forward(self, x):
+        x = self.act0(self.stem(x))
+        x = self.act2(self.conv2(self.act1(self.conv1(x))) + self.project(x))
+        return self.head(x.mean((2, 3)))
+
+
+def residual(polynomial=QUARTIC):
+    torch.manual_seed(1)
+    return Residual(polynomial).eval().requires_grad_(False), torch.randn(4, 3, 8, 8)
+
+
+class Layers(torch.nn.Module):
+    """Every linear layer the planner knows, where each can go wrong."""
+
+    def __init__(self):
+        super().__init__()
+        conv = torch.nn.Conv2d
+        self.pad = torch.nn.ZeroPad2d((1, 0, 2, 1))
+        self.wide = conv(3, 12, (1, 3), padding=(0, 1), stride=(2, 1))
+        self.depthwise = conv(12, 12, 3, padding=1, groups=12)
+        self.grouped = conv(12, 6, 3, padding=2, dilation=2, groups=3)
+        self.branch = conv(12, 2, 1, bias=False)
+        self.pool = torch.nn.AvgPool2d(3, stride=2, padding=1)
+        self.first, self.second = conv(8, 3, 1), conv(3, 4, 2)
+        self.acts = torch.nn.ModuleList(
+            espn.PolynomialActivation(QUARTIC) for _ in range(4)
+        )
+        self.head = torch.nn.LazyLinear(3)
+
+    def forward(self, x):
+        x = self.acts[0](self.wide(self.pad(x)))
+        x = self.acts[1](self.depthwise(x)) + x
+        x = torch.cat([self.acts[2](self.grouped(x)), self.branch(x)], 1)
+        x = self.second(self.first(self.pool(x)))  # a rescaling between them
+        return self.head(torch.flatten(self.acts[3](x), 1))
+
+
+def layers(height=8, width=8):
+    torch.manual_seed(2)
+    model, example = Layers(), torch.randn(3, 3, height, width)
+    model(example)
+    return model.eval().requires_grad_(False), example
+
+
+def fuzzed_plans() -> list[str]:
+    """Texts of plans in which every field and every operation occurs."""
+    torch.manual_seed(3)
+    flat = torch.nn.Sequential(
+        torch.nn.Linear(6, 7), espn.PolynomialActivation(QUARTIC), torch.nn.Linear(7, 3)
+    )
+    pairs = [layers(5, 6), residual(), (flat, torch.randn(4, 6))]
+    return [
+        planned(network, example, precision=precision).plan.to_json()
+        for network, example in pairs
+        for precision in ("fast", "high")
+    ]
+
+
+def message_count(plan, batch: int) -> int:
+    """Messages of ring elements, chunks counted apart."""
+    return 2 + 2 * len(plan.steps) * len(chunks(batch))
+
+
+def packed(count: int, bits: int) -> int:
+    return math.ceil(count * bits / 8)

@@ -1,0 +1,226 @@
+"""Both openings in tiny rings, every mask listed, computed by the engine's own kernels.
+
+For a fixed secret value the joint distribution of everything the client sees or drew
+and of the truncated value must be a product: then no average over repeated queries
+tells the client how its values were rounded. What the server sees must be uniform. The
+forms that leak are run too, and must be found.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+
+import numpy as np
+import pytest
+
+from crypten_espn.masked import kernels
+
+
+def ids(*columns: np.ndarray) -> np.ndarray:
+    """One number for each distinct row of the columns."""
+    code = np.zeros(columns[0].shape, dtype=np.int64)
+    for column in columns:
+        code = code * (int(np.ptp(column)) + 1) + (column - column.min())
+    return np.unique(code, return_inverse=True)[1]
+
+
+def is_product(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether a and b are independent when every row is equally likely."""
+    joint = np.zeros((a.max() + 1, b.max() + 1), dtype=np.int64)
+    np.add.at(joint, (a, b), 1)
+    return bool((joint * len(a) == np.outer(joint.sum(1), joint.sum(0))).all())
+
+
+def is_uniform(view: np.ndarray, size: int) -> bool:
+    """Whether each of `size` possible views comes equally often."""
+    counts = np.bincount(view)
+    return len(counts) == size and bool((counts == counts[0]).all())
+
+
+def listed(*sizes: int) -> list[np.ndarray]:
+    """Every combination of numbers below the sizes, as columns."""
+    columns = np.array(list(itertools.product(*map(range, sizes))), dtype=np.int64)
+    return list(columns.T)
+
+
+def inner(m: int) -> Iterable[int]:
+    return range(-(1 << (m - 2)) + 1, 1 << (m - 2))
+
+
+def mask_value(r: np.ndarray, shift: int, m: int, top: np.ndarray) -> np.ndarray:
+    """t: what the dealer knows of a truncation in both cases, selected by a bit."""
+    signed = r - ((r >> (m - 1)) << m)
+    return np.where(top == 1, -(r >> shift), -(signed >> shift))
+
+
+def first_opening(z: int, m: int, shifts: tuple[int, ...]):
+    """c, the client's view of every group by the kernel, and the truths x_k."""
+    r, *deltas = listed(*[1 << m] * len(shifts))
+    c = z + (1 << (m - 2)) + r
+    shifted = np.empty((len(shifts), len(r)), dtype=np.int64)
+    kernels.shifted_openings(
+        c,
+        np.array(deltas, dtype=np.int64).reshape(len(shifts) - 1, len(r)),
+        bits=m,
+        shifts=np.array(shifts),
+        out=shifted,
+    )
+    xs = []
+    for k, shift in enumerate(shifts):
+        own = r if k == 0 else (r + deltas[k - 1]) % (1 << m)
+        width = m - shift
+        top = shifted[k] >> (width - 1)
+        t = mask_value(own, shift, m, top)
+        xs.append(shifted[k] - (1 << (width - 2)) + t)
+        assert (xs[-1] == (z + (own & ((1 << shift) - 1))) >> shift).all()
+    return c % (1 << m), r, deltas, shifted, xs
+
+
+@pytest.mark.parametrize(
+    "m, shifts", [(6, (2,)), (6, (1, 3)), (5, (2, 2)), (4, (1, 2, 2))]
+)
+def test_what_the_client_receives_of_an_opening_says_nothing_of_its_rounding(m, shifts):
+    for z in inner(m):
+        c, _, deltas, shifted, xs = first_opening(z, m, shifts)
+        view = ids(*shifted)
+        assert is_product(view, ids(*xs))
+        assert is_uniform(view, int(np.prod([1 << (m - s) for s in shifts])))
+        # The server holds all of c and delta.
+        assert is_uniform(ids(c, *deltas), (1 << m) ** len(shifts))
+        for shift, x in zip(shifts, xs, strict=True):
+            assert x.sum() * (1 << shift) == z * len(x)  # unbiased
+
+
+def test_the_forms_that_leak_are_found():
+    """All of c at the client; one mask above the smallest shift; tops in common."""
+    m, shifts = 6, (1, 3)
+    everything = smallest = shared_top = 0
+    for z in inner(m):
+        r = np.arange(1 << m)
+        c = (z + (1 << (m - 2)) + r) % (1 << m)
+        xs = [(z + (r & ((1 << s) - 1))) >> s for s in shifts]
+        everything += not is_product(ids(c), ids(*xs))
+        smallest += not is_product(ids(c >> min(shifts)), ids(*xs))
+        # A further mask from few random bits: its opening shows z beside the first.
+        r, d = listed(1 << m, 1 << shifts[1])
+        c = (z + (1 << (m - 2)) + r) % (1 << m)
+        second, own = (c + d) % (1 << m), (r + d) % (1 << m)
+        x = (z + (own & ((1 << shifts[1]) - 1))) >> shifts[1]
+        shared_top += not is_product(ids(c >> shifts[0], second >> shifts[1]), ids(x))
+    assert min(everything, smallest, shared_top) > 0
+
+
+def test_masks_with_a_common_top_bit_show_the_value():
+    m = 6
+    half = 1 << (m - 1)
+    seen = set()
+    for z in inner(m):
+        b, p, q = listed(2, half, half)
+        one, two = ((z + (1 << (m - 2)) + b * half + x) % (1 << m) for x in (p, q))
+        seen.add(int((one >> (m - 1) != two >> (m - 1)).sum()))
+    assert len(seen) > 1
+
+
+def second_opening(y: int, v: int, s: int, k: int):
+    """The next x, the client's share and mask, and what it sent, by the kernel."""
+    share, hidden, rho = listed(1 << v, 1 << (v - s), 1 << s)
+    step = s - k
+    mine = y + rho - share
+    sent = ((share + (hidden << s)) % (1 << v)) >> step
+    opened = np.empty_like(share)
+    kernels.truncate(mine, sent, bits=v, drop=s, step=step, out=opened)
+    x = (opened - hidden) % (1 << (v - s))
+    return x, share, hidden, rho, mine % (1 << v), sent
+
+
+@pytest.mark.parametrize("k", [0, 1, 2, 4])
+def test_the_second_opening_hides_its_coins_but_for_what_the_client_drops(k):
+    v, s = 9, 4
+    for y in (-(1 << (v - 2)), -37, -1, 0, 3, (1 << (v - 2)) - 1):
+        x, share, hidden, rho, mine, sent = second_opening(y, v, s, k)
+        dropped = share & ((1 << (s - k)) - 1)
+        truth = (y + rho - dropped) >> s
+        assert (x == truth % (1 << (v - s))).all()
+        # Known to the client: what it drops. Everything else it holds says nothing.
+        for d in np.unique(dropped):
+            here = dropped == d
+            assert is_product(ids(share[here], hidden[here]), ids(truth[here]))
+            assert truth[here].mean() == pytest.approx((y - d) / (1 << s))
+        assert is_product(ids(dropped), ids(truth)) == (k == s or y % 16 == -1)
+        assert is_uniform(ids(mine, sent), 1 << (v + (v - s) + k))
+
+
+def test_a_client_that_draws_its_own_coins_knows_them():
+    share, r = listed(1 << 6, 1 << 8)
+    x = (21 + (r & 7)) >> 3
+    assert not is_product(ids(r & 7), ids(x)) and share.size == x.size
+
+
+@pytest.mark.parametrize("corrected", ["server", "client"])
+def test_a_whole_activation_is_exact_and_hides_all_its_coins(corrected):
+    """y = a x**2 + b z through dealing, both shares and the second opening."""
+    m, shift, v, a, b = 4, 1, 5, 1, 1
+    s = v - m
+    r, pad0, pad1, rho, hidden = listed(1 << m, 1 << v, 1 << v, 1 << s, 1 << m)
+    taken = np.empty((2, 2, len(r)), dtype=np.int64)
+    taken[:, 0], taken[:, 1] = pad0, pad1
+    given = np.empty_like(taken)
+    shifts, degrees = np.array([shift]), np.array([2])
+    table = np.array([[[0, 0, a], [0, 2 * a, 0]]])
+    kernels.deal_polynomial(
+        r[None],
+        rho,
+        taken,
+        bits=m,
+        shifts=shifts,
+        degrees=degrees,
+        table=table,
+        linear=b,
+        linear_shift=0,
+        out=given,
+    )
+    server_values, client_values = (
+        (given, taken) if corrected == "server" else (taken, given)
+    )
+    client_values = client_values.copy()
+    client_values[:, 0] += hidden << s
+    for z in (-3, 0, 2):
+        c = (z + (1 << (m - 2)) + r) % (1 << m)
+        shifted = (c >> shift)[None]
+        shares = []
+        for values, public in ((server_values, [0, 0, a]), (client_values, [0, 0, 0])):
+            out = np.empty_like(r)
+            kernels.polynomial_share(
+                shifted,
+                values,
+                widths=m - shifts,
+                degrees=degrees,
+                public=np.array([public]),
+                constant=0,
+                start=0,
+                step=0,
+                out=out,
+            )
+            shares.append(out)
+        kernels.add_linear(c, bits=m, shift=0, coefficient=b, out=shares[0])
+        sent = shares[1] % (1 << v)
+        opened = np.empty_like(r)
+        kernels.truncate(shares[0], sent, bits=v, drop=s, step=0, out=opened)
+        x = (opened - hidden) % (1 << m)
+        rounded = (z + (r & ((1 << shift) - 1))) >> shift
+        y = a * rounded * rounded + b * z
+        assert (x == ((y + rho) >> s) % (1 << m)).all()
+        top = c >> (m - 1)
+        case = np.where(top == 1, 0, 1)
+        rows = np.arange(len(r))
+        held = [
+            values[case, j, rows] % (1 << v)
+            for values in (client_values, server_values)
+            for j in (0, 1)
+        ]
+        mine = held[0] - (hidden << s)
+        view = ids(c >> shift, mine % (1 << v), held[1], hidden)
+        assert is_product(view, ids((y + rho) >> s))
+        # As many rows as views: uniform means that no view comes twice.
+        assert len(np.unique(ids(c, held[2], held[3], sent))) == len(r)

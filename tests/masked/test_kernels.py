@@ -1,0 +1,477 @@
+"""Integer kernels: exact against torch's int64 convolution and Python integers."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from crypten_espn.errors import PlanError
+from crypten_espn.masked import kernels
+from crypten_espn.masked.linear import Read
+from crypten_espn.masked.plan import WeightShape
+from crypten_espn.masked.steps import Activation, Group, Linear, Step
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+@pytest.mark.parametrize("bits", [32, 64])
+def test_convolution_is_exact_in_its_ring(bits, data):
+    draw = data.draw
+    groups = draw(st.sampled_from([1, 1, 2, 3]))
+    depth, filters = draw(st.integers(1, 18)), draw(st.integers(1, 9))
+    if draw(st.booleans()) and groups > 1:
+        depth = filters = 1  # one filter per channel
+    kernel = (draw(st.integers(1, 3)), draw(st.integers(1, 3)))
+    stride = (draw(st.integers(1, 2)), draw(st.integers(1, 3)))
+    dilation = (draw(st.integers(1, 2)), draw(st.integers(1, 2)))
+    pads = tuple(draw(st.integers(0, 2)) for _ in range(4))
+    size = (draw(st.integers(5, 9)), draw(st.integers(5, 9)))
+    batch = draw(st.integers(1, 3))
+    rng = np.random.default_rng(draw(st.integers(0, 2**31)))
+    check_convolution(
+        rng, bits, groups, depth, filters, kernel, stride, dilation, pads, size, batch
+    )
+
+
+@pytest.mark.parametrize("bits", [32, 64])
+@pytest.mark.parametrize("filters", [1, 4, 17, 48, 71])
+def test_convolution_is_exact_at_every_width_of_a_tile(bits, filters):
+    """Full vectors, pairs, quadruples and what is left over, at tiles' edges."""
+    rng = np.random.default_rng(filters)
+    one = (1, 1)
+    check_convolution(
+        rng, bits, 1, 66, filters, one, one, one, (0, 0, 0, 0), (10, 11), 1
+    )
+
+
+def check_convolution(
+    rng, bits, groups, depth, filters, kernel, stride, dilation, pads, size, batch
+):
+    x = rng.integers(-(2**63), 2**63 - 1, (batch, *size, depth * groups))
+    w = rng.integers(-(2**40), 2**40, (filters * groups, depth, *kernel))
+    top, left, bottom, right = pads
+    expected = torch.nn.functional.conv2d(
+        torch.nn.functional.pad(
+            torch.from_numpy(x).permute(0, 3, 1, 2), (left, right, top, bottom)
+        ),
+        torch.from_numpy(w),
+        stride=stride,
+        dilation=dilation,
+        groups=groups,
+    ).permute(0, 2, 3, 1)
+    shape = WeightShape(w.shape, groups, bits)
+    dtype = kernels.ring_dtype(bits)
+    arranged = shape.arrange(w).astype(dtype)
+    assert arranged.shape == shape.kernel_layout
+    start = rng.integers(-(2**63), 2**63 - 1, tuple(expected.shape))
+    out = start.astype(dtype)
+    kernels.convolve(
+        x.astype(dtype), arranged, out, stride=stride, dilation=dilation, pads=pads
+    )
+    assert np.array_equal(out, (expected.numpy() + start).astype(dtype))
+
+
+def test_a_convolution_into_part_of_an_array_touches_nothing_else():
+    rng = np.random.default_rng(0)
+    x = rng.integers(-9, 9, (2, 4, 4, 3))
+    weight = rng.integers(-9, 9, (1, 1, 1, 3, 16))
+    whole = np.zeros((2, 4, 4, 20), dtype=np.int64)
+    options: dict[str, Any] = {"stride": (1, 1), "dilation": (1, 1), "pads": (0,) * 4}
+    kernels.convolve(x, weight, whole[..., 2:18], **options)
+    assert np.array_equal(whole[..., 2:18], x @ weight[0, 0, 0])
+    assert not whole[..., :2].any() and not whole[..., 18:].any()
+
+
+def test_pool_sum_is_exact():
+    x = np.arange(2 * 6 * 6 * 3).reshape(2, 6, 6, 3).astype(np.int32) * 12345677
+    out = np.zeros((2, 3, 3, 3), dtype=np.int32)
+    kernels.pool_sum(x, out, kernel=(3, 2), stride=(2, 2), pads=(1, 0, 0, 0))
+    padded = np.pad(x, ((0, 0), (1, 0), (0, 0), (0, 0)))
+    for i in range(3):
+        for j in range(3):
+            window = padded[:, 2 * i : 2 * i + 3, 2 * j : 2 * j + 2]
+            assert np.array_equal(out[:, i, j], window.sum((1, 2), dtype=np.int32))
+
+
+POLYNOMIALS = [
+    (Linear(0, 5 << 30), ()),
+    (Linear(9, 7), (Group(9, (0, 0, -11)), Group(15, (0, 0, 0, 3, 1)))),
+    (None, (Group(4, (0, 1, -2, 3, -4, 5, -6)),)),
+    (Linear(3, -9), (Group(12, (0, 0, 5)),)),
+]
+
+
+@pytest.mark.parametrize("bits", [24, 32, 33, 56])
+@pytest.mark.parametrize("linear, groups", POLYNOMIALS)
+def test_polynomial_of_an_opening_is_exact(bits, linear, groups):
+    """dealer + both parties = p of the floor-or-floor-plus-one, modulo 2**64."""
+    rng = np.random.default_rng(3)
+    count = 3000
+    act = Activation(linear, groups, 987654321, 32, 11)
+    step = Step(Read(0), bits, 20, act)
+    tables, dtype = step.tables, kernels.ring_dtype(bits)
+    bound = 2 ** (bits - 2) - 1
+    z = rng.integers(-bound, bound + 1, count)
+    z[:4] = [-bound, bound, 0, -1]
+    r = rng.integers(0, 2**bits, (act.masks, count))
+    r[0, 4:8] = [0, 2**bits - 1, 2 ** (bits - 1), 2 ** (bits - 1) - 1]
+    coins = rng.integers(0, 2**32, count)
+    taken = rng.integers(-(2**63), 2**63 - 1, (2, act.values, count))
+    given = np.empty_like(taken)
+    kernels.deal_polynomial(
+        kernels.reduce_ring(r, bits),
+        coins,
+        taken,
+        bits=bits,
+        shifts=tables.shifts,
+        degrees=tables.degrees,
+        table=tables.table,
+        linear=tables.linear,
+        linear_shift=tables.linear_shift,
+        out=given,
+    )
+    c = kernels.reduce_ring(z + 2 ** (bits - 2) + r[0], bits)
+    opened = np.empty((act.masks, count), dtype=dtype)
+    kernels.shifted_openings(
+        c,
+        kernels.reduce_ring(r[1:] - r[0], bits).astype(dtype),
+        bits=bits,
+        shifts=tables.shifts,
+        out=opened,
+    )
+    for row, mask, shift in zip(opened, r, tables.shifts, strict=True):
+        expected = ((z + 2 ** (bits - 2) + mask) % 2**bits) >> shift
+        assert np.array_equal(
+            row.astype(np.int64) & (2 ** (bits - shift) - 1), expected
+        )
+    shares = []
+    for values in (given, taken):
+        out = np.empty(count, dtype=np.int64)
+        server = values is given
+        kernels.polynomial_share(
+            opened,
+            values,
+            widths=tables.widths,
+            degrees=tables.degrees,
+            public=tables.public if server else np.zeros_like(tables.public),
+            constant=tables.constant if server else 0,
+            start=0,
+            step=0,
+            out=out,
+        )
+        if server:
+            kernels.add_linear(
+                c,
+                bits=bits,
+                shift=tables.linear_shift,
+                coefficient=tables.linear,
+                out=out,
+            )
+        shares.append(out)
+    for i in range(0, count, 7):
+        expected = act.constant + int(coins[i])
+        if linear is not None:
+            x = (int(z[i]) + int(r[0, i]) % 2**linear.shift) >> linear.shift
+            expected += linear.coefficient * x
+        for g, group in enumerate(groups):
+            s = group.shift
+            x = (int(z[i]) + int(r[g, i]) % 2**s) >> s
+            assert x in (int(z[i]) >> s, (int(z[i]) >> s) + 1)
+            expected += sum(a * x**k for k, a in enumerate(group.coeffs))
+        got = int(shares[0][i]) + int(shares[1][i])
+        assert (got - expected) % 2**64 == 0
+
+
+@pytest.mark.parametrize("start, size, step", [(0, 100, 0), (1500, 1100, 16)])
+def test_a_share_of_some_elements_is_that_of_all(start, size, step):
+    rng = np.random.default_rng(5)
+    degrees, widths = np.array([2, 4]), np.array([30, 20])
+    opened = rng.integers(0, 2**20, (2, 3000)).astype(np.int32)
+    values = rng.integers(-(2**63), 2**63 - 1, (2, 6, 3000))
+    public = rng.integers(-99, 99, (2, 5))
+    found = []
+    for first, count, drop in ((0, 3000, 0), (start, size, step)):
+        out = np.empty(count, dtype=np.int64)
+        kernels.polynomial_share(
+            opened[:, first : first + count],
+            values,
+            widths=widths,
+            degrees=degrees,
+            public=public,
+            constant=3,
+            start=first,
+            step=drop,
+            out=out,
+        )
+        found.append(out)
+    assert np.array_equal(found[1], found[0][start : start + size] >> step)
+
+
+@pytest.mark.parametrize("drop, kept", [(32, 16), (24, 16), (12, 12), (8, 8), (44, 16)])
+def test_a_second_opening_drops_its_bits(drop, kept):
+    """The next D is the opened value's high part, less the offset, by integers."""
+    rng = np.random.default_rng(4)
+    count, step = 5000, drop - kept
+    mine = rng.integers(-(2**63), 2**63 - 1, count)
+    theirs = rng.integers(-(2**63), 2**63 - 1, count) >> step
+    ring = 64 - drop
+    out = np.empty(count, kernels.ring_dtype(ring))
+    kernels.truncate(mine, theirs, bits=64, drop=drop, step=step, out=out)
+    for i in range(0, count, 7):
+        c = (int(mine[i]) + (int(theirs[i]) << step) + 2**62) % 2**64
+        expected = (c >> drop) - 2 ** (62 - drop)
+        assert (int(out[i]) - expected) % 2**ring == 0
+
+
+def test_representatives():
+    values = np.array([-1, 5, 2**31, -(2**31)], dtype=np.int64)
+    assert kernels.reduce_ring(values, 32).tolist() == [-1, 5, -(2**31), -(2**31)]
+    assert kernels.reduce_ring(values, 24).tolist() == [2**24 - 1, 5, 0, 0]
+    assert kernels.reduce_ring(values, 40).tolist() == [
+        2**40 - 1,
+        5,
+        2**31,
+        2**40 - 2**31,
+    ]
+    assert kernels.centred(np.array([2**24 - 1, 2**23]), 24).tolist() == [-1, -(2**23)]
+
+
+# ---------------------------------------------------------------- refusals
+
+
+@dataclasses.dataclass
+class Call:
+    """A kernel with arguments that belong together."""
+
+    kernel: Any
+    given: dict[str, Any]
+
+    def __call__(self, **other: Any) -> None:
+        given = {**self.given, **other}
+        positional = [given.pop(name) for name in self.positional]
+        self.kernel(*positional, **given)
+
+    @property
+    def positional(self) -> list[str]:
+        names = self.kernel.__code__.co_varnames
+        return list(names[: self.kernel.__code__.co_argcount])
+
+
+def words(*shape, dtype=np.int64):
+    return np.ones(shape, dtype=dtype)
+
+
+def narrow(*shape):
+    return words(*shape, dtype=np.int32)
+
+
+def right_calls():
+    """Afresh for every test: one call of each public kernel that is right."""
+    shifts, degrees = np.array([3, 9]), np.array([2, 4])
+    return {
+        "shifted_openings": Call(
+            kernels.shifted_openings,
+            {"c": narrow(5), "deltas": narrow(1, 5), "bits": 32, "shifts": shifts,
+             "out": narrow(2, 5)},
+        ),
+        "polynomial_share": Call(
+            kernels.polynomial_share,
+            {"opened": narrow(2, 5), "values": words(2, 6, 7), "widths": 32 - shifts,
+             "degrees": degrees, "public": words(2, 5), "constant": 1, "start": 2,
+             "step": 16, "out": words(5)},
+        ),
+        "add_linear": Call(
+            kernels.add_linear,
+            {"c": narrow(5), "bits": 32, "shift": 2, "coefficient": 3, "out": words(5)},
+        ),
+        "deal_polynomial": Call(
+            kernels.deal_polynomial,
+            {"masks": narrow(2, 5), "rounding": words(5), "taken": words(2, 6, 5),
+             "bits": 32, "shifts": shifts, "degrees": degrees, "table": words(2, 4, 5),
+             "linear": 1, "linear_shift": 2, "out": words(2, 6, 5)},
+        ),
+        "truncate": Call(
+            kernels.truncate,
+            {"mine": words(5), "theirs": words(5), "bits": 64, "drop": 32, "step": 16,
+             "out": narrow(5)},
+        ),
+        "convolve": Call(
+            kernels.convolve,
+            {"x": narrow(2, 6, 6, 4), "weight": narrow(2, 3, 3, 2, 3),
+             "out": narrow(2, 6, 6, 6), "stride": (1, 1), "dilation": (1, 1),
+             "pads": (1, 1, 1, 1)},
+        ),
+        "convolve each channel": Call(
+            kernels.convolve,
+            {"x": narrow(2, 6, 6, 4), "weight": narrow(3, 3, 4),
+             "out": narrow(2, 4, 4, 4), "stride": (1, 1), "dilation": (1, 1),
+             "pads": (0, 0, 0, 0)},
+        ),
+        "pool_sum": Call(
+            kernels.pool_sum,
+            {"x": narrow(2, 6, 6, 4), "out": narrow(2, 3, 3, 4), "kernel": (2, 2),
+             "stride": (2, 2), "pads": (0, 0, 0, 0)},
+        ),
+        "pad": Call(kernels.pad, {"x": narrow(2, 6, 6, 4), "pads": (1, 0, 0, 1)}),
+    }  # fmt: skip
+
+
+WRONG = [
+    ("shifted_openings", {"c": narrow(4)}),
+    ("shifted_openings", {"c": narrow(5, 1)}),
+    ("shifted_openings", {"c": words(5)}),
+    ("shifted_openings", {"deltas": narrow(2, 5)}),
+    ("shifted_openings", {"deltas": narrow(0, 5)}),
+    ("shifted_openings", {"shifts": np.array([3])}),
+    ("shifted_openings", {"shifts": np.array([3, 32])}),
+    ("shifted_openings", {"shifts": np.array([-1, 3])}),
+    ("shifted_openings", {"shifts": np.array([1.0, 3.0])}),
+    ("shifted_openings", {"out": narrow(5)}),
+    ("shifted_openings", {"out": narrow(1, 5)}),
+    ("shifted_openings", {"bits": 65}),
+    ("polynomial_share", {"opened": narrow(1, 5)}),
+    ("polynomial_share", {"opened": narrow(5)}),
+    ("polynomial_share", {"opened": np.ones((2, 5))}),
+    ("polynomial_share", {"values": words(2, 5, 7)}),
+    ("polynomial_share", {"values": words(1, 6, 7)}),
+    ("polynomial_share", {"values": words(2, 6, 6)}),
+    ("polynomial_share", {"values": words(12, 7)}),
+    ("polynomial_share", {"start": -1}),
+    ("polynomial_share", {"start": 3}),
+    ("polynomial_share", {"degrees": np.array([6])}),
+    ("polynomial_share", {"degrees": np.array([6, 0])}),
+    ("polynomial_share", {"degrees": np.array([-1, 7])}),
+    ("polynomial_share", {"degrees": np.array([1, 5])}),
+    ("polynomial_share", {"widths": np.array([30])}),
+    ("polynomial_share", {"widths": np.array([30, 64])}),
+    ("polynomial_share", {"widths": np.array([0, 30])}),
+    ("polynomial_share", {"public": words(2, 4)}),
+    ("polynomial_share", {"public": words(1, 5)}),
+    ("polynomial_share", {"step": 64}),
+    ("polynomial_share", {"out": words(4)}),
+    ("polynomial_share", {"out": narrow(5)}),
+    ("add_linear", {"c": narrow(6)}),
+    ("add_linear", {"out": narrow(5)}),
+    ("add_linear", {"c": narrow(5, 1), "out": words(5, 1)}),
+    ("add_linear", {"shift": 31}),
+    ("add_linear", {"shift": -1}),
+    ("deal_polynomial", {"masks": narrow(1, 5)}),
+    ("deal_polynomial", {"masks": narrow(2, 4)}),
+    ("deal_polynomial", {"rounding": words(4)}),
+    ("deal_polynomial", {"rounding": words(5, 1)}),
+    ("deal_polynomial", {"taken": words(2, 5, 5)}),
+    ("deal_polynomial", {"out": words(2, 6, 4)}),
+    ("deal_polynomial", {"out": narrow(2, 6, 5)}),
+    ("deal_polynomial", {"degrees": np.array([6, 0])}),
+    ("deal_polynomial", {"degrees": np.array([1, 5])}),
+    ("deal_polynomial", {"table": words(2, 3, 5)}),
+    ("deal_polynomial", {"table": words(2, 4, 4)}),
+    ("deal_polynomial", {"table": words(2, 20)}),
+    ("deal_polynomial", {"shifts": np.array([3])}),
+    ("deal_polynomial", {"shifts": np.array([3, 40])}),
+    ("deal_polynomial", {"linear_shift": 32}),
+    ("truncate", {"mine": words(4)}),
+    ("truncate", {"theirs": narrow(5)}),
+    ("truncate", {"out": np.ones(5)}),
+    ("truncate", {"drop": 63}),
+    ("truncate", {"drop": -1}),
+    ("truncate", {"step": 64}),
+    ("convolve", {"x": narrow(2, 6, 6, 3)}),
+    ("convolve", {"x": words(2, 6, 6, 4)}),
+    ("convolve", {"x": narrow(6, 6, 4)}),
+    ("convolve", {"x": narrow(1, 6, 6, 4)}),
+    ("convolve", {"weight": narrow(2, 3, 3, 2, 4)}),
+    ("convolve", {"weight": narrow(2, 3, 3, 2)}),
+    ("convolve", {"weight": narrow(3, 3, 4)}),
+    ("convolve", {"weight": narrow(1, 3, 3, 2, 3)}),
+    ("convolve", {"weight": narrow(2, 9, 9, 2, 3)}),
+    ("convolve", {"out": narrow(2, 5, 6, 6)}),
+    ("convolve", {"out": narrow(2, 7, 6, 6)}),
+    ("convolve", {"out": narrow(2, 6, 6, 5)}),
+    ("convolve", {"stride": (1 << 36, 1)}),
+    ("convolve", {"stride": (0, 1)}),
+    ("convolve", {"stride": (-1, 1)}),
+    ("convolve", {"dilation": (2, 1)}),
+    ("convolve", {"dilation": (0, 1)}),
+    ("convolve", {"pads": (-1, 3, 1, 1)}),
+    ("convolve", {"x": np.ones((2, 6, 6, 4)), "weight": np.ones((2, 3, 3, 2, 3)),
+                  "out": np.ones((2, 6, 6, 6))}),
+    ("convolve each channel", {"weight": narrow(3, 3, 3)}),
+    ("convolve each channel", {"out": narrow(2, 4, 4, 5)}),
+    ("pool_sum", {"out": narrow(2, 3, 4, 4)}),
+    ("pool_sum", {"out": words(2, 3, 3, 4)}),
+    ("pool_sum", {"kernel": (0, 2)}),
+    ("pool_sum", {"kernel": (8, 2)}),
+    ("pool_sum", {"stride": (0, 2)}),
+    ("pool_sum", {"pads": (-1, 0, 1, 0)}),
+    ("pad", {"x": narrow(6, 6, 4)}),
+    ("pad", {"pads": (-1, 0, 0, 0)}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", right_calls())
+def test_arguments_that_belong_together_are_taken(name):
+    right_calls()[name]()
+
+
+@pytest.mark.parametrize("name, wrong", WRONG, ids=lambda v: str(v)[:40])
+def test_arguments_that_do_not_belong_together_are_refused(name, wrong):
+    call = right_calls()[name]
+    given = {**call.given, **wrong}
+    before = given["out"].copy() if "out" in given else None
+    with pytest.raises(PlanError, match="do not belong together"):
+        call(**wrong)
+    if before is not None:
+        assert np.array_equal(given["out"], before)
+
+
+BOUNDS_CHECKED = """
+import numpy as np
+from crypten_espn.compiled import compiled
+from tests.masked import test_kernels as cases
+
+@compiled
+def beyond(array, index):
+    return array[index]
+
+try:
+    beyond(np.zeros(3), 3)
+except IndexError:
+    print("checked")
+for name, call in cases.right_calls().items():
+    call()
+for bits in (32, 64):
+    rng = np.random.default_rng(0)
+    cases.check_convolution(
+        rng, bits, 2, 3, 19, (3, 2), (2, 1), (1, 2), (1, 0, 2, 1), (7, 6), 2
+    )
+cases.test_polynomial_of_an_opening_is_exact(32, *cases.POLYNOMIALS[1])
+cases.test_a_share_of_some_elements_is_that_of_all(1500, 1100, 16)
+print("all in bounds")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_kernels_stay_in_bounds(tmp_path):
+    """The same calls with every index checked, compiled apart."""
+    env = {
+        **os.environ,
+        "NUMBA_BOUNDSCHECK": "1",
+        "NUMBA_CACHE_DIR": str(tmp_path),
+        "NUMBA_NUM_THREADS": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", BOUNDS_CHECKED], env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split("\n")[:2] == ["checked", "all in bounds"]

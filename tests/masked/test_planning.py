@@ -1,0 +1,536 @@
+"""The planner: what it takes is right, what it cannot is named before anything runs."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from crypten.nn import module as crypten_nn
+from torch import nn
+
+import crypten_espn as espn
+from crypten_espn.errors import PlanError
+from crypten_espn.masked.planning import make_plan, masked_model
+from crypten_espn.masked.planning.checking import check_plan
+from crypten_espn.masked.planning.precision import Effect, choose_truncations
+from crypten_espn.masked.reference import evaluate
+from crypten_espn.pillar.data import fashion_sample
+from crypten_espn.pillar.storage import load_network
+
+from .cases import QUARTIC, Pair, planned
+from .networks import (
+    OTHERS,
+    RESCALING,
+    Written,
+    act,
+    coins,
+    conv,
+    images,
+    ready,
+    vectors,
+)
+
+DATA = Path(espn.__file__).parent / "data"
+functional = nn.functional
+
+
+def exact(network: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """The network's outputs in float64."""
+    result = network.double()(x.double())
+    network.float()
+    return result
+
+
+def rms(values: torch.Tensor) -> float:
+    return float(values.double().square().mean().sqrt())
+
+
+def graph_of(module: crypten_nn.Module, *constants: torch.Tensor):
+    """A crypten graph of one module whose constants follow its input."""
+    graph = crypten_nn.Graph(["input"], ["y"])
+    names = [f"constant{i}" for i in range(len(constants))]
+    for name, tensor in zip(names, constants, strict=True):
+        graph.add_module(name, crypten_nn.Parameter(tensor), [])
+    graph.add_module("y", module, ["input", *names])
+    return graph
+
+
+# ---------------------------------------------------------------- shapes
+
+
+def _refused():
+    torch.manual_seed(0)
+    cat, pad = torch.cat, functional.pad
+    return {
+        "a broadcasting addition": (
+            Written(
+                lambda x, c: x + c(functional.adaptive_avg_pool2d(x, 1)), conv(3, 3)
+            ),
+            images(),
+            r"addition of values of shapes \(3, 8, 8\) and \(3, 1, 1\)",
+        ),
+        "a linear layer on rows of images": (
+            nn.Linear(8, 5), images(), "linear layer on values of 4 dimensions",
+        ),
+        "a linear layer on sequences": (
+            nn.Linear(8, 5), torch.randn(4, 3, 8), "values of 3 dimensions",
+        ),
+        "a linear layer on rows, flattened": (
+            nn.Sequential(nn.Linear(8, 5), nn.Flatten()),
+            images(), "flatten them first",
+        ),
+        "a constant in a concatenation": (
+            Written(
+                lambda x, c: cat([c(x), torch.ones_like(c(x)[:, :1])], 1), conv(3, 3)
+            ),
+            images(), "constant of shape",
+        ),
+        "pads of channels": (
+            Written(lambda x: pad(functional.avg_pool2d(x, 1, 2), (0, 0, 0, 0, 2, 2))),
+            images(), r"\(0, 0, 0, 0, 2, 2\) beyond height and width",
+        ),
+        "pads of a vector": (
+            Written(lambda x, f: pad(f(x), (1, 2)), nn.Linear(10, 4)),
+            vectors(), "values of 2 dimensions",
+        ),
+        "negative pads": (
+            Written(lambda x, c: pad(c(x), (-1, -1, -2, 0)), conv(3, 3)),
+            images(), "negative pads",
+        ),
+        "rows in a concatenation": (
+            Written(lambda x, c: cat([c(x), x], 2), conv(3, 3)),
+            images(), "concatenation along axis 2",
+        ),
+        "a pool of sequences": (
+            nn.Sequential(nn.AdaptiveAvgPool1d(1), nn.Flatten()),
+            torch.randn(4, 3, 8), "values of 3 dimensions",
+        ),
+        "inputs of two dimensions beside the batch": (
+            nn.Sequential(act()), torch.randn(4, 3, 8), "1 or 3 dimensions",
+        ),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", _refused())
+def test_what_the_engine_does_not_compute_is_named_before_anything_runs(name):
+    network, x, words = _refused()[name]
+    report = espn.check(ready(network), x)
+    if report.ok:
+        assert report.masked is not None
+        private = espn.convert(network, x)
+        with pytest.raises(PlanError, match=words):
+            masked_model(private, x)
+
+
+def _computed():
+    torch.manual_seed(1)
+    cat, pool = torch.cat, functional.avg_pool2d
+    return {
+        "channels counted from the end": (
+            Written(lambda x, c: cat([c(x), x], -3), conv(3, 2)), images(),
+        ),
+        "features counted from the end": (
+            Written(lambda x, f: cat([f(x), x], -1), nn.Linear(10, 4)), vectors(),
+        ),
+        "borders that count fewer": (
+            nn.Sequential(conv(3, 4), nn.AvgPool2d(3, 1, 1, count_include_pad=False)),
+            images(),
+        ),
+        "windows that leave the image": (
+            nn.Sequential(conv(3, 4), nn.AvgPool2d(3, 2, ceil_mode=True)), images(),
+        ),
+        "an adaptive pool that divides": (
+            nn.Sequential(nn.AdaptiveAvgPool2d((2, 4)), conv(3, 2)), images(),
+        ),
+        "an output that is the input": (nn.Identity(), images()),
+        "a flattened input": (nn.Flatten(), images()),
+        "an activation at the end": (nn.Sequential(conv(3, 3), act()), images()),
+        "an activation alone": (act(), vectors()),
+        "no weights": (
+            nn.Sequential(nn.AvgPool2d(2), act(), nn.Flatten()), images(),
+        ),
+        "a value added to itself": (Written(lambda x: x + x), images()),
+        "a mean of three by three beside an image": (
+            Written(lambda x, c, p: c(pool(p(x), 3, 1, 1) + x), conv(3, 3), act()),
+            images(),
+        ),
+        "the same mean at the end": (
+            Written(lambda x, p: pool(p(x), 3, 1, 1) + x, act()), images(),
+        ),
+        "windows of three and five together": (
+            Written(
+                lambda x, c: c(cat([pool(x, 3, 1, 1), pool(x, 5, 1, 2), x], 1)),
+                conv(9, 3),
+            ),
+            images(),
+        ),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", _computed())
+def test_what_it_computes_is_the_network_s(name):
+    network, x = _computed()[name]
+    model = planned(ready(network), x)
+    logits, _ = evaluate(model.plan, model.weights, x)
+    expected = exact(network, x)
+    assert logits.shape == expected.shape
+    assert rms(logits - expected) <= 1.5 * model.report.logits_error
+
+
+def test_pools_that_count_less_at_the_border_run_between_the_parties():
+    torch.manual_seed(2)
+    network, x = ready(OTHERS["border pools"][0]()), images(3)
+    pair = Pair(planned(network, x))
+    logits, _ = pair.infer(x)
+    found = pair.plan.decode(logits)
+    assert rms(found - exact(network, x)) < 3 * pair.model.report.logits_error
+    tags = {node.__class__.__name__ for p in pair.plan.parts for node in p.root.walk()}
+    assert {"Scale", "Pool", "Pad"} <= tags
+
+
+# ---------------------------------------------------------------- attributes
+
+
+def test_every_attribute_of_a_module_is_read_or_refused():
+    x, vector = images(), vectors()
+    weight, matrix = torch.randn(4, 3, 3, 3), torch.randn(5, 10)
+
+    def changed(module, **attributes):
+        for key, value in attributes.items():
+            setattr(module, key, value)
+        return module
+
+    def convolution():
+        return crypten_nn.Conv([1, 1], [0, 0], [1, 1])
+
+    pool = crypten_nn.AvgPool2d
+    zeros = torch.zeros(5)
+    refused = [
+        (changed(convolution(), auto_pad="SAME_UPPER"), x, (weight,), "auto_pad"),
+        (changed(convolution(), padding_mode="circular"), x, (weight,), "padding_mode"),
+        (changed(convolution(), padding=[-1, 0]), x, (weight,), "negative"),
+        (changed(convolution(), stride=[0, 1]), x, (weight,), "stride"),
+        (convolution(), x, (weight[0],), "weights of shape"),
+        (convolution(), x, (weight, torch.zeros(3)), "bias of shape"),
+        (changed(pool(2), dilation=2), x, (), "dilation"),
+        (changed(pool(2), divisor_override=3), x, (), "divisor_override"),
+        (changed(pool(3, 1, 1), count_include_pad=False), x, (), "count_include_pad"),
+        (changed(pool(3, 2), ceil_mode=True), x, (), "ceil_mode"),
+        (crypten_nn.AdaptiveAvgPool2d((3, 3)), x, (), "uneven windows"),
+        (crypten_nn.AdaptiveAvgPool2d(0), x, (), "output_size"),
+        (crypten_nn.Flatten(2), x, (), "axis=2"),
+        (crypten_nn.Flatten(0), x, (), "axis=0"),
+        (crypten_nn.Reshape((8, 4, 48)), x, (), "flattens"),
+        (crypten_nn.Reshape(), x, (), "not known"),
+        (crypten_nn.ConstantPad2d(1, 2.0), x, (), "value=2"),
+        (crypten_nn.ConstantPad2d(1, 0, mode="reflect"), x, (), "mode='reflect'"),
+        (crypten_nn.Gemm(alpha=2.0, trans_b=True), vector, (matrix, zeros), "alpha"),
+        (crypten_nn.Gemm(beta=0.5, trans_b=True), vector, (matrix, zeros), "beta"),
+        (
+            crypten_nn.Gemm(trans_a=True, trans_b=True),
+            vector,
+            (matrix, zeros),
+            "trans_a",
+        ),
+        (crypten_nn.Gemm(), vector, (matrix.T.contiguous(), zeros), "trans_b"),
+        (crypten_nn.Gemm(trans_b=True), vector, (torch.randn(5, 9), zeros), "^y: "),
+        (crypten_nn.Mul(), x, (weight,), "Mul is not supported"),
+    ]
+    for module, example, constants, words in refused:
+        with pytest.raises(PlanError, match=words):
+            make_plan(graph_of(module, *constants), example)
+    accepted = [
+        (convolution(), x, (weight,)),
+        (pool(2), x, ()),
+        (changed(pool(2), ceil_mode=True, count_include_pad=False), x, ()),
+        (crypten_nn.Reshape((8, -1)), x, ()),
+        (crypten_nn.Reshape(torch.tensor([-1, 192])), x, ()),
+        (crypten_nn.Dropout(), x, ()),
+        (crypten_nn.Gemm(trans_b=True), vector, (matrix, zeros)),
+    ]
+    for module, example, constants in accepted:
+        make_plan(graph_of(module, *constants), example)
+
+
+def test_several_inputs_and_outputs_are_refused():
+    x = images()
+    two = crypten_nn.Graph(["input", "other"], ["y"])
+    two.add_module("y", crypten_nn.Add(), ["input", "other"])
+    with pytest.raises(PlanError, match="2 inputs"):
+        make_plan(two, x)
+    outputs = crypten_nn.Graph(["input"], ["a", "b"])
+    for name in "ab":
+        outputs.add_module(name, crypten_nn.Flatten(), ["input"])
+    with pytest.raises(PlanError, match="2 outputs"):
+        make_plan(outputs, x)
+
+
+def test_nothing_but_a_plan_error_leaves_the_planner():
+    """What nobody foresaw is named by its layer."""
+    graph = graph_of(crypten_nn.Conv("same", None, [1, 1]), torch.randn(4, 3, 3, 3))
+    with pytest.raises(PlanError, match=r"^y: "):
+        make_plan(graph, images())
+    graph = graph_of(crypten_nn.Concat(1))
+    graph._graph["y"] = ["input", "missing"]
+    with pytest.raises(PlanError, match=r"^y: "):
+        make_plan(graph, images())
+
+
+# ---------------------------------------------------------------- coefficients
+
+
+@pytest.mark.parametrize(
+    "name, ring",
+    [("linears", ring) for ring in range(20, 57)]
+    + [(name, ring) for name in RESCALING for ring in (21, 32, 45, 48, 56)],
+)
+def test_rescalings_are_right_in_every_ring(name, ring):
+    """Root mean square error at most 1.5 of what the plan states, and that is small."""
+    torch.manual_seed(3)
+    make, inputs = RESCALING[name]
+    network, x = ready(make()), inputs()
+    model = planned(network, x, precision=ring)
+    roundings = coins(model.plan, ring)
+    logits, _ = evaluate(model.plan, model.weights, x, roundings=roundings)
+    assert rms(logits - exact(network, x)) <= 1.5 * model.report.logits_error
+    assert model.report.logits_error < max(2.0 ** (4.5 - ring / 2), 2e-5)
+
+
+def test_a_coefficient_never_rounds_to_nothing():
+    flat = Effect(np.zeros(9), np.zeros((5, 5)))  # calibration saw nothing of it
+
+    def chosen(polynomial, g, f, ring):
+        return choose_truncations(
+            polynomial,
+            ring=ring,
+            frac_bits=g,
+            result_bits=f,
+            value_frac_bits=f + 64 - ring,
+            effect=flat,
+        )
+
+    identity = espn.Polynomial((0, 1), 0, (-1.0, 1.0))
+    for ring in range(20, 57):
+        found = chosen(identity, ring - 3, 12, ring)
+        assert found is not None and found.linear is not None
+        assert found.linear.shift <= ring - 3
+        bits = ring - 3 - found.linear.shift
+        assert found.linear.coefficient == 2 ** (12 + 64 - ring - bits)
+    for ring in range(20, 57):
+        found = chosen(QUARTIC, ring - 5, 12, ring)
+        if found is None:
+            continue
+        kept = {k: c for g in found.groups for k, c in enumerate(g.coeffs) if c}
+        assert set(kept) == {2, 4} and found.linear is not None
+        assert found.linear.coefficient and found.linear.shift <= found.groups[0].shift
+    # A coefficient that counts and has no bits left at any truncation.
+    tiny = espn.Polynomial((0, 0, 1), 40, (-(2.0**19), 2.0**19))
+    assert chosen(tiny, 30, 12, 52) is None
+    # One that moves nothing may go.
+    faint = espn.Polynomial((0, 1 << 20, 0, 0, 1), 40, (-1.0, 1.0))
+    assert chosen(faint, 30, 12, 52) is not None
+
+
+def test_a_polynomial_whose_coefficient_has_no_bits_left_is_refused_by_name():
+    tiny = espn.Polynomial((0, 0, 1), 40, (-(2.0**30), 2.0**30))
+    network = ready(nn.Sequential(nn.Linear(10, 4), act(tiny), nn.Linear(4, 2)))
+    private = espn.convert(network, vectors())
+    with pytest.raises(PlanError, match=r"^1: a coefficient of its polynomial rounds"):
+        make_plan(private, vectors(), precision=56)
+
+
+def test_small_weights_keep_their_bits_or_are_refused():
+    torch.manual_seed(4)
+    network = ready(nn.Sequential(nn.Linear(10, 8), act(), nn.Linear(8, 3)))
+    x = vectors()
+    with torch.no_grad():
+        network[2].weight.mul_(1e-4)
+        network[2].bias.mul_(1e-4)
+    model = planned(network, x)
+    assert all(np.abs(w).max() >= 8 for w in model.weights.integers)
+    logits, _ = evaluate(model.plan, model.weights, x)
+    assert rms(logits - exact(network, x)) <= 1.5 * model.report.logits_error
+    with torch.no_grad():
+        network[2].weight.mul_(1e-9)
+    with pytest.raises(PlanError, match=r"its largest weight, .* would have"):
+        planned(network, x)
+    with torch.no_grad():
+        network[2].weight.zero_()
+    logits, _ = evaluate(*_parts(planned(network, x)), x)
+    assert (logits - network[2].bias).abs().max() < 1e-6
+
+
+def _parts(model):
+    return model.plan, model.weights
+
+
+def test_a_bias_that_leaves_sixty_two_bits_is_refused():
+    network = Written(lambda x, a, b: a(x) + b(x), nn.Linear(10, 3), nn.Linear(10, 3))
+    with torch.no_grad():
+        ready(network).parts[0].bias.fill_(2.0**45)
+        network.parts[1].bias.fill_(-(2.0**45))
+    with pytest.raises(PlanError, match=r"a bias of 3.518e\+13"):
+        planned(network, vectors())
+    with torch.no_grad():
+        network.parts[0].bias.fill_(2.0**20)
+        network.parts[1].bias.fill_(-(2.0**20))
+    x = vectors()
+    model = planned(network, x)
+    logits, _ = evaluate(model.plan, model.weights, x)
+    assert rms(logits - exact(network, x)) <= 1.5 * model.report.logits_error
+
+
+@pytest.mark.parametrize(
+    "scale, words", [(1e5, "precision='high'"), (1e9, "precision=48")]
+)
+def test_a_layer_too_wide_for_the_ring_says_which_ring_would_do(scale, words):
+    torch.manual_seed(5)
+    network = ready(
+        nn.Sequential(nn.Linear(10, 8), nn.Linear(8, 4), act(), nn.Linear(4, 2))
+    )
+    with torch.no_grad():
+        network[0].weight.mul_(scale)
+        network[1].weight.mul_(1 / scale)
+    x = vectors()
+    private = espn.convert(network, x)
+    with pytest.raises(PlanError, match=r"^0 \(rescaled\): .* ring of 32.*") as error:
+        make_plan(private, x)
+    found = str(error.value)
+    assert words in found
+    wider = found.split("precision=")[1].split(" ")[0].strip("'")
+    model = masked_model(private, x, precision=int(wider) if wider.isdigit() else wider)
+    logits, _ = evaluate(model.plan, model.weights, x)
+    assert rms(logits - exact(network, x)) <= 1.5 * model.report.logits_error
+
+
+# ---------------------------------------------------------------- stated errors
+
+
+@pytest.mark.parametrize("ring", [26, 40])
+@pytest.mark.parametrize("name", {**RESCALING, **OTHERS})
+def test_the_stated_error_is_the_measured_one(name, ring):
+    """Within 0.3 to 1.5; and the noise hides the coins: 4 to 16 deviations wide."""
+    torch.manual_seed(6)
+    make, inputs = {**RESCALING, **OTHERS}[name]
+    network, x = ready(make()), inputs()
+    model = planned(network, x, precision=ring)
+    plan, report = model.plan, model.report
+    unit = 2.0**-plan.output.frac_bits
+    width = unit * 2**plan.output.noise_bits
+    roundings = coins(plan, ring)
+    logits, _ = evaluate(plan, model.weights, x, roundings=roundings)
+    error = math.hypot(rms(logits - exact(network, x)), width / math.sqrt(12))
+    assert 0.3 * report.logits_error <= error <= 1.5 * report.logits_error
+    assert report.coins_error <= report.logits_error
+    one = x[:1].expand(240, *x.shape[1:])
+    _, trace = evaluate(plan, model.weights, one, roundings=roundings)
+    deviations = trace[-1].reshape(240, -1).std(0) * unit
+    assert 0.3 * report.coins_error <= math.sqrt(np.square(deviations).mean())
+    assert math.sqrt(np.square(deviations).mean()) <= 1.5 * report.coins_error
+    assert 4 * deviations.max() <= width <= 16 * deviations.max()
+    assert width / math.sqrt(12) <= report.logits_error
+
+
+def test_the_parties_results_have_the_stated_error():
+    torch.manual_seed(7)
+    network, x = ready(OTHERS["quadratic"][0]()), images(16)
+    pair = Pair(planned(network, x))
+    z, _ = pair.infer(x)
+    error = rms(pair.plan.decode(z) - exact(network, x))
+    stated = pair.model.report.logits_error
+    assert 0.3 * stated <= error <= 1.5 * stated
+
+
+def test_a_bundled_network_has_the_stated_error():
+    sample = fashion_sample()
+    x = sample.normalization(sample.images[:6])
+    network = ready(load_network(DATA / "fashion_resnet_poly.safetensors"))
+    model = planned(network, x[:4])
+    plan, report = model.plan, model.report
+    unit = 2.0**-plan.output.frac_bits
+    width = unit * 2**plan.output.noise_bits
+    logits, _ = evaluate(plan, model.weights, x, roundings=coins(plan, 1))
+    error = math.hypot(rms(logits - exact(network, x)), width / math.sqrt(12))
+    assert 0.3 * report.logits_error <= error <= 1.5 * report.logits_error
+    runs = []
+    for part in x[4:5].expand(200, *x.shape[1:]).split(20):
+        roundings = coins(plan, len(runs) + 2)
+        runs.append(evaluate(plan, model.weights, part, roundings=roundings)[1][-1])
+    deviations = np.concatenate(runs).std(0) * unit
+    assert 4 * deviations.max() <= width <= 16 * deviations.max()
+
+
+def test_the_table_states_the_error_at_the_logits_and_no_bound_by_layer():
+    network = ready(OTHERS["quartic"][0]())
+    one = str(planned(network, vectors(1)))
+    head = one.splitlines()[0]
+    assert "own rounding" in head and "noise" not in head
+    assert "no bound" in one and "logits: standard deviation of the error" in one
+    assert "calibrated on 1 input: one bounds every layer; give more" in one
+    assert "calibrated on 8 inputs" in str(planned(network, vectors(8)))
+
+
+# ---------------------------------------------------------------- calibration
+
+
+def test_calibration_that_is_none_is_refused_with_both_sizes():
+    network = ready(nn.Sequential(conv(3, 4, 3), act(), nn.AdaptiveAvgPool2d(1)))
+    private = espn.convert(network, images())
+    nan, infinite = images(), images()
+    nan[0, 0, 0, 0], infinite[1, 2, 3, 4] = math.nan, math.inf
+    for example, words in (
+        (torch.randn(2, 3, 32, 32), r"\(2, 3, 32, 32\).*\(batch, 3, 8, 8\)"),
+        (torch.randn(3, 8, 8), r"\(3, 8, 8\).*\(batch, 3, 8, 8\)"),
+        (torch.zeros(0, 3, 8, 8), "at least one input"),
+        (torch.tensor(1.0), "at least one input"),
+        (nan, "NaN or infinity"),
+        (infinite, "NaN or infinity"),
+        (images().to(torch.complex64), "complex64"),
+        (images().numpy(), "ndarray"),
+    ):
+        with pytest.raises(PlanError, match=words):
+            make_plan(private, example)
+    for kind in (torch.float16, torch.bfloat16, torch.float64, torch.uint8):
+        make_plan(private, (images().abs() * 10).to(kind))
+
+
+# ---------------------------------------------------------------- check
+
+
+def test_check_runs_the_plan_and_compares_it_with_the_module():
+    torch.manual_seed(8)
+    network, x = ready(OTHERS["quadratic"][0]()), images()
+    private = espn.convert(network, x)
+    assert check_plan(private, x) is None
+    assert check_plan(private, x, reference=network) is None
+
+    def other(x):
+        return network(x) + 0.01
+
+    found = check_plan(private, x, reference=other)
+    assert found is not None and "differs by 0.01" in found and "allowed" in found
+    assert "shape" in str(check_plan(private, x, reference=lambda x: network(x)[:, :3]))
+
+    def baked(x):
+        assert len(x) == 2, "a batch of 2 was baked in"
+        return network(x)
+
+    assert "baked in" in str(check_plan(private, x, reference=baked))
+
+    # A branch that agrees on the example alone.
+    def branching(y):
+        return network(y) if y.shape[0] == 2 else network(-y)
+
+    assert "on a batch of 1" in str(check_plan(private, x, reference=branching))
+
+
+def test_check_finds_what_the_exporter_dropped():
+    torch.manual_seed(9)
+    network = nn.Sequential(conv(3, 3), nn.AvgPool2d(3, 1, 1, divisor_override=5))
+    network[1].eval()
+    report = espn.check(network.train(), images())
+    assert report.masked is not None and "differs by" in report.masked
+    assert network.training and network[0].training

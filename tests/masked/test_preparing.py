@@ -1,0 +1,233 @@
+"""The offline phase: exact correlations, sizes, masks that serve once."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from crypten_espn.errors import RandomnessError
+from crypten_espn.masked import kernels
+from crypten_espn.masked.dealing import Dealing, coins
+from crypten_espn.masked.drivers import together
+from crypten_espn.masked.inference import client, server
+from crypten_espn.masked.linear import Operands, accumulate
+from crypten_espn.masked.material import (
+    ClientMaterial,
+    Pairing,
+    ServerMaterial,
+    client_draws,
+    client_input_mask,
+    client_layout,
+    inference_seeds,
+    layout_bytes,
+    server_layout,
+    source_mask,
+    weight_masks,
+)
+from crypten_espn.masked.messages import Send
+from crypten_espn.masked.steps import Step
+from crypten_espn.randomness import Keystream
+from crypten_espn.wire.packing import packed_bytes
+
+from .cases import SESSION, Pair, planned, residual, without_noise
+
+
+@pytest.fixture(scope="module")
+def small():
+    return planned(*residual())
+
+
+def seeds_of(pair, index):
+    """Dealer's, server's and client's seed of an inference."""
+    own = Keystream(pair.seed).fork(b"dealer").bytes(16)
+    return [inference_seeds(s).take(index) for s in (own, *pair.dealing.seeds)]
+
+
+def test_dealt_values_are_the_powers_of_the_mask(small):
+    """The linear parts add up to B*t + r, the values to powers of t, by integers."""
+    pair, batch = Pair(small), 2
+    plan = pair.plan
+    dealt, theirs = [], seeds_of(pair, 0)
+    for event in pair.dealing.deal(0, batch):
+        assert isinstance(event, Send)
+        dealt.append([array for array, _ in event.parts])
+    draws = list(client_draws(plan, theirs[2], batch))
+    coin = list(coins(plan, theirs[0], theirs[1], batch))
+    masks = weight_masks(plan, pair.dealing.seeds[0])
+    sources = {0: client_input_mask(plan, theirs[2], batch)}
+    checked = 0
+    for number, part in enumerate(plan.parts):
+        total = dealt[number][0] + draws[number].linear
+        product = np.zeros_like(total)
+        operands = Operands(plan.shapes, sources, masks, public=False)
+        accumulate(part.root, operands, product)
+        if not isinstance(part, Step):
+            assert np.array_equal(
+                kernels.centred(total, part.ring), kernels.centred(product, part.ring)
+            )
+            continue
+        act, m = part.activation, part.ring
+        secret, drawn = coin[number], draws[number]
+        assert secret is not None and act.linear is not None
+        assert drawn.values is not None and drawn.hidden is not None
+        flat = secret.masks[0].reshape(product.shape)
+        assert np.array_equal(
+            kernels.centred(total, m), kernels.centred(product + flat, m)
+        )
+        whole = dealt[number][1] + drawn.values
+        sources[number + 1] = source_mask(drawn.hidden, total.shape, act.ring)
+        tables = part.tables.table.tolist()
+        for i in range(0, flat.size, 97):
+            for case in (0, 1):
+                index = 0
+                for g, group in enumerate(act.groups):
+                    mask = int(secret.masks[g, i]) % 2**m
+                    if case == 1 and mask >> (m - 1):
+                        mask -= 1 << m  # an arithmetic shift where the top bit is 0
+                    t = -(mask >> group.shift)
+                    for j in range(group.degree):
+                        expected = sum(
+                            tables[g][j][k] * t**k
+                            for k in range(1, group.degree - j + 1)
+                        )
+                        if j == g == 0:
+                            expected += int(secret.rounding[i])
+                            expected -= act.linear.coefficient * (
+                                mask >> act.linear.shift
+                            )
+                        got = int(whole[case, index + j, i])
+                        assert (got - expected) % 2**64 == 0
+                        checked += 1
+                    index += group.degree
+    assert checked > 100
+
+
+@pytest.mark.parametrize("batch", [1, 9])
+def test_traffic_is_what_the_plan_declares(small, batch):
+    pair = Pair(small)
+    *_, transcript = pair.prepare(0, batch)
+    plan = pair.plan
+    assert {(a, b) for a, b, _ in transcript.messages} == {
+        ("dealer", "server"),
+        ("client", "server"),
+    }
+    dealt = [size for sender, _, size in transcript.messages if sender == "dealer"]
+    assert sum(dealt) == plan.dealer_bytes(batch=batch)
+    assert len(dealt) == len(plan.parts)
+    halves = [size for sender, _, size in transcript.messages if sender == "client"]
+    assert halves == [
+        packed_bytes(batch * plan.elements(number), step.ring)
+        for number, step in enumerate(plan.steps)
+    ]
+
+
+@pytest.mark.parametrize("precision", [20, 26, "fast", "high", 52])
+def test_rounding_coins_are_uniform_below_what_they_round(precision):
+    model = planned(*residual(), precision=precision)
+    plan, count = model.plan, 0
+    drawn = list(coins(plan, bytes(16), bytes(range(16)), 64))
+    assert drawn.pop() is None
+    for step, coin in zip(plan.steps, drawn, strict=True):
+        drop = step.activation.drop
+        assert coin is not None
+        assert coin.rounding.min() >= 0 and coin.rounding.max() < 1 << drop
+        scaled = coin.rounding / 2.0**drop
+        assert abs(scaled.mean() - 0.5) < 5 * (1 / 12 / scaled.size) ** 0.5
+        assert scaled.min() < 0.01 and scaled.max() > 0.99
+        for line, other in zip(coin.masks, coin.masks[1:], strict=False):
+            assert (line != other).mean() > 0.99
+        count += scaled.size
+    assert count > 60_000
+
+
+def test_every_inference_and_every_batch_draws_fresh_masks(small):
+    plan = small.plan
+    client_seed, server_seed = bytes(range(16)), bytes(range(1, 17))
+    seen, arrays = set(), 0
+    ratchets = [inference_seeds(client_seed), inference_seeds(server_seed)]
+    for _ in range(3):
+        index = ratchets[0].next_index
+        mine, ours = (ratchet.take(index) for ratchet in ratchets)
+        for batch in (1, 2):
+            found: list = [client_input_mask(plan, mine, batch)]
+            for drawn in client_draws(plan, mine, batch):
+                found += [drawn.linear, drawn.values, drawn.hidden]
+            for coin in coins(plan, ours, ours, batch):
+                if coin is not None:
+                    found += [coin.masks, coin.rounding]
+            found = [array for array in found if array is not None]
+            arrays += len(found)
+            seen |= {array.tobytes()[:64] for array in found if array.size > 8}
+            arrays -= sum(array.size <= 8 for array in found)
+    assert len(seen) == arrays > 60
+    pairs = [Dealing(plan).seeds for _ in range(2)]
+    assert len({*pairs[0], *pairs[1]}) == 4
+
+
+def test_an_index_is_dealt_and_prepared_once(small):
+    pair = Pair(small)
+    pair.prepare(1, 1)
+    for index in (1, 0):
+        for batch in (1, 3):
+            with pytest.raises(RandomnessError, match="cannot be derived again"):
+                next(pair.dealing.deal(index, batch))
+            pairing = Pairing(SESSION, index, batch)
+            for side in (pair.server, pair.client):
+                with pytest.raises(RandomnessError, match="cannot be derived again"):
+                    next(side.prepare(pairing))
+    pair.prepare(2, 1)
+
+
+def test_weights_are_opened_under_a_uniform_mask(small):
+    """W - B is uniform: the top and bottom bytes pass a chi-square test."""
+    pair = Pair(small, seed=bytes(range(16)))
+    masks = weight_masks(pair.plan, pair.dealing.seeds[0])
+    opened = pair.client._opened
+    for theirs, mask, integers in zip(
+        opened, masks, small.weights.integers, strict=True
+    ):
+        assert np.array_equal(theirs + mask, integers)
+    data = np.concatenate([a.reshape(-1) for a in opened])
+    for byte in (0, 3):
+        counts = np.bincount(data.view(np.uint8)[byte::4], minlength=256)
+        chi = float(((counts - counts.mean()) ** 2 / counts.mean()).sum())
+        assert 150 < chi < 400  # 255 degrees of freedom
+
+
+@pytest.mark.parametrize("precision, batch", [("fast", 1), ("high", 9)])
+def test_material_comes_back_from_its_arrays(precision, batch):
+    """What is stored has the declared layout and gives the same result."""
+    network, example = residual()
+    model = without_noise(planned(network, example, precision=precision))
+    x = np.resize(example.numpy(), (batch, 3, 8, 8))
+    x = model.plan.encode(torch.from_numpy(x))
+    results = []
+    for stored in (False, True):
+        pair = Pair(model)
+        ours, theirs, _ = pair.prepare(3, batch)
+        if stored:
+            layouts = server_layout(pair.plan, batch), client_layout(pair.plan, batch)
+            copies = []
+            for material, layout in zip((ours, theirs), layouts, strict=True):
+                arrays = material.arrays()
+                assert [(a.shape, a.dtype) for a in arrays] == list(layout)
+                assert layout_bytes(layout) == sum(a.nbytes for a in arrays)
+                copies.append([a.copy() for a in arrays])
+            ours = ServerMaterial.from_arrays(pair.plan, ours.pairing, copies[0])
+            theirs = ClientMaterial.from_arrays(pair.plan, theirs.pairing, copies[1])
+        values, _ = together(
+            {
+                "server": server(pair.plan, model.weights, ours),
+                "client": client(pair.plan, theirs, x),
+            }
+        )
+        results.append(values["client"])
+    assert np.array_equal(*results)
+
+
+def test_what_material_holds_is_not_printed(small):
+    ours, theirs, _ = Pair(small).prepare(0, 1)
+    for material in (ours, theirs):
+        text = repr(material)
+        assert "array" not in text and "seed" not in text and len(text) < 200

@@ -1,0 +1,84 @@
+"""A small planned network, and servers that end with their test."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TypeVar
+
+import pytest
+import torch
+
+from crypten_espn.masked.model import MaskedModel
+from crypten_espn.serving.dealer import DealerServer
+from crypten_espn.serving.host import Host
+from crypten_espn.serving.link import Limits, Link
+from crypten_espn.serving.server import ModelServer
+
+from ..masked.cases import Pair, planned, residual
+
+H = TypeVar("H", bound=Host)
+Run = Callable[[H], H]
+
+
+@dataclass(frozen=True)
+class Served:
+    """A running server and its dealer, and what the network answers in the clear."""
+
+    server: ModelServer
+    dealer: DealerServer
+    network: torch.nn.Module
+    inputs: torch.Tensor
+
+    @property
+    def link(self) -> Link:
+        """How a client reaches both."""
+        return Link(self.dealer.address, timeout=20)
+
+    def is_right(self, x: torch.Tensor, logits: torch.Tensor) -> bool:
+        """Whether these are the network's logits."""
+        return float((logits - self.network(x)).abs().max()) < 0.02
+
+
+@pytest.fixture(scope="session")
+def model() -> MaskedModel:
+    """The network, with every kernel compiled: no time-out waits for a compiler."""
+    network, inputs = residual()
+    model = planned(network, inputs)
+    Pair(model).infer(inputs[:1])
+    return model
+
+
+@pytest.fixture
+def run() -> Iterator[Run]:
+    """Start hosts; end them, and their threads, when the test ends."""
+    started: list[tuple[Host, threading.Thread]] = []
+
+    def start(host: H) -> H:
+        thread = threading.Thread(target=host.run, daemon=True)
+        thread.start()
+        started.append((host, thread))
+        return host
+
+    yield start
+    for host, thread in started:
+        host.close()
+        thread.join(10)
+        assert not thread.is_alive()
+
+
+@pytest.fixture
+def served(model: MaskedModel, run: Run) -> Served:
+    return serving(model, run)
+
+
+def serving(
+    model: MaskedModel, run: Run, *, limits: Limits | None = None, **options: object
+) -> Served:
+    """A dealer and a server of `model`, both running with these limits."""
+    dealer = run(DealerServer("127.0.0.1:0", timeout=20, limits=limits))
+    link = Link(dealer.address, timeout=20, **options)  # type: ignore[arg-type]
+    server = run(ModelServer(model, "127.0.0.1:0", link=link, limits=limits))
+    network, inputs = residual()
+    return Served(server, dealer, network, inputs)

@@ -1,0 +1,82 @@
+"""README and docs: code runs and prints what they say, and all they name is there."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENTS = {
+    str(path.relative_to(ROOT)): path.read_text()
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+}
+# A python block, and the text block right behind it if there is one.
+BLOCK = re.compile(r"```python\n(.*?)```(?:\n\n?```text\n(.*?)```)?", re.DOTALL)
+WITH_CODE = [name for name, text in DOCUMENTS.items() if BLOCK.search(text)]
+MARK = "-- end of block --"
+
+documents = pytest.mark.parametrize("name", DOCUMENTS)
+
+
+def test_the_readme_and_the_tutorial_show_code() -> None:
+    assert {"README.md", "docs/tutorial.md"} <= set(WITH_CODE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", WITH_CODE)
+def test_code_blocks_print_what_the_document_says(name: str, tmp_path: Path) -> None:
+    blocks = BLOCK.findall(DOCUMENTS[name])
+    script = tmp_path / "document.py"
+    script.write_text(
+        "\n".join(f"{code}\nprint({MARK!r}, flush=True)" for code, _ in blocks)
+    )
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        capture_output=True,
+        text=True,
+        timeout=250,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    printed = done.stdout.split(MARK + "\n")
+    for (code, expected), actual in zip(blocks, printed, strict=False):
+        assert actual == expected, code
+
+
+@documents
+def test_every_file_that_is_named_is_there(name: str) -> None:
+    pattern = r"`((?:crypten_espn|benchmarks|patches|tests|docs)/[\w./]+)`"
+    for file in re.findall(pattern, DOCUMENTS[name]):
+        assert (ROOT / file).exists(), file
+
+
+@documents
+def test_links_hold(name: str) -> None:
+    for target in re.findall(r"\]\(([^):]+)\)", DOCUMENTS[name]):
+        file, _, heading = target.partition("#")
+        path = ((ROOT / name).parent / file).resolve() if file else ROOT / name
+        assert path.exists(), target
+        if heading:
+            known = re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE)
+            slugs = {re.sub(r"[^\w -]", "", line.lower()) for line in known}
+            assert heading in {slug.replace(" ", "-") for slug in slugs}, target
+
+
+@documents
+def test_every_benchmark_that_is_named_can_be_run(name: str) -> None:
+    for module in re.findall(r"python -m (benchmarks\.\w+)", DOCUMENTS[name]):
+        path = ROOT / module.replace(".", "/")
+        assert path.with_suffix(".py").exists() or (path / "__main__.py").exists()
+
+
+@documents
+def test_the_claim_is_worded_alike(name: str) -> None:
+    text = " ".join(DOCUMENTS[name].split()).lower()
+    for found in re.findall(r"semi-honest[^.:|]*", text):
+        if "two parties" in found:
+            wording = "semi-honest, two parties, a dealer that does not collude"
+            assert found.startswith(wording), found
