@@ -39,7 +39,7 @@ import numpy as np
 import torch
 
 from crypten_espn.errors import EspnError
-from crypten_espn.onnx_graph import export
+from crypten_espn.graph import export
 from crypten_espn.polynomial import Polynomial
 from crypten_espn.serving.client import connect
 from crypten_espn.serving.link import Link

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,116 +15,23 @@ from crypten.nn import module as crypten_nn
 
 from .errors import (
     ConversionError,
+    EspnError,
     ProtocolError,
     ShapeError,
     WorldSizeError,
 )
+from .findings import NOT_YET, Finding, Report, report
+from .graph import POLYNOMIAL_OP, NetworkGraph, Node, read, simplify
+from .graph.compare import first_difference, probes
 from .masked.in_crypten import ComposedEngine
 from .masked.planning import make_plan, masked_model
 from .masked.planning.checking import check_plan, in_evaluation
-from .nn import PolynomialActivation, Scale
-from .onnx_graph import POLYNOMIAL_OP, NetworkGraph, Node, layer_name, read
+from .nn import PolynomialActivation
 from .protocols import PROTOCOLS, current_settings, settings
 
 Source = torch.nn.Module | str | Path | bytes
 
 MASKED = "masked"
-
-FIXABLE = "fixable"
-NOT_YET = "not yet supported"
-NEVER = "never"
-
-# What stops a conversion, or makes it slow, and what to do about it.
-_CURES: dict[str, tuple[str, str]] = {
-    "Relu": (FIXABLE, "replace_activations(model, {torch.nn.ReLU: polynomial})"),
-    "Clip": (FIXABLE, "replace_activations(model, {torch.nn.ReLU6: polynomial})"),
-    "Sigmoid": (FIXABLE, "replace_activations(model, {torch.nn.Sigmoid: polynomial})"),
-    "Tanh": (FIXABLE, "replace_activations(model, {torch.nn.Tanh: polynomial})"),
-    "HardSwish": (
-        FIXABLE,
-        "replace_activations(model, {torch.nn.Hardswish: polynomial})",
-    ),
-    "HardSigmoid": (
-        FIXABLE,
-        "replace_activations(model, {torch.nn.Hardsigmoid: polynomial})",
-    ),
-    "LeakyRelu": (
-        FIXABLE,
-        "replace_activations(model, {torch.nn.LeakyReLU: polynomial})",
-    ),
-    "Erf": (FIXABLE, "replace_activations(model, {torch.nn.GELU: polynomial})"),
-    "Elu": (FIXABLE, "replace_activations(model, {torch.nn.ELU: polynomial})"),
-    "MaxPool": (FIXABLE, "replace_pooling(model)"),
-    "Softmax": (FIXABLE, "drop the last softmax: the client applies it to the logits"),
-    "LogSoftmax": (
-        FIXABLE,
-        "drop the last log-softmax: the client applies it to the logits",
-    ),
-    "ArgMax": (FIXABLE, "return the logits: the client takes the argmax"),
-    "NonZero": (NEVER, "its output shape would reveal the data"),
-    "NonMaxSuppression": (NEVER, "its output shape would reveal the data"),
-    "If": (NEVER, "a branch taken on private data would reveal it"),
-    "Loop": (NEVER, "a loop that ends on private data would reveal it"),
-}
-# Operations that CrypTen evaluates with comparisons: correct, several rounds each.
-_BY_COMPARISON = {
-    "Relu": lambda node, graph: crypten_nn.ReLU(),
-    "MaxPool": lambda node, graph: _max_pool(node),
-}
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One layer that needs attention.
-
-    Args:
-        layer: its module path or ONNX name.
-        operation: the ONNX operation.
-        verdict: "fixable", "not yet supported" or "never".
-        blocking: whether `convert` refuses the network because of it.
-        cure: what to do.
-    """
-
-    layer: str
-    operation: str
-    verdict: str
-    blocking: bool
-    cure: str
-
-    def __str__(self) -> str:
-        weight = "stops conversion" if self.blocking else "works, but slowly"
-        return f"{self.layer} ({self.operation}): {self.verdict}, {weight}; {self.cure}"
-
-
-@dataclass(frozen=True)
-class Report:
-    """All findings about a network at once, and what conversion would do to it.
-
-    Attributes:
-        findings: layers that need attention.
-        changes: what conversion does, in words.
-        layers: how many of each operation.
-        masked: why the masked engine cannot run the network; None if it can.
-    """
-
-    findings: tuple[Finding, ...]
-    changes: tuple[str, ...]
-    layers: dict[str, int]
-    masked: str | None
-
-    @property
-    def ok(self) -> bool:
-        """Whether `convert` accepts the network."""
-        return not any(finding.blocking for finding in self.findings)
-
-    def __str__(self) -> str:
-        counts = ", ".join(f"{n} {op}" for op, n in sorted(self.layers.items()))
-        lines = [f"layers: {counts}", *self.changes]
-        lines += [str(finding) for finding in self.findings]
-        lines.append("can be converted" if self.ok else "cannot be converted as it is")
-        if self.ok:
-            lines.append(f"masked engine: {self.masked or 'runs it'}")
-        return "\n".join(lines)
 
 
 class PrivateNetwork(crypten_nn.Graph):
@@ -158,7 +65,7 @@ class PrivateNetwork(crypten_nn.Graph):
             tensor = torch.from_numpy(np.array(array, dtype=np.float32))
             self.add_module(name, crypten_nn.Parameter(tensor), [])
         for node in graph.nodes:
-            module = _BUILDERS[node.op](node, graph)
+            module = _BUILDERS[node.op](node)
             if isinstance(module, PolynomialActivation):
                 module.protocol = None if protocol == MASKED else protocol
                 module.truncation = truncation
@@ -285,6 +192,12 @@ def nearest(values: torch.Tensor, *, frac_bits: int) -> torch.Tensor:
 def check(model: Source, example: torch.Tensor) -> Report:
     """Name every problem of a network at once, with its cure. Nothing is changed.
 
+    1. Trace or read the network, and simplify it.
+    2. Name every layer that is refused, or slow.
+    3. Run the result in the clear on the example, on another input and another batch
+       size, and compare it with the network itself.
+    4. Plan it for the masked engine.
+
     Args:
         model: torch module, path of an .onnx file, or its bytes.
         example: one input batch.
@@ -293,10 +206,11 @@ def check(model: Source, example: torch.Tensor) -> Report:
         ConversionError: it cannot be traced or read at all.
         ShapeError: the example does not fit the network.
     """
-    graph = read(model, example)
-    graph.simplify()
+    graph, found = _read(model, example)
+    if not found.ok:
+        return found
     reference = in_evaluation(model) if isinstance(model, torch.nn.Module) else None
-    return _report(graph, example, reference)
+    return replace(found, masked=_planned(graph, example, reference))
 
 
 def convert(
@@ -310,7 +224,9 @@ def convert(
 
     1. Trace the module in evaluation mode, or read the ONNX file.
     2. Fold constants and batch-norm; make pads and pool borders explicit.
-    3. Refuse, naming every unsupported layer at once, or build the graph.
+    3. Refuse, naming every unsupported layer at once, or what the result computes
+       differently from the network itself.
+    4. Build the graph.
 
     Args:
         model: torch module (its own weights are not touched), .onnx path, or bytes.
@@ -326,7 +242,8 @@ def convert(
         says what was done.
 
     Raises:
-        ConversionError: unsupported layers, all of them listed.
+        ConversionError: unsupported layers, all of them listed; or a result that is
+            not the network's.
         ShapeError: the example does not fit the network.
         ProtocolError: an unknown protocol or truncation.
         PlanError: protocol "masked", and no plan exists; the layer is named.
@@ -337,11 +254,9 @@ def convert(
         )
     with settings(truncation=truncation):
         current_settings()
-    graph = read(model, example)
-    graph.simplify()
-    report = _findings(graph)
-    if not report.ok:
-        problems = [str(finding) for finding in report.findings if finding.blocking]
+    graph, found = _read(model, example)
+    if not found.ok:
+        problems = [str(finding) for finding in found.findings if finding.blocking]
         raise ConversionError(
             f"{len(problems)} layers cannot be converted:\n  " + "\n  ".join(problems)
         )
@@ -353,56 +268,54 @@ def convert(
     return private
 
 
-def _report(
+def _compared(
+    source: Source,
+    raw: NetworkGraph,
+    graph: NetworkGraph,
+    given: Report,
+    example: torch.Tensor,
+) -> Report:
+    """A report that also says where the rewritten graph leaves the network itself."""
+    model = source if isinstance(source, torch.nn.Module) else None
+    difference = first_difference(graph, raw, probes(model, raw, example))
+    if difference is None:
+        return given
+    layer, operation, words = difference
+    finding = Finding(
+        layer,
+        operation,
+        NOT_YET,
+        True,
+        f"converted, it is not the network: {words}. A value that depends on the "
+        "input, or on the batch size, was frozen; compute it by torch operations",
+    )
+    return replace(given, findings=(*given.findings, finding))
+
+
+def _planned(
     graph: NetworkGraph,
     example: torch.Tensor,
     reference: Callable[[torch.Tensor], Any] | None,
-) -> Report:
-    report = _findings(graph)
-    if not report.ok:
-        return report
+) -> str | None:
+    """Why the masked engine cannot run a graph that can be converted."""
     private = PrivateNetwork(graph, example=example, protocol=None, truncation=None)
-    return replace(report, masked=check_plan(private, example, reference=reference))
+    try:
+        return check_plan(private, example, reference=reference)
+    except EspnError as error:
+        return str(error)
+    except Exception as error:
+        return f"no plan could be made ({type(error).__name__}: {error})"
 
 
-def _findings(graph: NetworkGraph) -> Report:
-    findings: list[Finding] = []
-    layers: dict[str, int] = {}
-    for node in graph.nodes:
-        layers[node.op] = layers.get(node.op, 0) + 1
-        problem = _problem(node, graph)
-        if node.op in _BUILDERS and problem is None and node.op not in _BY_COMPARISON:
-            continue
-        verdict, cure = _CURES.get(
-            node.op, (NOT_YET, "replace the layer by convolutions, pools and additions")
-        )
-        if problem is not None:
-            verdict, cure = NOT_YET, problem
-        blocking = node.op not in _BUILDERS or problem is not None
-        findings.append(Finding(layer_name(node), node.op, verdict, blocking, cure))
-    return Report(tuple(findings), tuple(graph.changes), layers, "not planned")
-
-
-def _problem(node: Node, graph: NetworkGraph) -> str | None:
-    """Why a node of a supported kind cannot be built all the same."""
-    if node.op in ("Conv", "Gemm"):
-        if any(name not in graph.constants for name in node.inputs[1:]):
-            return "its weights are computed at run time; make them constants"
-        if node.op == "Conv" and graph.constants[node.inputs[1]].ndim != 4:
-            return (
-                "only two-dimensional convolutions are supported; unsqueeze the input"
-            )
-    if node.op == "Pad" and len(node.inputs) != 1:
-        return "only constant padding with zeros is supported; use torch.nn.ZeroPad2d"
-    if node.op == "Flatten" and node.attributes.get("axis", 1) != 1:
-        return "flatten must keep the batch: torch.flatten(x, 1)"
-    if node.op == "Concat" and node.attributes.get("axis") == 0:
-        return "the batch cannot be concatenated; concatenate channels (dim=1)"
-    if node.op == "AveragePool" and len(node.attributes["kernel_shape"]) != 2:
-        return "only two-dimensional pools are supported; unsqueeze the input"
-    if node.op == "AveragePool" and "uniform" not in node.attributes:
-        return "its windows are not known or leave the image; use ceil_mode=False"
-    return None
+def _read(source: Source, example: torch.Tensor) -> tuple[NetworkGraph, Report]:
+    """The graph in inference form and everything known against it."""
+    raw = read(source, example)
+    graph = raw.copy()
+    simplify(graph)
+    found = report(graph)
+    if found.ok:
+        found = _compared(source, raw, graph, found, example)
+    return graph, found
 
 
 def _max_pool(node: Node) -> crypten_nn.MaxPool2d:
@@ -416,7 +329,7 @@ def _max_pool(node: Node) -> crypten_nn.MaxPool2d:
     )
 
 
-def _convolution(node: Node, graph: NetworkGraph) -> crypten_nn.Conv:
+def _convolution(node: Node) -> crypten_nn.Conv:
     a = node.attributes
     half = len(a["pads"]) // 2
     return crypten_nn.Conv(
@@ -424,20 +337,18 @@ def _convolution(node: Node, graph: NetworkGraph) -> crypten_nn.Conv:
     )
 
 
-_BUILDERS: dict[str, Callable[[Node, NetworkGraph], crypten_nn.Module]] = {
+_BUILDERS: dict[str, Callable[[Node], crypten_nn.Module]] = {
     "Conv": _convolution,
-    "Gemm": lambda node, graph: crypten_nn.Gemm(trans_b=True),
-    POLYNOMIAL_OP: lambda node, graph: PolynomialActivation.from_onnx(node.attributes),
-    "Add": lambda node, graph: crypten_nn.Add(),
-    "AveragePool": lambda node, graph: crypten_nn.AvgPool2d(
+    "Gemm": lambda node: crypten_nn.Gemm(trans_b=True),
+    POLYNOMIAL_OP: lambda node: PolynomialActivation.from_onnx(node.attributes),
+    "Add": lambda node: crypten_nn.Add(),
+    "AveragePool": lambda node: crypten_nn.AvgPool2d(
         tuple(node.attributes["kernel_shape"]), stride=tuple(node.attributes["strides"])
     ),
-    "GlobalAveragePool": lambda node, graph: crypten_nn.GlobalAveragePool(),
-    "Flatten": lambda node, graph: crypten_nn.Flatten(1),
-    "Concat": lambda node, graph: crypten_nn.Concat(node.attributes["axis"]),
-    "Pad": lambda node, graph: crypten_nn.ConstantPad2d(
-        tuple(node.attributes["pads"]), 0
-    ),
-    "Scale": lambda node, graph: Scale(torch.tensor(node.attributes["factor"])),
-    **_BY_COMPARISON,
+    "GlobalAveragePool": lambda node: crypten_nn.GlobalAveragePool(),
+    "Flatten": lambda node: crypten_nn.Flatten(1),
+    "Concat": lambda node: crypten_nn.Concat(node.attributes["axis"]),
+    "Pad": lambda node: crypten_nn.ConstantPad2d(tuple(node.attributes["pads"]), 0),
+    "Relu": lambda node: crypten_nn.ReLU(),
+    "MaxPool": _max_pool,
 }

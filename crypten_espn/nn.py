@@ -10,7 +10,7 @@ from crypten.mpc import MPCTensor
 from crypten.nn import Module, onnx_converter
 
 from .errors import ConversionError, ProtocolError
-from .onnx_graph import POLYNOMIAL_OP
+from .graph.network import POLYNOMIAL_OP
 from .polynomial import Polynomial
 from .protocols import PROTOCOLS, TRUNCATIONS, polyval, settings
 
@@ -73,26 +73,6 @@ class PolynomialActivation(Module):
                 "numerators, frac_bits and interval. Export the network again"
             ) from None
         return PolynomialActivation(polynomial)
-
-
-class Scale(Module):
-    """Multiply by public factors, broadcast over batch and channels.
-
-    Average pools that count fewer elements at the border need it.
-
-    Args:
-        factor: float tensor of the image's shape (height, width).
-    """
-
-    SUPPORTS_PLAINTEXT_INPUTS = True
-
-    def __init__(self, factor: torch.Tensor) -> None:
-        super().__init__()
-        self.factor = factor
-
-    def forward(self, x: Any) -> Any:
-        """x times the factors; no communication, one local truncation if shared."""
-        return x.mul(self.factor)
 
 
 @gradients.register_function("polyval")

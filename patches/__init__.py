@@ -7,8 +7,10 @@ matters for the first two: they come before `import crypten` and `import torchvi
 from __future__ import annotations
 
 from . import (
+    any_batch,
     average_pool,
     batch_norm,
+    concat_one,
     conv_padding,
     decode_negative,
     encoder_range,
@@ -29,6 +31,7 @@ PATCHES: list[Patch] = [
     torchvision_ops.PATCH,
     onnx_registration.PATCH,
     exporter.PATCH,
+    any_batch.PATCH,
     identity.PATCH,
     onnx_arrays.PATCH,
     torch_load.PATCH,
@@ -41,6 +44,7 @@ PATCHES: list[Patch] = [
     average_pool.PATCH,
     batch_norm.PATCH,
     graph_inputs.PATCH,
+    concat_one.PATCH,
 ]
 
 

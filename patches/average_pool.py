@@ -9,6 +9,18 @@ import torch
 
 from .patch import Patch, replace, together
 
+# What a pooling layer may say: what is read below, or has no effect at this value.
+_ALLOWED: dict[str, Callable[[Any], bool]] = {
+    "auto_pad": lambda value: value in (b"NOTSET", b"VALID"),
+    "ceil_mode": lambda value: True,
+    "count_include_pad": lambda value: True,
+    "dilations": lambda value: all(step == 1 for step in value),
+    "kernel_shape": lambda value: True,
+    "pads": lambda value: True,
+    "storage_order": lambda value: value == 0,
+    "strides": lambda value: True,
+}
+
 
 def _window(
     attributes: dict[str, Any],
@@ -16,8 +28,21 @@ def _window(
     """Kernel, stride and padding of each dimension, as torch wants them.
 
     Raises:
-        ValueError: the padding differs between the two ends of a dimension.
+        ValueError: the padding differs between the two ends of a dimension, the pool
+            is not two-dimensional, or an attribute is not what CrypTen computes.
     """
+    for name, value in attributes.items():
+        allowed = _ALLOWED.get(name)
+        if allowed is None or not allowed(value):
+            raise ValueError(
+                f"a pooling layer has {name}={value}, which CrypTen does not compute; "
+                "build it without, and pad with a layer of its own"
+            )
+    if len(attributes["kernel_shape"]) != 2:
+        raise ValueError(
+            f"a pooling layer has a window of {attributes['kernel_shape']}; CrypTen "
+            "pools images of two dimensions: unsqueeze the input"
+        )
     kernel = tuple(attributes["kernel_shape"])
     stride = tuple(attributes.get("strides", [1] * len(kernel)))
     pads = attributes.get("pads", [0] * 2 * len(kernel))

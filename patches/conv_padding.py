@@ -39,6 +39,11 @@ def _install() -> Callable[[], None]:
 
     def from_onnx(attributes: dict[str, Any] | None = None) -> Conv:
         attributes = attributes or {}
+        if attributes.get("auto_pad", b"NOTSET") != b"NOTSET":
+            raise ValueError(
+                f"Conv node with auto_pad={attributes['auto_pad'].decode()}: give its "
+                "pads as numbers, for the image sizes of the network"
+            )
         for name in ("strides", "pads", "dilations"):
             if name not in attributes:
                 raise ValueError(f"Conv node without {name}; given: {list(attributes)}")

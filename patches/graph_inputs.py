@@ -55,10 +55,11 @@ def _compute(graph: Any, node: str, values: dict[str, Any]) -> None:
     module = graph._modules[node]
     output = module(inputs[0] if len(inputs) == 1 else inputs)
     outputs = getattr(module, "_output_names", None) or [node]
-    if len(outputs) == 1:
+    if len(outputs) == 1 or not isinstance(output, tuple):
+        # Only the first output of a dropout is a value; the mask is never used.
         values[node] = output
         return
-    if not isinstance(output, tuple) or len(output) != len(outputs):
+    if len(output) != len(outputs):
         raise ValueError(f"{module} must give {len(outputs)} values: {outputs}")
     values.update(zip(outputs, output, strict=True))
 

@@ -9,7 +9,7 @@ from torch import nn
 
 import crypten_espn as espn
 from crypten_espn import cli
-from crypten_espn.onnx_graph import export
+from crypten_espn.graph import export
 from crypten_espn.pillar import networks
 from crypten_espn.pillar.recipes import save_network
 from crypten_espn.polynomial import Polynomial

@@ -16,8 +16,8 @@ from crypten_espn.errors import (
     ShapeError,
     WorldSizeError,
 )
+from crypten_espn.graph import export
 from crypten_espn.launch import run_parties
-from crypten_espn.onnx_graph import export
 from crypten_espn.pillar import networks
 from crypten_espn.polynomial import Polynomial
 

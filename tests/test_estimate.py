@@ -24,10 +24,10 @@ from crypten_espn.estimate.deployment import Deployment, capacities, per_million
 from crypten_espn.estimate.engines import engine_costs
 from crypten_espn.estimate.processor import REFERENCE, calibrate
 from crypten_espn.estimate.workload import workload
+from crypten_espn.graph import export
 from crypten_espn.launch import run_parties
 from crypten_espn.masked.inference import online_bytes
 from crypten_espn.masked.planning import make_plan
-from crypten_espn.onnx_graph import export
 from crypten_espn.pillar import networks
 from crypten_espn.pillar.storage import save_network
 from crypten_espn.simulate import SessionCost

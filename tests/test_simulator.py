@@ -25,8 +25,8 @@ from crypten_espn.errors import (
     ShapeError,
 )
 from crypten_espn.explanation import Explanation
+from crypten_espn.graph import export
 from crypten_espn.launch import run_parties
-from crypten_espn.onnx_graph import export
 from crypten_espn.pillar.data import fashion_sample
 from crypten_espn.pillar.storage import load_network
 from crypten_espn.polynomial import Polynomial

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from crypten_espn.errors import ConversionError
-from crypten_espn.onnx_graph import export
+from crypten_espn.graph import export
 from crypten_espn.pillar.surgery import (
     Key,
     activations,

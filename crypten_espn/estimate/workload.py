@@ -15,10 +15,10 @@ import torch
 
 from ..convert import PrivateNetwork
 from ..errors import ConversionError, EspnError, PlanError, ShapeError
+from ..graph import POLYNOMIAL_OP, NetworkGraph, layer_name, read, simplify
 from ..masked.plan import Plan
 from ..masked.planning import make_plan
 from ..nn import PolynomialActivation
-from ..onnx_graph import POLYNOMIAL_OP, NetworkGraph, layer_name, read
 from ..pillar.networks import NETWORKS
 from ..pillar.storage import load_network
 from ..polynomial import Polynomial
@@ -119,7 +119,7 @@ def workload(
     model, shape = _model(network, input_shape, classes)
     example = torch.zeros(1, *shape)
     graph = read(model, example)
-    graph.simplify()
+    simplify(graph)
     relu = Polynomial.fit(torch.relu, degree=degree, frac_bits=10)
     _without_relu(graph, relu)
     linear = tuple(_linear_layers(graph))

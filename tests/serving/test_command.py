@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from crypten_espn import cli
-from crypten_espn.onnx_graph import export
+from crypten_espn.graph import export
 
 from ..masked.cases import residual
 

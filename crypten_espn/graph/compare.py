@@ -1,0 +1,128 @@
+"""A rewritten graph beside the network it comes from, on a few inputs.
+
+The second input has another sign, another size and another batch, so that whatever a
+trace froze, or a pass took from the example's batch, shows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .network import NetworkGraph, Node, layer_name
+from .reals import run
+from .trace import as_it_was
+
+_RELATIVE, _ROUNDING = 1e-3, 30.0
+
+
+@dataclass(frozen=True)
+class Probe:
+    """An input, what the network itself gives for it, and how to speak of it."""
+
+    x: Tensor
+    expected: Tensor
+    words: str
+
+    def difference(self, got: Tensor, *, rounding: float = 0.0) -> str:
+        """How a result differs from the network's, in words; "" if it does not.
+
+        Args:
+            got: a result for `x`.
+            rounding: how far float32 alone moves the outputs.
+        """
+        expected = self.expected.to(torch.float64)
+        if got.shape != expected.shape:
+            return (
+                f"on {self.words} it gives shape {tuple(got.shape)}, the network "
+                f"{tuple(expected.shape)}"
+            )
+        if not expected.numel() or not bool(torch.isfinite(expected).all()):
+            return ""
+        largest = float(expected.abs().max())
+        off = float((got.to(torch.float64) - expected).abs().max())
+        if off <= _RELATIVE * largest + _ROUNDING * rounding + 1e-6:
+            return ""
+        return f"on {self.words} it is off by {off:.3g} of {largest:.3g}"
+
+
+def probes(
+    model: torch.nn.Module | None, raw: NetworkGraph, example: Tensor
+) -> list[Probe]:
+    """The example's first inputs and others, with the network's own outputs.
+
+    Args:
+        model: the network; None for an ONNX file, whose graph then speaks for it.
+        raw: the network as it was read, before any pass.
+        example: one input batch.
+    """
+    count = min(len(example), 2)
+    others = example[torch.arange(count + 1) % len(example)].flip(-1)
+    if others.is_floating_point():
+        others = -0.5 * others
+    found: list[Probe] = []
+    for x, words in (
+        (example[:count], "the example"),
+        (others, f"another input, of batch size {count + 1}"),
+    ):
+        try:
+            expected = _itself(model, raw, x)
+        except Exception:
+            if not found:
+                raise
+            continue  # the network takes no other batch size
+        if torch.is_tensor(expected):
+            found.append(Probe(x, expected.detach(), words))
+    return found
+
+
+def _itself(model: torch.nn.Module | None, raw: NetworkGraph, x: Tensor) -> Tensor:
+    if model is None:
+        return run(raw, x, torch.float32)[raw.output]
+    with as_it_was(model), torch.no_grad():
+        return model.eval()(x.clone())
+
+
+def first_difference(
+    graph: NetworkGraph, raw: NetworkGraph, found: list[Probe]
+) -> tuple[str, str, str] | None:
+    """Where a rewritten graph first leaves its network.
+
+    Returns:
+        The layer, its operation and the difference in words; None if there is none.
+    """
+    for probe in found:
+        # Casts to real numbers are gone from it.
+        x = probe.x.to(torch.float64)
+        values = run(graph, x, torch.float64)
+        got = values[graph.output]
+        words = probe.difference(got)
+        if words and got.numel():
+            # A network far outside its range may amplify float32's own rounding.
+            coarse = run(graph, x, torch.float32)[graph.output]
+            rounding = float((coarse - got).abs().max())
+            words = probe.difference(got, rounding=rounding)
+        if words:
+            node = _first(values, graph, raw, probe)
+            if node is None:
+                return "the network", "trace", words
+            return layer_name(node), node.op, words
+    return None
+
+
+def _first(
+    values: dict[str, Tensor], graph: NetworkGraph, raw: NetworkGraph, probe: Probe
+) -> Node | None:
+    """The first node whose value is not what it was before the passes."""
+    try:
+        before = run(raw, probe.x, torch.float32)
+    except Exception:
+        return None  # what the reader folded by the example's batch has no other
+    for node in graph.nodes:
+        if node.output in before:
+            here = Probe(probe.x, before[node.output], "")
+            if here.difference(values[node.output]):
+                return node
+    return None

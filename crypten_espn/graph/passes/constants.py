@@ -1,0 +1,115 @@
+"""Infer shapes; evaluate what depends on constants and static shapes alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import onnx
+from onnx import numpy_helper
+from onnx.reference import ReferenceEvaluator
+
+from ..network import POLYNOMIAL_OP, NetworkGraph, Node
+
+# Another value at every call; a constant would be one of them for ever.
+_RANDOM = {
+    "Bernoulli",
+    "Multinomial",
+    "RandomNormal",
+    "RandomNormalLike",
+    "RandomUniform",
+    "RandomUniformLike",
+}
+
+
+def fold_constants(graph: NetworkGraph) -> None:
+    """Infer shapes and types; evaluate nodes whose inputs are all known.
+
+    A shape can hang on a constant and a constant on a shape, so the two alternate.
+    """
+    for node in graph.each(*_RANDOM):
+        node.problem = (
+            "its values are drawn anew at every call; draw them once, and keep them as "
+            "a buffer"
+        )
+    while True:
+        infer(graph)
+        count = len(graph.nodes)
+        for node in graph.each():
+            if node.op == "Shape" and node.inputs[0] in graph.shapes:
+                a = node.attributes
+                sizes = np.array(graph.shapes[node.inputs[0]], np.int64)
+                values = [sizes[a.get("start", 0) : a.get("end", len(sizes))]]
+            elif all(name in graph.constants or not name for name in node.inputs):
+                values = evaluate(node, graph.constants, graph.opset)
+            else:
+                continue
+            graph.constants.update(
+                zip([node.output, *node.others], values, strict=True)
+            )
+            graph.remove(node)
+        if len(graph.nodes) == count:
+            return
+
+
+def infer(graph: NetworkGraph) -> None:
+    """Fill in shapes and types that ONNX can tell; ours has the rules of Relu."""
+    protos, values, tensors = [], [], []
+    for node in graph.nodes:
+        if node.problem:
+            continue
+        ours = node.op == POLYNOMIAL_OP
+        protos.append(
+            onnx.helper.make_node(
+                "Relu" if ours else node.op,
+                node.inputs,
+                [node.output, *node.others],
+                **({} if ours else node.attributes),
+            )
+        )
+    for name, array in graph.constants.items():
+        # Shapes hang on small integers only; weights need not be copied.
+        if array.dtype == np.int64 and array.ndim <= 1:
+            tensors.append(numpy_helper.from_array(array, name))
+        else:
+            values.append(_declared(name, array))
+    values.append(
+        onnx.helper.make_tensor_value_info(
+            graph.input, graph.types[graph.input], graph.shapes[graph.input]
+        )
+    )
+    output = onnx.helper.make_value_info(graph.output, onnx.TypeProto())
+    proto = onnx.helper.make_graph(protos, "shapes", values, [output], tensors)
+    model = onnx.helper.make_model(
+        proto, opset_imports=[onnx.helper.make_opsetid("", graph.opset)]
+    )
+    inferred = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
+    for value in [*inferred.value_info, *inferred.output]:
+        tensor = value.type.tensor_type
+        if tensor.elem_type:
+            graph.types[value.name] = tensor.elem_type
+        dims = tensor.shape.dim
+        if tensor.HasField("shape") and all(d.HasField("dim_value") for d in dims):
+            graph.shapes[value.name] = tuple(d.dim_value for d in dims)
+
+
+def evaluate(
+    node: Node, values: Mapping[str, np.ndarray], opset: int
+) -> list[np.ndarray]:
+    """What one node gives for known inputs, by ONNX's own evaluator."""
+    given = {name: np.asarray(values[name]) for name in node.inputs if name}
+    names = [node.output, *node.others]
+    proto = onnx.helper.make_node(node.op, node.inputs, names, **node.attributes)
+    outputs = [onnx.helper.make_value_info(name, onnx.TypeProto()) for name in names]
+    graph = onnx.helper.make_graph(
+        [proto], "node", [_declared(*item) for item in given.items()], outputs
+    )
+    model = onnx.helper.make_model(
+        graph, opset_imports=[onnx.helper.make_opsetid("", opset)]
+    )
+    return [np.asarray(v) for v in ReferenceEvaluator(model).run(None, given)]
+
+
+def _declared(name: str, array: np.ndarray) -> onnx.ValueInfoProto:
+    kind = onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
+    return onnx.helper.make_tensor_value_info(name, kind, array.shape)

@@ -1,0 +1,145 @@
+"""From a torch module or an ONNX file to a graph."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+from onnx import numpy_helper
+
+from ..errors import ConversionError, EspnError, ShapeError
+from .network import POLYNOMIAL_OP, NetworkGraph, Node
+from .trace import export
+
+# Below, broadcasts and batch-norm meant something else; above, we have not looked.
+OPSETS = range(7, min(onnx.defs.onnx_opset_version(), 25) + 1)
+_DOMAINS = ("", "ai.onnx")
+
+
+def read(
+    source: torch.nn.Module | str | Path | bytes, example: torch.Tensor
+) -> NetworkGraph:
+    """Read a torch module (traced in evaluation mode) or an ONNX file.
+
+    Args:
+        source: module, path of an .onnx file, or its bytes.
+        example: one input batch; its shape fixes every other one.
+
+    Returns:
+        The graph before any pass.
+
+    Raises:
+        ConversionError: the module cannot be traced, or the file is not ONNX with one
+            input and one output, of an operation set that is known.
+        ShapeError: the example does not have the file's input shape.
+    """
+    if isinstance(source, torch.nn.Module):
+        model = onnx.load_model_from_string(export(source, example))
+    else:
+        model = _load(source)
+    try:
+        return _to_graph(model, tuple(example.shape))
+    except EspnError:
+        raise
+    except Exception as error:
+        raise ConversionError(
+            f"the ONNX model is damaged or holds what is not known "
+            f"({type(error).__name__}: {error}); check it with onnx.checker"
+        ) from error
+
+
+def _load(source: str | Path | bytes) -> onnx.ModelProto:
+    try:
+        if isinstance(source, bytes):
+            return onnx.load_model_from_string(source)
+        return onnx.load(str(source))
+    except FileNotFoundError as error:
+        raise ConversionError(f"no file {str(source)!r}: give an .onnx file") from error
+    except Exception as error:
+        raise ConversionError(
+            f"{str(source)[:80]!r} is not an ONNX model ({error}); export one with "
+            "torch.onnx.export or pass the torch module itself"
+        ) from error
+
+
+def _to_graph(model: onnx.ModelProto, input_shape: tuple[int, ...]) -> NetworkGraph:
+    proto = model.graph
+    constants = {t.name: numpy_helper.to_array(t) for t in proto.initializer}
+    if proto.sparse_initializer:
+        raise ConversionError("the file has sparse weights; store them densely")
+    inputs = [value for value in proto.input if value.name not in constants]
+    if len(inputs) != 1 or len(proto.output) != 1:
+        raise ConversionError(
+            f"the network has {len(inputs)} inputs and {len(proto.output)} outputs; "
+            "one of each is supported. Wrap it in a module of one tensor in, one out"
+        )
+    _check_input(inputs[0], input_shape)
+    name = inputs[0].name
+    return NetworkGraph(
+        [_node(node) for node in proto.node],
+        constants,
+        {name: input_shape},
+        name,
+        proto.output[0].name,
+        opset=_opset(model),
+        types={name: inputs[0].type.tensor_type.elem_type},
+    )
+
+
+def _opset(model: onnx.ModelProto) -> int:
+    versions = [o.version for o in model.opset_import if o.domain in _DOMAINS]
+    version = versions[0] if versions else 1
+    if version not in OPSETS:
+        raise ConversionError(
+            f"the file uses version {version} of ONNX's operations; "
+            f"{OPSETS[0]} to {OPSETS[-1]} are known. Export it again with one of these"
+        )
+    return version
+
+
+def _node(proto: onnx.NodeProto) -> Node:
+    attributes: dict[str, Any] = {}
+    problem = ""
+    for a in proto.attribute:
+        if a.type in (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS):
+            problem = (
+                f"{proto.op_type} runs another graph, by values known at run time "
+                "only; compute every side, or build the network without it"
+            )
+        attributes[a.name] = onnx.helper.get_attribute_value(a)
+    if proto.domain not in _DOMAINS and proto.op_type != POLYNOMIAL_OP:
+        problem = (
+            f"{proto.domain}.{proto.op_type} is no operation of ONNX; write the layer "
+            "with convolutions, linear layers, pools and additions"
+        )
+    given = list(proto.input)
+    while given and not given[-1]:
+        given.pop()  # an optional input left out
+    others = [name for name in proto.output[1:] if name]
+    return Node(
+        proto.op_type,
+        given,
+        proto.output[0],
+        attributes,
+        proto.name,
+        others,
+        problem,
+        "" if proto.domain in _DOMAINS else proto.domain,
+    )
+
+
+def _check_input(value: onnx.ValueInfoProto, shape: tuple[int, ...]) -> None:
+    declared = [
+        d.dim_value if d.HasField("dim_value") else None
+        for d in value.type.tensor_type.shape.dim
+    ]
+    fits = len(declared) == len(shape) and all(
+        d is None or d == s for d, s in zip(declared[1:], shape[1:], strict=True)
+    )
+    if declared and not fits:
+        raise ShapeError(
+            f"the example has shape {shape}, the network wants "
+            f"{tuple('batch' if i == 0 else d for i, d in enumerate(declared))}"
+        )
