@@ -71,12 +71,7 @@ class _Session:
 
 
 class ModelServer(Host):
-    """Answers clients, one thread each; see `serve`.
-
-    Attributes:
-        served: inferences answered.
-        last_seconds: what the last one took.
-    """
+    """Answers clients, one thread each; see `serve`."""
 
     def __init__(
         self,
@@ -100,8 +95,6 @@ class ModelServer(Host):
             log=log,
         )
         self.model = model
-        self.served = 0
-        self.last_seconds = 0.0
         folder = self._link.directory
         self._directory = None if folder is None else Path(folder)
         self._sessions: dict[str, _Session] = {}
@@ -212,9 +205,7 @@ class ModelServer(Host):
         channel.pace()
         part = inference(self.model.plan, self.model.weights, material)
         over(part, {"client": channel}, tag=index)
-        with self._lock:
-            self.last_seconds = time.perf_counter() - start
-            self.served += 1
+        log.debug("inference %d took %.3f s", index, time.perf_counter() - start)
 
     def _prepare(self, session: _Session, channel: Channel, order: Prepare) -> None:
         """Check everything, then prepare; what is refused costs the client nothing."""

@@ -298,7 +298,3 @@ class _Adding(Generic[T]):
             self.made[index] = material
         else:
             self._writer.add(index, material.arrays())
-
-
-ServerStock = Stock[ServerMaterial]
-ClientStock = Stock[ClientMaterial]
