@@ -26,7 +26,7 @@ from .graph.compare import first_difference, probes
 from .masked.in_crypten import ComposedEngine
 from .masked.planning import make_plan, masked_model
 from .masked.planning.checking import check_plan, in_evaluation
-from .nn import PolynomialActivation
+from .nn import PolynomialActivation, Scale
 from .protocols import PROTOCOLS, current_settings, settings
 
 Source = torch.nn.Module | str | Path | bytes
@@ -349,6 +349,7 @@ _BUILDERS: dict[str, Callable[[Node], crypten_nn.Module]] = {
     "Flatten": lambda node: crypten_nn.Flatten(1),
     "Concat": lambda node: crypten_nn.Concat(node.attributes["axis"]),
     "Pad": lambda node: crypten_nn.ConstantPad2d(tuple(node.attributes["pads"]), 0),
+    "Scale": lambda node: Scale(torch.tensor(node.attributes["factor"])),
     "Relu": lambda node: crypten_nn.ReLU(),
     "MaxPool": _max_pool,
 }

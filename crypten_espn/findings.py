@@ -20,6 +20,7 @@ LINEAR = (
     "Gemm",
     "GlobalAveragePool",
     "Pad",
+    "Scale",
     POLYNOMIAL_OP,
 )
 # Operations that CrypTen evaluates with comparisons: correct, several rounds each.

@@ -75,6 +75,26 @@ class PolynomialActivation(Module):
         return PolynomialActivation(polynomial)
 
 
+class Scale(Module):
+    """Multiply by public factors, broadcast over batch and channels.
+
+    Average pools that count fewer elements at the border need it.
+
+    Args:
+        factor: float tensor of the image's shape (height, width).
+    """
+
+    SUPPORTS_PLAINTEXT_INPUTS = True
+
+    def __init__(self, factor: torch.Tensor) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: Any) -> Any:
+        """x times the factors; no communication, one local truncation if shared."""
+        return x.mul(self.factor)
+
+
 @gradients.register_function("polyval")
 class AutogradPolyval(gradients.AutogradFunction):
     """Gradient of `polyval`: the derivative is a polynomial, so it costs the same."""

@@ -126,5 +126,6 @@ _OPERATIONS: dict[str, Callable[[list[Any], dict[str, Any]], Tensor]] = {
     "MaxPool": _max_pool,
     "Pad": lambda inputs, a: functional.pad(inputs[0], a["pads"]),
     "Relu": lambda inputs, a: torch.relu(inputs[0]),
+    "Scale": lambda inputs, a: inputs[0] * inputs[0].new_tensor(a["factor"]),
     POLYNOMIAL_OP: _polynomial,
 }
