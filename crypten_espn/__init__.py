@@ -10,6 +10,7 @@ patches.apply()
 
 from .convert import PrivateNetwork, check, convert  # noqa: E402
 from .cost import Cost, measure  # noqa: E402
+from .engines import CrypTen, Masked  # noqa: E402
 from .launch import run_multiprocess, run_parties  # noqa: E402
 from .pillar.penalty import range_penalty, range_report  # noqa: E402
 from .pillar.surgery import (  # noqa: E402
@@ -32,8 +33,10 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Cost",
+    "CrypTen",
     "Limits",
     "Link",
+    "Masked",
     "Polynomial",
     "PolynomialActivation",
     "PrivateNetwork",

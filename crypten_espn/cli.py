@@ -12,8 +12,9 @@ import torch
 
 from . import doctor
 from .array_file import check_batch, load_array
-from .convert import MASKED, check, convert
+from .convert import check, convert
 from .demo import run as run_demo
+from .engines import MASKED
 from .errors import EspnError
 from .estimate import command as estimate
 from .keys import make_keys

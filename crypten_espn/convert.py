@@ -11,8 +11,10 @@ import crypten
 import crypten.communicator as comm
 import numpy as np
 import torch
+from crypten.mpc import MPCTensor
 from crypten.nn import module as crypten_nn
 
+from .engines import CrypTen, Engine, Masked, chosen_engine
 from .errors import (
     ConversionError,
     EspnError,
@@ -24,14 +26,14 @@ from .findings import NOT_YET, Finding, Report, report
 from .graph import POLYNOMIAL_OP, NetworkGraph, Node, read, simplify
 from .graph.compare import first_difference, probes
 from .masked.in_crypten import ComposedEngine
-from .masked.planning import make_plan, masked_model
+from .masked.model import MaskedModel
+from .masked.planning import masked_model
 from .masked.planning.checking import check_plan, in_evaluation
 from .nn import PolynomialActivation, Scale
-from .protocols import PROTOCOLS, current_settings, settings
+from .protocols import settings
+from .protocols.noise import with_noise
 
 Source = torch.nn.Module | str | Path | bytes
-
-MASKED = "masked"
 
 
 class PrivateNetwork(crypten_nn.Graph):
@@ -41,7 +43,9 @@ class PrivateNetwork(crypten_nn.Graph):
         changes: what the conversion did, in words.
         input_shape: shape of one input, without the batch.
         example: the inputs it was converted with; they calibrate the masked engine.
-        protocol, truncation: what its activations use; None follows crypten.cfg.espn.
+        engine: which computes it; None follows crypten.cfg.espn between CrypTen
+            tensors, and is the masked engine in sessions.
+        models: what the masked engine made of it, by precision and headroom.
     """
 
     encrypted: bool
@@ -51,24 +55,24 @@ class PrivateNetwork(crypten_nn.Graph):
         graph: NetworkGraph,
         *,
         example: torch.Tensor,
-        protocol: str | None,
-        truncation: str | None,
+        engine: Engine | None,
     ) -> None:
         super().__init__([graph.input], [graph.output])
         self.changes = tuple(graph.changes)
         self.input_shape = graph.shapes[graph.input][1:]
         self.example = example.detach().clone()
-        self.protocol = protocol
-        self.truncation = truncation
-        self._engine: ComposedEngine | None = None
+        self.engine = engine
+        self.models: dict[tuple[str | int, float], MaskedModel] = {}
+        self._composed: ComposedEngine | None = None
+        chosen = engine if isinstance(engine, CrypTen) else CrypTen()
         for name, array in graph.constants.items():
             tensor = torch.from_numpy(np.array(array, dtype=np.float32))
             self.add_module(name, crypten_nn.Parameter(tensor), [])
         for node in graph.nodes:
             module = _BUILDERS[node.op](node)
             if isinstance(module, PolynomialActivation):
-                module.protocol = None if protocol == MASKED else protocol
-                module.truncation = truncation
+                module.protocol = chosen.protocol
+                module.truncation = chosen.truncation
             self.add_module(node.output, module, list(node.inputs))
         self.eval()
 
@@ -88,7 +92,7 @@ class PrivateNetwork(crypten_nn.Graph):
             PlanError: the network has no plan; the layer is named.
             WorldSizeError: the masked engine needs two parties.
         """
-        if self.protocol != MASKED:
+        if not isinstance(self.engine, Masked):
             if mode and not self.encrypted:
                 frac_bits = crypten.cfg.encoder.precision_bits
                 for module in self._modules.values():
@@ -101,7 +105,7 @@ class PrivateNetwork(crypten_nn.Graph):
                 f"src={src}: with protocol 'masked' rank 0 owns the weights; start the "
                 "owner as rank 0"
             )
-        self._engine = None
+        self._composed = None
         if mode:
             if not comm.is_initialized():
                 raise WorldSizeError(
@@ -112,7 +116,7 @@ class PrivateNetwork(crypten_nn.Graph):
             if comm.get().get_rank() == 0:
                 model = masked_model(self)
                 plan, weights = model.plan, model.weights
-            self._engine = ComposedEngine(plan, weights)
+            self._composed = ComposedEngine(plan, weights)
         self.encrypted = mode
         return self
 
@@ -122,12 +126,12 @@ class PrivateNetwork(crypten_nn.Graph):
         Raises:
             ProtocolError: not converted with protocol "masked", or not encrypted.
         """
-        if self._engine is None:
+        if self._composed is None:
             raise ProtocolError(
                 "prepare() belongs to a network converted with protocol='masked' and "
                 "encrypted; for others trace CrypTen's provider and fill its cache"
             )
-        self._engine.prepare(count, batch=batch)
+        self._composed.prepare(count, batch=batch)
 
     def check_shape(self, shape: tuple[int, ...]) -> None:
         """Refuse an input that is not (batch, *input_shape).
@@ -152,14 +156,19 @@ class PrivateNetwork(crypten_nn.Graph):
             All before anything is sent.
         """
         self.check_shape(tuple(x.size()))
-        if self.protocol == MASKED:
-            if self._engine is None:
+        if isinstance(self.engine, Masked):
+            if self._composed is None:
                 raise ProtocolError(
                     "a network converted with protocol='masked' takes CrypTen tensors "
                     "after .encrypt(src=0); for plain tensors use simulate()"
                 )
-            return self._engine(x)
-        with settings(protocol=self.protocol, truncation=self.truncation) as chosen:
+            return self._composed(x)
+        engine = self.engine or CrypTen()
+        with settings(
+            protocol=engine.protocol,
+            truncation=engine.truncation,
+            failure_bits=engine.failure_bits,
+        ) as chosen:
             world_size = comm.get().get_world_size() if comm.is_initialized() else 0
             if world_size and not chosen.protocol.accepts(world_size):
                 raise WorldSizeError(
@@ -168,7 +177,10 @@ class PrivateNetwork(crypten_nn.Graph):
                     f"{chosen.protocol.world_sizes}; start two parties or convert with "
                     "protocol='opened_mask'"
                 )
-            return super().forward(x)
+            logits = super().forward(x)
+        if engine.noise_bits and isinstance(logits, MPCTensor):
+            return with_noise(logits, noise_bits=engine.noise_bits)
+        return logits
 
 
 def nearest(values: torch.Tensor, *, frac_bits: int) -> torch.Tensor:
@@ -219,6 +231,7 @@ def convert(
     *,
     protocol: str | None = None,
     truncation: str | None = None,
+    engine: Engine | None = None,
 ) -> PrivateNetwork:
     """Make a network private: fold, rewrite, and build its CrypTen graph.
 
@@ -236,6 +249,7 @@ def convert(
             crypten.cfg.espn decides for CrypTen tensors, and sessions use the masked
             engine.
         truncation: "local" or "exact"; likewise. The masked engine is always exact.
+        engine: Masked(...) or CrypTen(...), which say more than these two names.
 
     Returns:
         A PrivateNetwork in evaluation mode, ready for `.encrypt(src=0)`; `.changes`
@@ -248,23 +262,16 @@ def convert(
         ProtocolError: an unknown protocol or truncation.
         PlanError: protocol "masked", and no plan exists; the layer is named.
     """
-    if protocol not in (None, MASKED, *PROTOCOLS):
-        raise ProtocolError(
-            f"protocol {protocol!r}: choose one of {', '.join([*PROTOCOLS, MASKED])}"
-        )
-    with settings(truncation=truncation):
-        current_settings()
+    chosen = chosen_engine(engine, protocol, truncation)
     graph, found = _read(model, example)
     if not found.ok:
         problems = [str(finding) for finding in found.findings if finding.blocking]
         raise ConversionError(
             f"{len(problems)} layers cannot be converted:\n  " + "\n  ".join(problems)
         )
-    private = PrivateNetwork(
-        graph, example=example, protocol=protocol, truncation=truncation
-    )
-    if protocol == MASKED:
-        make_plan(private, example)
+    private = PrivateNetwork(graph, example=example, engine=chosen)
+    if isinstance(chosen, Masked):
+        masked_model(private)
     return private
 
 
@@ -298,7 +305,7 @@ def _planned(
     reference: Callable[[torch.Tensor], Any] | None,
 ) -> str | None:
     """Why the masked engine cannot run a graph that can be converted."""
-    private = PrivateNetwork(graph, example=example, protocol=None, truncation=None)
+    private = PrivateNetwork(graph, example=example, engine=None)
     try:
         return check_plan(private, example, reference=reference)
     except EspnError as error:

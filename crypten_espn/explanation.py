@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .convert import MASKED
+from .engines import MASKED
 from .table import aligned
 
 # Failed truncations an input may have before the verdict speaks of them.

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import secrets
 import time
-from typing import Any
 
 import torch
 
+from .convert import PrivateNetwork
 from .cost import Cost, SessionCost
+from .engines import CrypTen
 from .errors import ProtocolError
 from .launch import run_parties
 from .masked.dealing import Dealing
@@ -17,26 +18,26 @@ from .masked.inference import client, server
 from .masked.material import Pairing
 from .masked.messages import CLIENT, DEALER, SERVER
 from .masked.model import MaskedModel
-from .masked.planning import HEADROOM, masked_model
+from .masked.planning import masked_model
 from .masked.preparing import ClientPreparation, ServerPreparation
 from .serving.link import TIMEOUT_S
 from .serving.local import run_session
 
 
 def simulate(
-    private: Any,
+    private: PrivateNetwork | MaskedModel,
     x: torch.Tensor,
     *,
     example: torch.Tensor | None = None,
-    precision: str | int = "fast",
-    headroom: float = HEADROOM,
+    precision: str | int | None = None,
+    headroom: float | None = None,
     processes: bool = False,
     timeout: float = TIMEOUT_S,
 ) -> tuple[torch.Tensor, Cost]:
     """Run both parties and the dealer on this machine.
 
-    1. Plan the network, calibrated on `example`, else on the conversion's own example,
-       else on `x`; check `x` before anything is computed.
+    1. Plan the network, calibrated on `example`, else on the conversion's own example;
+       check `x` before anything is computed.
     2. The server gets the weights, the client the input; the dealer gets neither.
     3. Prepare one inference, then do it, all in this process: every message is packed
        and unpacked as on a wire, so that bytes and messages are those of two hosts.
@@ -47,7 +48,8 @@ def simulate(
             processes.
         x: (batch, *input_shape).
         example: calibration inputs.
-        precision, headroom: as `masked.planning.make_plan`.
+        precision, headroom: as `masked.planning.make_plan`; those of the conversion's
+            engine if None.
         processes: whether dealer, server and client are three processes joined by TCP,
             which takes longer and gives each one's true seconds.
         timeout: seconds without progress before a dead process is an error.
@@ -59,18 +61,13 @@ def simulate(
     Raises: PlanError, ShapeError, RangeError before anything starts; PeerError if a
         process dies.
     """
-    if not isinstance(private, MaskedModel) and getattr(
-        private, "protocol", "masked"
-    ) not in (None, "masked"):
+    if not isinstance(private, PrivateNetwork | MaskedModel):
+        raise ProtocolError(
+            f"{type(private).__name__} cannot be simulated; give what convert() made."
+        )
+    if isinstance(private, PrivateNetwork) and isinstance(private.engine, CrypTen):
         return _simulate_crypten(private, x, timeout)
-    if example is None:
-        example = getattr(private, "example", None)
-    model = masked_model(
-        private,
-        x if example is None else example,
-        precision=precision,
-        headroom=headroom,
-    )
+    model = masked_model(private, example, precision=precision, headroom=headroom)
     if processes:
         return run_session(model, [x], timeout=timeout)[0]
     return simulate_model(model, x)
@@ -121,13 +118,9 @@ def _sent(party: str, *transcripts: Transcript) -> int:
 
 
 def _simulate_crypten(
-    private: Any, x: torch.Tensor, timeout: float
+    private: PrivateNetwork, x: torch.Tensor, timeout: float
 ) -> tuple[torch.Tensor, Cost]:
     """Two CrypTen parties with the protocol the network was converted for."""
-    if not callable(getattr(private, "encrypt", None)):
-        raise ProtocolError(
-            f"{type(private).__name__} cannot be simulated; give what convert() made."
-        )
 
     def party() -> tuple[torch.Tensor | None, Cost]:
         import crypten

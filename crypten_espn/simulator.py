@@ -22,7 +22,8 @@ from typing import Any, Protocol
 import torch
 from crypten.encoder import FixedPointEncoder
 
-from .convert import MASKED, PrivateNetwork, nearest
+from .convert import PrivateNetwork, nearest
+from .engines import MASKED, CrypTen
 from .errors import ConversionError, ProtocolError, RangeError, ShapeError
 from .explanation import Comparison, Explanation, Fault, LayerError
 from .masked.model import MaskedModel
@@ -52,7 +53,7 @@ def explain(
     x: torch.Tensor,
     *,
     precision_bits: int | None = None,
-    precision: str | int = "fast",
+    precision: str | int | None = None,
     example: torch.Tensor | None = None,
     runs: int = 4,
     draws: Draws | None = None,
@@ -69,7 +70,8 @@ def explain(
         x: (batch, *input_shape).
         precision_bits: fractional bits for CrypTen's protocols;
             crypten.cfg.encoder.precision_bits when None.
-        precision: for the masked engine, as `masked.planning.builder.make_plan`.
+        precision: for the masked engine, as `masked.planning.make_plan`; that of the
+            conversion if None.
         example: calibration inputs for the masked engine; those of the conversion when
             None.
         runs: simulated runs with shares of their own; their differences give the
@@ -102,18 +104,21 @@ def explain(
     if draws is None:
         draws = Keystream(bytes(SEED_BYTES))
     with torch.no_grad():
-        if private.protocol in (None, MASKED):
+        engine = private.engine
+        if not isinstance(engine, CrypTen):
             if precision_bits is not None:
                 raise ProtocolError(
                     f"precision_bits={precision_bits} is for CrypTen's protocols; the "
                     "masked engine chooses scales itself: give precision='fast' or "
                     "'high', or convert with protocol='espn'"
                 )
-            calibration = private.example if example is None else example
-            return _explain_masked(private, x, precision, calibration, runs, draws)
+            model = masked_model(private, example, precision=precision)
+            return _explain_masked(private, model, x, runs, draws)
         encoder = FixedPointEncoder(precision_bits=precision_bits)
         with settings(
-            protocol=private.protocol, truncation=private.truncation
+            protocol=engine.protocol,
+            truncation=engine.truncation,
+            failure_bits=engine.failure_bits,
         ) as chosen:
             return _explain_shares(private, x, encoder, chosen, runs, draws)
 
@@ -137,7 +142,7 @@ def compare_precisions(
     Raises: as `explain`.
     """
     results: list[tuple[int | str, Explanation]] = []
-    if private.protocol in (None, MASKED):
+    if not isinstance(private.engine, CrypTen):
         for chosen in precision:
             found = explain(private, x, precision=chosen, example=example, runs=runs)
             results.append((chosen, found))
@@ -620,13 +625,11 @@ def _located(fault: Fault | None, batch: int, start: int) -> Fault | None:
 
 def _explain_masked(
     private: PrivateNetwork,
+    model: MaskedModel,
     x: torch.Tensor,
-    precision: str | int,
-    example: torch.Tensor,
     runs: int,
     draws: Draws,
 ) -> Explanation:
-    model = masked_model(private, example, precision=precision)
     network = Network(private)
     network.cut()
     ends = network.ends
@@ -668,7 +671,7 @@ def _explain_masked(
             )
         )
     return Explanation(
-        f"{MASKED}, precision {precision}, {_scales(model.plan)}",
+        f"{MASKED}, {_scales(model.plan)}",
         tuple(layers),
         torch.cat(logits),
         torch.cat(clear),

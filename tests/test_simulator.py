@@ -356,7 +356,7 @@ def test_the_command_explains_and_compares(capsys, tmp_path):
         return status, capsys.readouterr()
 
     status, text = run()
-    assert status == 0 and text.out.startswith("masked, precision fast")
+    assert status == 0 and text.out.startswith("masked, activations of")
     status, text = run("--precision-bits", "12")
     assert status == 0 and text.out.startswith("espn, local truncation, 12 bits")
     status, text = run("--protocol", "opened_mask", "--precision-bits", "12", "16")

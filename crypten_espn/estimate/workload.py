@@ -138,7 +138,7 @@ def workload(
             for name in node.inputs[1:]:
                 graph.constants[name] = np.zeros_like(graph.constants[name])
     try:
-        private = PrivateNetwork(graph, example=example, protocol=None, truncation=None)
+        private = PrivateNetwork(graph, example=example, engine=None)
         plan, _ = make_plan(private, example, precision=precision)
     except PlanError as error:
         unplanned = str(error)

@@ -18,7 +18,7 @@ from ..masked.drivers import over
 from ..masked.inference import server as inference
 from ..masked.material import Pairing, ServerMaterial
 from ..masked.model import MaskedModel
-from ..masked.planning import HEADROOM, masked_model
+from ..masked.planning import masked_model
 from ..masked.store_writer import remove_used_up
 from ..wire.channel import Channel
 from ..wire.tls import TLS
@@ -312,8 +312,8 @@ def serve(
     address: str,
     *,
     example: torch.Tensor | None = None,
-    precision: str | int = "fast",
-    headroom: float = HEADROOM,
+    precision: str | int | None = None,
+    headroom: float | None = None,
     link: Link | None = None,
     dealer: str | None = None,
     directory: str | os.PathLike[str] | None = None,

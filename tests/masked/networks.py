@@ -48,7 +48,7 @@ def vectors(batch: int = 8) -> torch.Tensor:
     return torch.randn(batch, 10)
 
 
-def ready(network: nn.Module) -> nn.Module:
+def ready(network: nn.Module) -> Any:
     return network.eval().requires_grad_(False)
 
 
@@ -86,7 +86,7 @@ def _dense() -> nn.Module:
     )  # fmt: skip
 
 
-RESCALING: dict[str, tuple[Callable[[], nn.Module], Callable[[], torch.Tensor]]] = {
+RESCALING: dict[str, Any] = {
     "linears": (_linears, vectors),
     "convolutions": (_convolutions, images),
     "residual": (_residual, images),
@@ -108,7 +108,7 @@ def _pool_beside_its_input() -> nn.Module:
     )  # fmt: skip
 
 
-OTHERS: dict[str, tuple[Callable[[], nn.Module], Callable[[], torch.Tensor]]] = {
+OTHERS: dict[str, Any] = {
     "quartic": (
         lambda: nn.Sequential(
             nn.Linear(10, 16), act(), nn.Linear(16, 16), act(), nn.Linear(16, 10)

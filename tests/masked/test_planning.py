@@ -364,24 +364,22 @@ def test_small_weights_keep_their_bits_or_are_refused():
         planned(network, x)
     with torch.no_grad():
         network[2].weight.zero_()
-    logits, _ = evaluate(*_parts(planned(network, x)), x)
+    model = planned(network, x)
+    logits, _ = evaluate(model.plan, model.weights, x)
     assert (logits - network[2].bias).abs().max() < 1e-6
 
 
-def _parts(model):
-    return model.plan, model.weights
-
-
 def test_a_bias_that_leaves_sixty_two_bits_is_refused():
-    network = Written(lambda x, a, b: a(x) + b(x), nn.Linear(10, 3), nn.Linear(10, 3))
+    parts = nn.Linear(10, 3), nn.Linear(10, 3)
+    network = ready(Written(lambda x, a, b: a(x) + b(x), *parts))
     with torch.no_grad():
-        ready(network).parts[0].bias.fill_(2.0**45)
-        network.parts[1].bias.fill_(-(2.0**45))
+        parts[0].bias.fill_(2.0**45)
+        parts[1].bias.fill_(-(2.0**45))
     with pytest.raises(PlanError, match=r"a bias of 3.518e\+13"):
         planned(network, vectors())
     with torch.no_grad():
-        network.parts[0].bias.fill_(2.0**20)
-        network.parts[1].bias.fill_(-(2.0**20))
+        parts[0].bias.fill_(2.0**20)
+        parts[1].bias.fill_(-(2.0**20))
     x = vectors()
     model = planned(network, x)
     logits, _ = evaluate(model.plan, model.weights, x)
@@ -415,11 +413,11 @@ def test_a_layer_too_wide_for_the_ring_says_which_ring_would_do(scale, words):
 
 
 @pytest.mark.parametrize("ring", [26, 40])
-@pytest.mark.parametrize("name", {**RESCALING, **OTHERS})
+@pytest.mark.parametrize("name", [*RESCALING, *OTHERS])
 def test_the_stated_error_is_the_measured_one(name, ring):
     """Within 0.3 to 1.5; and the noise hides the coins: 4 to 16 deviations wide."""
     torch.manual_seed(6)
-    make, inputs = {**RESCALING, **OTHERS}[name]
+    make, inputs = (RESCALING | OTHERS)[name]
     network, x = ready(make()), inputs()
     model = planned(network, x, precision=ring)
     plan, report = model.plan, model.report
@@ -460,7 +458,7 @@ def test_a_bundled_network_has_the_stated_error():
     logits, _ = evaluate(plan, model.weights, x, roundings=coins(plan, 1))
     error = math.hypot(rms(logits - exact(network, x)), width / math.sqrt(12))
     assert 0.3 * report.logits_error <= error <= 1.5 * report.logits_error
-    runs = []
+    runs: list = []
     for part in x[4:5].expand(200, *x.shape[1:]).split(20):
         roundings = coins(plan, len(runs) + 2)
         runs.append(evaluate(plan, model.weights, part, roundings=roundings)[1][-1])
@@ -486,7 +484,7 @@ def test_calibration_that_is_none_is_refused_with_both_sizes():
     private = espn.convert(network, images())
     nan, infinite = images(), images()
     nan[0, 0, 0, 0], infinite[1, 2, 3, 4] = math.nan, math.inf
-    for example, words in (
+    cases: list = [
         (torch.randn(2, 3, 32, 32), r"\(2, 3, 32, 32\).*\(batch, 3, 8, 8\)"),
         (torch.randn(3, 8, 8), r"\(3, 8, 8\).*\(batch, 3, 8, 8\)"),
         (torch.zeros(0, 3, 8, 8), "at least one input"),
@@ -495,7 +493,8 @@ def test_calibration_that_is_none_is_refused_with_both_sizes():
         (infinite, "NaN or infinity"),
         (images().to(torch.complex64), "complex64"),
         (images().numpy(), "ndarray"),
-    ):
+    ]
+    for example, words in cases:
         with pytest.raises(PlanError, match=words):
             make_plan(private, example)
     for kind in (torch.float16, torch.bfloat16, torch.float64, torch.uint8):

@@ -37,6 +37,28 @@ PRECISIONS = {"fast": 32, "high": 40}
 HEADROOM = 4.0
 
 
+def ring_bits(precision: str | int, headroom: float) -> int:
+    """The linear ring of a precision.
+
+    Raises: PlanError if there is no such precision, or the headroom is below 1.
+    """
+    if precision not in PRECISIONS and not isinstance(precision, int):
+        raise PlanError(
+            f"precision={precision!r}; give {', '.join(map(repr, PRECISIONS))} or the "
+            f"linear ring's bits, {RING_LIMITS[0]} to {RING_LIMITS[1]}."
+        )
+    if isinstance(precision, bool):
+        raise PlanError(f"precision={precision!r}; give a name or a number of bits.")
+    ring = PRECISIONS[precision] if isinstance(precision, str) else precision
+    if not RING_LIMITS[0] <= ring <= RING_LIMITS[1]:
+        raise PlanError(
+            f"A linear ring of {ring} bits; {RING_LIMITS[0]} to {RING_LIMITS[1]} work."
+        )
+    if not 1 <= headroom < math.inf:
+        raise PlanError(f"headroom={headroom}; at least 1 is needed.")
+    return ring
+
+
 def make_plan(
     graph: Any,
     example: torch.Tensor,
@@ -56,20 +78,7 @@ def make_plan(
         with the ring that would do; for calibration inputs of another shape, that are
         not finite or not real. Nothing else.
     """
-    if precision not in PRECISIONS and not isinstance(precision, int):
-        raise PlanError(
-            f"precision={precision!r}; give {', '.join(map(repr, PRECISIONS))} or the "
-            f"linear ring's bits, {RING_LIMITS[0]} to {RING_LIMITS[1]}."
-        )
-    if isinstance(precision, bool):
-        raise PlanError(f"precision={precision!r}; give a name or a number of bits.")
-    ring = PRECISIONS[precision] if isinstance(precision, str) else precision
-    if not RING_LIMITS[0] <= ring <= RING_LIMITS[1]:
-        raise PlanError(
-            f"A linear ring of {ring} bits; {RING_LIMITS[0]} to {RING_LIMITS[1]} work."
-        )
-    if not 1 <= headroom < math.inf:
-        raise PlanError(f"headroom={headroom}; at least 1 is needed.")
+    ring = ring_bits(precision, headroom)
     with naming("The network"):
         network = Network(graph)
         calibration = Calibration(network, _calibrating(graph, example))
@@ -151,28 +160,36 @@ def masked_model(
     private: Any,
     example: torch.Tensor | None = None,
     *,
-    precision: str | int = "fast",
-    headroom: float = HEADROOM,
+    precision: str | int | None = None,
+    headroom: float | None = None,
 ) -> MaskedModel:
-    """Plan a converted network for the masked engine.
+    """A converted network's plan, weights and report; made once and kept with it.
 
     Args:
         private: what `convert` returned, not encrypted; or a MaskedModel, returned as
             it is.
         example: (batch, *input_shape) calibration inputs; those of the conversion if
             None.
-        precision, headroom: as `make_plan`.
+        precision, headroom: as `make_plan`; those of the conversion's engine if None.
 
     Raises: PlanError naming the layer, or if there is nothing to calibrate with.
     """
     if isinstance(private, MaskedModel):
         return private
-    if example is None:
-        example = getattr(private, "example", None)
-    if example is None:
-        raise PlanError(
-            "The masked engine bounds every layer by calibration inputs; give example=."
-        )
-    plan, report = make_plan(private, example, precision=precision, headroom=headroom)
+    engine: Any = private.engine
+    if precision is None:
+        precision = getattr(engine, "precision", "fast")
+    if headroom is None:
+        headroom = float(getattr(engine, "headroom", HEADROOM))
+    key = (precision, headroom)
+    if example is None and key in private.models:
+        return private.models[key]
+    calibration = private.example if example is None else example
+    plan, report = make_plan(
+        private, calibration, precision=precision, headroom=headroom
+    )
     weights = quantise(plan, report.weights, parameters_of(private))
-    return MaskedModel(plan, weights, report)
+    model = MaskedModel(plan, weights, report)
+    if example is None:
+        private.models[key] = model
+    return model
