@@ -27,6 +27,7 @@ def test_the_readme_and_the_tutorial_show_code() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", WITH_CODE)
 def test_code_blocks_print_what_the_document_says(name: str, tmp_path: Path) -> None:
     blocks = BLOCK.findall(DOCUMENTS[name])
@@ -38,7 +39,6 @@ def test_code_blocks_print_what_the_document_says(name: str, tmp_path: Path) -> 
         [sys.executable, str(script)],
         capture_output=True,
         text=True,
-        timeout=250,
         cwd=ROOT,
     )
     assert done.returncode == 0, done.stderr[-3000:]
