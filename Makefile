@@ -18,7 +18,7 @@ SHELL := /bin/bash
 help:
 	@echo "make demo        two parties classify 256 real images; writes out/"
 	@echo "make test        ruff, mypy and pytest"
-	@echo "make test-fast   the tests that start no process: under a minute"
+	@echo "make test-fast   the tests that start no process"
 	@echo "make test-random the whole suite in an order drawn anew"
 	@echo "make bench       the short benchmarks"
 	@echo "make bench-full  every benchmark (hours)"
