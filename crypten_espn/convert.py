@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -24,11 +25,11 @@ from .errors import (
 )
 from .findings import NOT_YET, Finding, Report, report
 from .graph import POLYNOMIAL_OP, NetworkGraph, Node, read, simplify
-from .graph.compare import first_difference, probes
+from .graph.compare import first_difference, in_evaluation, probes
 from .masked.in_crypten import ComposedEngine
 from .masked.model import MaskedModel
 from .masked.planning import masked_model
-from .masked.planning.checking import check_plan, in_evaluation
+from .masked.planning.checking import check_plan
 from .nn import PolynomialActivation, Scale
 from .protocols import settings
 from .protocols.noise import with_noise
@@ -221,7 +222,9 @@ def check(model: Source, example: torch.Tensor) -> Report:
     graph, found = _read(model, example)
     if not found.ok:
         return found
-    reference = in_evaluation(model) if isinstance(model, torch.nn.Module) else None
+    reference = None
+    if isinstance(model, torch.nn.Module):
+        reference = functools.partial(in_evaluation, model)
     return replace(found, masked=_planned(graph, example, reference))
 
 

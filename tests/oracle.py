@@ -82,6 +82,8 @@ def run_graph(graph: NetworkGraph, x: torch.Tensor) -> torch.Tensor:
             out = inputs[0].flatten(1)
         elif node.op == "Concat":
             out = torch.cat(inputs, a["axis"])
+        elif node.op == "Scale":
+            out = inputs[0] * torch.tensor(a["factor"], dtype=inputs[0].dtype)
         elif node.op == "Pad":
             out = functional.pad(inputs[0], a["pads"])
         else:

@@ -32,7 +32,7 @@ from tests.conversion_cases import (
 
 SUPPORTED = {
     "Add", "AveragePool", "Concat", "Conv", "Flatten", "Gemm", "GlobalAveragePool",
-    "Pad", "PolynomialActivation",
+    "Pad", "PolynomialActivation", "Scale",
 }  # fmt: skip
 
 

@@ -7,6 +7,7 @@ trace froze, or a pass took from the example's batch, shows.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,11 +79,16 @@ def probes(
     return found
 
 
+def in_evaluation(model: torch.nn.Module, x: Tensor) -> Any:
+    """What a module computes in evaluation mode; nothing of it is changed."""
+    with as_it_was(model), torch.no_grad():
+        return model.eval()(x.clone())
+
+
 def _itself(model: torch.nn.Module | None, raw: NetworkGraph, x: Tensor) -> Tensor:
     if model is None:
         return run(raw, x, torch.float32)[raw.output]
-    with as_it_was(model), torch.no_grad():
-        return model.eval()(x.clone())
+    return in_evaluation(model, x)
 
 
 def first_difference(

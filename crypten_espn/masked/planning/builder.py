@@ -134,7 +134,7 @@ class Builder:
             for index, end in enumerate(ends)
         ]
         coins, error = scales.logits_error(self.weights)
-        deviation, noise_bits = largest_deviation(scales), 0
+        deviation, noise_bits = largest_deviation(scales, coins), 0
         if deviation > 0:
             bits = math.log2(_NOISE * deviation) + scales.scales[-1]
             noise_bits = max(0, math.ceil(bits))

@@ -57,21 +57,6 @@ def check_plan(
         return str(error)
 
 
-def in_evaluation(module: torch.nn.Module) -> Callable[[torch.Tensor], Any]:
-    """A module as a function: no gradients, no training, every mode put back."""
-
-    def compute(x: torch.Tensor) -> Any:
-        modes = [(part, part.training) for part in module.modules()]
-        try:
-            with torch.no_grad():
-                return module.eval()(x)
-        finally:
-            for part, training in modes:
-                part.training = training
-
-    return compute
-
-
 def _difference(
     network: Network,
     model: MaskedModel,

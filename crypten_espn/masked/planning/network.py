@@ -110,7 +110,7 @@ class Network:
         return self._tensors[name]
 
     def compute(self, layer: Layer, inputs: list[torch.Tensor]) -> torch.Tensor:
-        """A layer's value in float64.
+        """A layer's value in the type of its inputs, float64 but for estimates.
 
         Raises: PlanError with the layer's name if its inputs' shapes do not fit it.
         """
@@ -135,14 +135,14 @@ class Network:
         function = torch.nn.functional
         x = inputs[0]
         shape = tuple(x.shape[1:])
-        bias = self.tensor(layer.bias).reshape(-1) if layer.bias else None
+        bias = self.tensor(layer.bias).to(x).reshape(-1) if layer.bias else None
         if layer.kind == "gemm":
             if x.dim() != 2:
                 raise layer.refused(
                     f"a linear layer on values of {x.dim()} dimensions; flatten them "
                     "first, or use a 1x1 convolution."
                 )
-            return function.linear(x, self.tensor(layer.weight), bias)
+            return function.linear(x, self.tensor(layer.weight).to(x), bias)
         if layer.kind == "activation":
             assert layer.polynomial is not None
             coeffs = layer.polynomial.coeffs
@@ -174,7 +174,7 @@ class Network:
             here = layer.windows
             return function.conv2d(
                 _padded(x, here.pads),
-                self.tensor(layer.weight),
+                self.tensor(layer.weight).to(x),
                 bias,
                 here.stride,
                 0,
