@@ -13,13 +13,15 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install venv demo test test-fast test-random lint bench bench-full clean
+.PHONY: help install venv demo test test-fast test-random coverage wheel lint bench bench-full clean
 
 help:
 	@echo "make demo        two parties classify 256 real images; writes out/"
 	@echo "make test        ruff, mypy and pytest"
 	@echo "make test-fast   the tests that start no process"
 	@echo "make test-random the whole suite in an order drawn anew"
+	@echo "make coverage    the whole suite, and the lines it does not reach"
+	@echo "make wheel       a built wheel, tried outside the checkout"
 	@echo "make bench       the short benchmarks"
 	@echo "make bench-full  every benchmark (hours)"
 	@echo "make install     only the virtual environment, in $(VENV)"
@@ -65,6 +67,13 @@ test-fast: $(STAMP)
 test-random: $(STAMP)
 	$(BIN)/python -m pytest -p randomly
 
+# Parties that tests start as processes are not measured, only what runs in pytest's own.
+coverage: $(STAMP)
+	$(BIN)/python -m pytest --cov=crypten_espn --cov-report=term-missing:skip-covered
+
+wheel: $(STAMP)
+	.ci/wheel $(BIN)/python
+
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.report
 
@@ -73,5 +82,5 @@ bench-full: $(STAMP)
 
 clean:
 	rm -rf $(VENV) out build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache \
-	  .hypothesis
+	  .hypothesis .coverage
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -33,18 +33,18 @@ from .options import add_run_options, finish
 from .plots import plot_lines
 from .rows import Results, ResultsError, Row, Spread
 
-PACKAGE_PROTOCOLS = ("espn", "opened_mask", "beaver")
 CRYPTEN_PROTOCOLS = ("crypten-polynomial", "crypten-relu")
-PROTOCOLS = (
-    "masked",
-    *PACKAGE_PROTOCOLS,
-    *(f"{name}-exact" for name in PACKAGE_PROTOCOLS),
-    *CRYPTEN_PROTOCOLS,
-)
-DEFAULT_PROTOCOLS = ("masked", *PACKAGE_PROTOCOLS, *CRYPTEN_PROTOCOLS)
 NETWORKS = ("loopback", "25ms", "50ms", "75ms", "100ms")
 CHANNELS = ("direct", "gloo")
 FRAC_BITS = 10  # of the coefficients, as in the recipes
+
+
+def protocols(*, exact: bool) -> tuple[str, ...]:
+    """What --protocols takes, or without the exact ones, its default."""
+    from crypten_espn.protocols import PROTOCOLS
+
+    also = (f"{name}-exact" for name in PROTOCOLS if exact)
+    return ("masked", *PROTOCOLS, *also, *CRYPTEN_PROTOCOLS)
 
 
 # ---------------------------------------------------------------------- in the parties
@@ -137,10 +137,12 @@ def _select(name: str) -> None:
     """Set the protocol for good: a `with settings()` per call would be timed too."""
     import crypten
 
-    protocol, _, exact = name.partition("-")
-    if protocol in PACKAGE_PROTOCOLS:
+    from crypten_espn.protocols import PROTOCOLS
+
+    protocol = name.removesuffix("-exact")
+    if protocol in PROTOCOLS:
         crypten.cfg.espn.protocol = protocol
-        crypten.cfg.espn.truncation = "exact" if exact else "local"
+        crypten.cfg.espn.truncation = "local" if protocol == name else "exact"
 
 
 def _computation(name: str, shared: Any, x: Any, polynomial: Any) -> tuple[Any, Any]:
@@ -211,7 +213,10 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--points", type=int, default=32768, help="values in the layer")
     parser.add_argument("--degree", type=int, default=4, help="of the polynomial")
     parser.add_argument(
-        "--protocols", nargs="+", choices=PROTOCOLS, default=DEFAULT_PROTOCOLS
+        "--protocols",
+        nargs="+",
+        choices=protocols(exact=True),
+        default=protocols(exact=False),
     )
     parser.add_argument("--channels", nargs="+", choices=CHANNELS, default=CHANNELS)
     add_run_options(parser, networks=NETWORKS, repeat=11)

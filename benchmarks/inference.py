@@ -39,9 +39,7 @@ from .plots import plot_dots
 from .rows import Results, ResultsError, Skipped
 
 MODELS = ("minionn", "vgg16", "resnet18", "resnet32", "resnet110", "resnet50")
-POLYNOMIAL_PROTOCOLS = ("espn", "opened_mask", "beaver")
 RELU_PROTOCOLS = ("crypten-relu", "crypten-relu-unfolded")
-PROTOCOLS = ("masked", *POLYNOMIAL_PROTOCOLS, *RELU_PROTOCOLS)
 CHANNELS = ("direct", "gloo")
 DEGREE, FRAC_BITS = 4, 10  # as in the recipes
 CALIBRATION = (32, 4)  # images for the masked engine's plan; the second for ResNet-50
@@ -49,6 +47,13 @@ CLASSES = {"resnet32": 100, "resnet50": 1000}  # 10 elsewhere, as in the paper
 
 
 # ----------------------------------------------------------------- the same everywhere
+
+
+def protocols() -> tuple[str, ...]:
+    """What --protocols takes: the package's table between masked and CrypTen's own."""
+    from crypten_espn.protocols import PROTOCOLS
+
+    return ("masked", *PROTOCOLS, *RELU_PROTOCOLS)
 
 
 def build(model: str) -> tuple[Any, Any]:
@@ -220,7 +225,9 @@ def _systems(
 def _select(protocol: str) -> None:
     import crypten
 
-    if protocol in POLYNOMIAL_PROTOCOLS:
+    from crypten_espn.protocols import PROTOCOLS
+
+    if protocol in PROTOCOLS:
         crypten.cfg.espn.protocol = protocol
 
 
@@ -276,7 +283,8 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--models", nargs="+", choices=MODELS, default=["resnet18"])
-    parser.add_argument("--protocols", nargs="+", choices=PROTOCOLS, default=PROTOCOLS)
+    names = protocols()
+    parser.add_argument("--protocols", nargs="+", choices=names, default=names)
     parser.add_argument("--channels", nargs="+", choices=CHANNELS, default=CHANNELS)
     parser.add_argument("--batch", type=int, default=1, help="images at once")
     parser.add_argument(

@@ -47,14 +47,13 @@ from crypten_espn.masked.plan import Plan
 from crypten_espn.masked.planning import masked_model
 from crypten_espn.masked.preparing import ClientPreparation, ServerPreparation
 from crypten_espn.pillar.data import fashion_sample
-from crypten_espn.pillar.storage import load_network
 from crypten_espn.randomness import Keystream
 from crypten_espn.table import aligned
 
 from .rows import machine
 
 QUARTIC = espn.Polynomial((322, 512, 160, 0, -3), 10, (-5.0, 5.0))
-BUNDLED = Path(espn.__file__).parent / "data" / "fashion_resnet_poly.safetensors"
+BUNDLED = "fashion-resnet"
 
 
 def small_model(seed: int, *, width: int = 16, logits: int = 3) -> MaskedModel:
@@ -377,10 +376,10 @@ def _words(networks: int, queries: int) -> dict[str, object]:
 def _network(queries: int) -> dict[str, object]:
     sample = fashion_sample()
     images = sample.normalization(sample.images[:32])
-    model = masked_model(espn.convert(load_network(BUNDLED).eval(), images))
+    model = masked_model(espn.convert(espn.bundled(BUNDLED), images))
     x = images[:1].repeat(32, 1, 1, 1)
     found = attack_words(model, x, batches=queries // 32, progress="fashion")
-    return _summary("network", BUNDLED.stem, queries // 32 * 32, *found)
+    return _summary("network", BUNDLED, queries // 32 * 32, *found)
 
 
 def _differences(queries: int) -> dict[str, object]:

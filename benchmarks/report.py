@@ -74,7 +74,7 @@ def steps(*, full: bool) -> list[Step]:
     )
     if full:
         four, large = inference.MODELS[:4], inference.MODELS[4:]
-        folded = [name for name in inference.PROTOCOLS if name != documents.UNFOLDED]
+        folded = [name for name in inference.protocols() if name != documents.UNFOLDED]
         once = (*both, "--repeat", "1")
         return [
             Step("activations", "activations", (*layer, "wan", "--repeat", "21")),

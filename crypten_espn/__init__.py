@@ -13,6 +13,7 @@ from .cost import Cost, measure  # noqa: E402
 from .engines import CrypTen, Masked  # noqa: E402
 from .launch import run_multiprocess, run_parties  # noqa: E402
 from .pillar.penalty import range_penalty, range_report  # noqa: E402
+from .pillar.storage import bundled  # noqa: E402
 from .pillar.surgery import (  # noqa: E402
     PolynomialActivation,
     replace_activations,
@@ -40,6 +41,7 @@ __all__ = [
     "Polynomial",
     "PolynomialActivation",
     "PrivateNetwork",
+    "bundled",
     "check",
     "compare_precisions",
     "connect",

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from . import doctor
+from . import __version__, doctor
 from .array_file import check_batch, load_array
 from .convert import check, convert
 from .demo import run as run_demo
@@ -20,7 +20,7 @@ from .estimate import command as estimate
 from .keys import make_keys
 from .pillar import command as training
 from .pillar.networks import Network
-from .pillar.recipes import load_network
+from .pillar.storage import load_network, network_file
 from .protocols import PROTOCOLS, TRUNCATIONS
 from .serving.command import add_commands, load_calibration
 from .simulator import compare_precisions, explain
@@ -50,6 +50,9 @@ def _parser() -> argparse.ArgumentParser:
         prog="crypten-espn",
         description="Private neural-network inference with polynomial activations.",
         epilog="crypten-espn COMMAND --help shows each command's options and examples.",
+    )
+    parser.add_argument(
+        "--version", action="version", version=f"crypten-espn {__version__}"
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
@@ -83,9 +86,14 @@ def _parser() -> argparse.ArgumentParser:
         [
             "crypten-espn check model.onnx --shape 3,224,224",
             "crypten-espn check network.safetensors",
+            "crypten-espn check fashion-resnet",
         ],
     )
-    checker.add_argument("network", type=Path, help=".onnx or a trained .safetensors")
+    checker.add_argument(
+        "network",
+        type=network_file,
+        help=".onnx, a trained .safetensors, or a bundled network's name",
+    )
     checker.add_argument(
         "--shape",
         type=_shape,
@@ -154,7 +162,9 @@ def _explain_command(
         ],
     )
     explainer.add_argument(
-        "network", type=Path, help="a trained .safetensors, or .onnx"
+        "network",
+        type=network_file,
+        help="a trained .safetensors, .onnx, or a bundled network's name",
     )
     explainer.add_argument(
         "--input",

@@ -21,10 +21,9 @@ from .cost import measure
 from .launch import run_parties
 from .masked.planning import masked_model
 from .pillar.data import FASHION_CLASSES, Images, fashion_sample
-from .pillar.recipes import load_network
+from .pillar.recipes import bundled
 from .serving.local import run_session
 
-DATA = Path(__file__).with_name("data")
 BATCH = 32
 # CrypTen's ReLU takes about as long for these as the polynomials for all 256.
 RELU_BATCHES = 2
@@ -65,8 +64,8 @@ def run(out: Path) -> int:
     print("one thread and a dealer on this machine; semi-honest, the dealer does not")
     print("collude. Times are seconds per batch, medians.")
     networks = {
-        "polynomial": load_network(DATA / "fashion_resnet_poly.safetensors").eval(),
-        "relu": load_network(DATA / "fashion_resnet_relu.safetensors").eval(),
+        "polynomial": bundled("fashion-resnet"),
+        "relu": bundled("fashion-resnet-relu"),
     }
     with torch.no_grad():
         clear = {name: network(images) for name, network in networks.items()}

@@ -6,6 +6,8 @@ matters for the first two: they come before `import crypten` and `import torchvi
 
 from __future__ import annotations
 
+import sys
+
 from . import (
     any_batch,
     average_pool,
@@ -50,8 +52,20 @@ PATCHES: list[Patch] = [
 
 def apply() -> None:
     """Apply every patch that is needed here; a second call does nothing."""
+    _forget_failed_import()
     for patch in PATCHES:
         patch.apply()
+
+
+def _forget_failed_import() -> None:
+    """Drop what an `import crypten` that failed has left behind.
+
+    Whoever caught its error and goes on has CrypTen's submodules without the package,
+    and Python would not import them again into it.
+    """
+    if "crypten" not in sys.modules:
+        for name in [name for name in sys.modules if name.startswith("crypten.")]:
+            del sys.modules[name]
 
 
 def applied() -> list[Patch]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+
 import numpy as np
 import pytest
 import torch
@@ -61,6 +63,26 @@ def test_check_accepts_what_converts(capsys, tmp_path):
     assert status == 0 and "can be converted" in out
 
 
+def test_bundled_networks_are_taken_by_name(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    status, out, _ = run(capsys, "check", "fashion-minionn")
+    assert status == 0 and "can be converted" in out
+    inputs = images(tmp_path, 2, 1, 28, 28)
+    status, out, _ = run(capsys, "plan", "fashion-minionn", "--calibration", inputs)
+    assert status == 0 and out
+    arguments = ("--macs", "40", "--engines", "espn")
+    status, out, _ = run(capsys, "estimate", "fashion-minionn", *arguments)
+    assert status == 0 and "espn" in out
+
+
+def test_the_version_is_that_of_the_distribution(capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"crypten-espn {espn.__version__}\n"
+    assert importlib.metadata.version("crypten-espn") == espn.__version__
+
+
 def test_check_names_what_does_not(capsys, tmp_path):
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Sigmoid(), nn.Flatten()).eval()
     file = tmp_path / "model.onnx"
@@ -75,6 +97,8 @@ def test_check_names_what_does_not(capsys, tmp_path):
         (("check", "missing.onnx", "--shape", "1,8,8"), "no file"),
         (("check", "missing.onnx"), "needs --shape"),
         (("check", "missing.safetensors"), "missing.safetensors"),
+        (("check", "fashion-resnet18"), "fashion-resnet32"),
+        (("estimate", "fashion-resnet18"), "fashion-resnet32"),
         (("train", "--recipe", "nope"), "nope"),
     ],
 )

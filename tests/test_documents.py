@@ -39,7 +39,7 @@ def test_code_blocks_print_what_the_document_says(name: str, tmp_path: Path) -> 
         [sys.executable, str(script)],
         capture_output=True,
         text=True,
-        cwd=ROOT,
+        cwd=tmp_path,  # no document may need a file of the checkout
     )
     assert done.returncode == 0, done.stderr[-3000:]
     printed = done.stdout.split(MARK + "\n")

@@ -16,7 +16,14 @@ from crypten_espn.pillar.data import Normalization, fashion_sample
 from crypten_espn.pillar.networks import Architecture, fashion_resnet
 from crypten_espn.pillar.penalty import range_report
 from crypten_espn.pillar.recipes import RECIPES, Recipe, accuracy
-from crypten_espn.pillar.storage import load_network, load_weights, save_network
+from crypten_espn.pillar.storage import (
+    BUNDLED,
+    bundled,
+    load_network,
+    load_weights,
+    network_file,
+    save_network,
+)
 from crypten_espn.pillar.surgery import Key, activations, replace_activations
 from crypten_espn.polynomial import Polynomial
 
@@ -120,12 +127,12 @@ def test_weights_of_another_network_or_class_count_are_named(tmp_path: Path) -> 
         load_weights(network, tmp_path / "none.safetensors")
 
 
-BUNDLED = sorted(
+RESULTS = sorted(
     (Path(__file__).parent.parent / "crypten_espn" / "data").glob("*_*.json")
 )
 
 
-@pytest.mark.parametrize("results", BUNDLED, ids=lambda path: path.stem)
+@pytest.mark.parametrize("results", RESULTS, ids=lambda path: path.stem)
 def test_bundled_networks_are_what_their_results_say(results: Path) -> None:
     stated = json.loads(results.read_text())
     path = results.with_suffix(".safetensors")
@@ -147,3 +154,43 @@ def test_bundled_networks_are_what_their_results_say(results: Path) -> None:
     assert abs(accuracy(network, sample) - stated["test_accuracy"]) < spread
     if polynomial:
         assert range_report(network, sample.batches(64)).unsafe is None
+
+
+@pytest.mark.parametrize("name", BUNDLED)
+def test_bundled_networks_are_there_by_name(name: str) -> None:
+    network = bundled(name)
+    assert not network.training
+    assert bool(activations(network)) is not name.endswith("relu")
+    assert network.input_shape == (1, 28, 28) and network.normalization is not None
+    weights = load_network(network_file(name)).state_dict()
+    for key, tensor in network.state_dict().items():
+        assert torch.equal(tensor, weights[key])
+
+
+def test_every_bundled_network_has_a_name() -> None:
+    named = {network_file(name).stem for name in BUNDLED}
+    assert named == {path.stem for path in RESULTS}
+
+
+def test_an_unknown_bundled_network_is_refused_with_the_names_there_are(
+    tmp_path: Path,
+) -> None:
+    for name in ("fashion-resnet18", "fashion_resnet_poly", "", "../fashion-resnet"):
+        with pytest.raises(CheckpointError, match="choose one of fashion-resnet, "):
+            bundled(name)
+    missing = network_file(tmp_path / "fashion-resnet18")
+    with pytest.raises(CheckpointError, match=r"no such file.*fashion-resnet32"):
+        load_network(missing)
+
+
+def test_a_file_comes_before_a_bundled_network_of_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    inside = network_file("fashion-resnet")
+    assert inside.is_absolute() and inside.is_file()
+    Path("fashion-resnet-relu").mkdir()
+    assert network_file("fashion-resnet-relu").is_file()
+    save_network(network_with_polynomials(), "fashion-resnet")
+    assert network_file("fashion-resnet") == Path("fashion-resnet")
+    assert network_file("other.onnx") == Path("other.onnx")

@@ -11,6 +11,7 @@ from typing import Any
 
 from ..errors import EspnError
 from ..pillar.networks import NETWORKS
+from ..pillar.storage import BUNDLED
 from ..protocols import TRUNCATIONS
 from ..table import aligned
 from .deployment import Deployment, capacities, per_million
@@ -23,8 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `estimate`, all but --shape, to a parser for `run`."""
     parser.add_argument(
         "network",
-        help=f"one of {', '.join([*ALIASES, *NETWORKS])}, or a .safetensors or .onnx "
-        "file",
+        help=f"one of {', '.join([*ALIASES, *NETWORKS])}; bundled: "
+        f"{', '.join(BUNDLED)}; or a .safetensors or .onnx file",
     )
     for name, kind, default, text in (
         ("--classes", _whole, None, "of a network given by name"),

@@ -20,7 +20,7 @@ from ..masked.plan import Plan
 from ..masked.planning import make_plan
 from ..nn import PolynomialActivation
 from ..pillar.networks import NETWORKS
-from ..pillar.storage import load_network
+from ..pillar.storage import BUNDLED, load_network, network_file
 from ..polynomial import Polynomial
 
 ALIASES = {"minionn": "mini_onn"}
@@ -149,7 +149,7 @@ def workload(
 def _model(
     network: str, shape: tuple[int, ...] | None, classes: int | None
 ) -> tuple[torch.nn.Module | Path, tuple[int, ...]]:
-    path = Path(network)
+    path = network_file(network)
     if path.suffix in (".onnx", ".safetensors"):
         if classes is not None:
             raise EspnError(
@@ -171,8 +171,9 @@ def _model(
     build = NETWORKS.get(ALIASES.get(network, network))
     if build is None:
         raise EspnError(
-            f"network {network!r}: give one of {', '.join([*ALIASES, *NETWORKS])}, or "
-            "a file that ends in .safetensors or .onnx"
+            f"network {network!r}: give one of {', '.join([*ALIASES, *NETWORKS])}; "
+            f"bundled are {', '.join(BUNDLED)}; or "
+            "give a file that ends in .safetensors or .onnx"
         )
     options = {} if classes is None else {"classes": classes}
     if shape is not None:

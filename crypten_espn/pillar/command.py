@@ -14,7 +14,7 @@ import torch
 from .data import load_dataset
 from .penalty import range_report
 from .recipe import RECIPES, Recipe, find_recipe, fine_tuning
-from .storage import load_network
+from .storage import load_network, network_file
 from .training import train
 
 # Fields that the command line may override, with their help.
@@ -77,9 +77,11 @@ def add_arguments(parser: argparse.ArgumentParser, *, finetune: bool = False) ->
     if finetune:
         parser.add_argument(
             "--start",
+            type=network_file,
             required=True,
             metavar="FILE",
-            help="network with ReLU, as `crypten-espn train --activation relu` writes",
+            help="network with ReLU, as `crypten-espn train --activation relu` writes, "
+            "or fashion-resnet-relu, which is bundled",
         )
         parser.add_argument(
             "--replace-epochs",

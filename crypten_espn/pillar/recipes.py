@@ -2,7 +2,7 @@
 
 from .recipe import RECIPES, Recipe, find_recipe, fine_tuning
 from .result import SELECTION_RULE, Result, accuracy
-from .storage import load_network, load_weights, save_network
+from .storage import bundled, load_network, load_weights, save_network
 from .training import train
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "Recipe",
     "Result",
     "accuracy",
+    "bundled",
     "find_recipe",
     "fine_tuning",
     "load_network",

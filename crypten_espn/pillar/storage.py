@@ -23,6 +23,47 @@ from .data import Normalization
 from .networks import Architecture, Network
 from .surgery import activations, replace_activations
 
+_DATA = Path(__file__).parents[1] / "data"
+# Each bundled network's name and its file in _DATA.
+BUNDLED = {
+    "fashion-resnet": "fashion_resnet_poly.safetensors",
+    "fashion-resnet-relu": "fashion_resnet_relu.safetensors",
+    "fashion-resnet-finetuned": "fashion_resnet_finetuned.safetensors",
+    "fashion-minionn": "fashion_minionn_poly.safetensors",
+    "fashion-resnet32": "fashion_resnet32_poly.safetensors",
+}
+
+
+def bundled(name: str) -> Network:
+    """Return the bundled network of that name, in evaluation mode.
+
+    All are trained on Fashion-MNIST, inputs (n, 1, 28, 28) normalised by the network's
+    `normalization`; `crypten_espn.pillar.data.fashion_sample` has images.
+
+    Args:
+        name: "fashion-resnet", "fashion-resnet-finetuned", "fashion-minionn" and
+            "fashion-resnet32" have polynomials, "fashion-resnet-relu" ReLU.
+
+    Raises:
+        CheckpointError: no network of that name is bundled.
+    """
+    if name not in BUNDLED:
+        raise CheckpointError(
+            f"no network {name!r} is bundled; choose one of {', '.join(BUNDLED)}, or "
+            "read a file with load_network"
+        )
+    return load_network(_DATA / BUNDLED[name])
+
+
+def network_file(name_or_path: str | Path) -> Path:
+    """Return a bundled network's file for its name, any other path as it is.
+
+    A file that is there comes before a bundled network of the same name.
+    """
+    path = Path(name_or_path)
+    known = BUNDLED.get(str(path))
+    return path if known is None or path.is_file() else _DATA / known
+
 
 def save_network(
     model: nn.Module,
@@ -91,6 +132,11 @@ def load_network(path: str | Path) -> Network:
         with safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{path} cannot be read as a network (no such file); save_network writes "
+            f"one, and bundled by name are {', '.join(BUNDLED)}"
+        ) from error
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"{path} cannot be read as a network ({error}); save_network writes one"

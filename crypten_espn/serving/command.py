@@ -19,7 +19,7 @@ from ..convert import convert
 from ..masked.model import MaskedModel
 from ..masked.planning import masked_model
 from ..masked.store import material_info
-from ..pillar.recipes import load_network
+from ..pillar.storage import load_network, network_file
 from ..wire.tls import TLS
 from .client import connect
 from .dealer import DealerServer
@@ -60,7 +60,9 @@ def add_commands(new: NewCommand) -> None:
     )
     for parser in (plan, server):
         parser.add_argument(
-            "network", type=Path, help=".onnx or a trained .safetensors"
+            "network",
+            type=network_file,
+            help=".onnx, a trained .safetensors, or a bundled network's name",
         )
         parser.add_argument(
             "--calibration",
