@@ -1,4 +1,4 @@
-"""The simulator against real parties: bit for bit, and within its declared rounding."""
+"""`explain` against real parties: bit for bit, and within its declared rounding."""
 
 from __future__ import annotations
 
@@ -24,13 +24,12 @@ from crypten_espn.errors import (
     RangeError,
     ShapeError,
 )
-from crypten_espn.explanation import Explanation
+from crypten_espn.explain import Explanation, compare_precisions, explain
 from crypten_espn.graph import export
 from crypten_espn.launch import run_parties
 from crypten_espn.pillar.data import fashion_sample
 from crypten_espn.pillar.storage import load_network
 from crypten_espn.polynomial import Polynomial
-from crypten_espn.simulator import compare_precisions, explain
 
 POLYNOMIAL = Polynomial.fit(torch.relu, degree=4)
 DATA = Path(espn.__file__).parent / "data"
