@@ -13,7 +13,8 @@ from .cost import Cost, measure  # noqa: E402
 from .engines import CrypTen, Masked  # noqa: E402
 from .explain import compare_precisions, explain  # noqa: E402
 from .launch import run_multiprocess, run_parties  # noqa: E402
-from .pillar.penalty import range_penalty, range_report  # noqa: E402
+from .pillar.penalty import range_penalty  # noqa: E402
+from .pillar.ranges import range_report  # noqa: E402
 from .pillar.surgery import (  # noqa: E402
     PolynomialActivation,
     replace_activations,
