@@ -11,8 +11,10 @@ patches.apply()
 from .convert import PrivateNetwork, check, convert  # noqa: E402
 from .cost import Cost, measure  # noqa: E402
 from .engines import CrypTen, Masked  # noqa: E402
+from .explain import compare_precisions, explain  # noqa: E402
 from .launch import run_multiprocess, run_parties  # noqa: E402
-from .pillar.penalty import range_penalty, range_report  # noqa: E402
+from .pillar.penalty import range_penalty  # noqa: E402
+from .pillar.ranges import range_report  # noqa: E402
 from .pillar.storage import bundled  # noqa: E402
 from .pillar.surgery import (  # noqa: E402
     PolynomialActivation,
@@ -27,7 +29,6 @@ from .serving.dealer import deal  # noqa: E402
 from .serving.link import Limits, Link  # noqa: E402
 from .serving.server import serve  # noqa: E402
 from .simulate import simulate  # noqa: E402
-from .simulator import compare_precisions, explain  # noqa: E402
 from .wire.crypten import use_direct_channel  # noqa: E402
 
 __version__ = "0.1.0"

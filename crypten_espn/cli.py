@@ -17,13 +17,13 @@ from .demo import run as run_demo
 from .engines import MASKED
 from .errors import EspnError
 from .estimate import command as estimate
+from .explain import compare_precisions, explain
 from .keys import make_keys
 from .pillar import command as training
 from .pillar.networks import Network
 from .pillar.storage import load_network, network_file
 from .protocols import PROTOCOLS, TRUNCATIONS
 from .serving.command import add_commands, load_calibration
-from .simulator import compare_precisions, explain
 
 # A product has twice an operand's fractional bits, and must fit 63 bits.
 _MOST_BITS = 30

@@ -140,16 +140,15 @@ class Draw:
     def _shared(self, net, values):
         """One module used twice."""
         x = values[-1]
+        layer: Any = nn.Linear(x.shape[-1], x.shape[-1])
         if x.dim() == 4:
             layer = nn.Conv2d(x.shape[1], x.shape[1], 3, padding=1)
-        else:
-            layer = nn.Linear(x.shape[-1], x.shape[-1])
         layer, act = net.hold(layer), net.hold(espn.PolynomialActivation(QUADRATIC))
         return lambda v: layer(act(layer(v[-1])))
 
     def _norm(self, net, values):
         x = values[-1]
-        kinds = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d}
+        kinds: Any = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d}
         layer = kinds[x.dim()](x.shape[1], affine=self.random.random() < 0.8)
         layer.running_mean.normal_(0, 0.3)
         layer.running_var.uniform_(0.5, 2)

@@ -12,13 +12,12 @@ from torch.utils.checkpoint import checkpoint
 from crypten_espn.errors import RangeError, TrainingError
 from crypten_espn.pillar.penalty import (
     PAPER_WARMUP,
-    FixedPoint,
     PenaltyStage,
     boundary_penalty,
     range_penalty,
-    range_report,
     warmup_stage,
 )
+from crypten_espn.pillar.ranges import FixedPoint, range_report
 from crypten_espn.pillar.surgery import PolynomialActivation, replace_activations
 from crypten_espn.polynomial import Polynomial
 

@@ -14,7 +14,7 @@ from torch import nn
 from crypten_espn.errors import CheckpointError, EspnError
 from crypten_espn.pillar.data import Normalization, fashion_sample
 from crypten_espn.pillar.networks import Architecture, fashion_resnet
-from crypten_espn.pillar.penalty import range_report
+from crypten_espn.pillar.ranges import range_report
 from crypten_espn.pillar.recipes import RECIPES, Recipe, accuracy
 from crypten_espn.pillar.storage import (
     BUNDLED,

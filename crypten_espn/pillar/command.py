@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from .data import load_dataset
-from .penalty import range_report
+from .ranges import range_report
 from .recipe import RECIPES, Recipe, find_recipe, fine_tuning
 from .storage import load_network, network_file
 from .training import train

@@ -14,14 +14,14 @@ import fnmatch
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
-from torch.nn import functional
 
 from ..errors import ConversionError
 from ..polynomial import Polynomial
 from .activation import PolynomialActivation
 from .operation import Change, Operation, arguments, is_inplace, spelling
+from .pools import PoolSurgeon
+from .spellings import ACTIVATION_CALLS, ACTIVATIONS, SPELLINGS
 
 __all__ = [
     "Change",
@@ -36,37 +36,6 @@ __all__ = [
 ]
 
 Key = type[nn.Module] | Callable[..., Tensor] | str
-
-# The functions and tensor methods that stand for a module type.
-_SPELLINGS: dict[type[nn.Module], tuple[Callable[..., Any] | str, ...]] = {
-    nn.ReLU: (
-        torch.relu,
-        torch.relu_,
-        functional.relu,
-        functional.relu_,
-        "relu",
-        "relu_",
-    ),
-    nn.ReLU6: (functional.relu6,),
-    nn.SiLU: (functional.silu,),
-    nn.GELU: (functional.gelu,),
-    nn.Hardswish: (functional.hardswish,),
-    nn.Hardsigmoid: (functional.hardsigmoid,),
-    nn.LeakyReLU: (functional.leaky_relu, functional.leaky_relu_),
-    nn.ELU: (functional.elu, functional.elu_),
-    nn.Softplus: (functional.softplus,),
-    nn.Mish: (functional.mish,),
-    nn.Sigmoid: (
-        torch.sigmoid,
-        torch.sigmoid_,
-        functional.sigmoid,
-        "sigmoid",
-        "sigmoid_",
-    ),
-    nn.Tanh: (torch.tanh, torch.tanh_, functional.tanh, "tanh", "tanh_"),
-    nn.MaxPool2d: (torch.max_pool2d, functional.max_pool2d),
-    nn.AdaptiveMaxPool2d: (functional.adaptive_max_pool2d,),
-}
 
 
 class Changes(tuple[Change, ...]):
@@ -125,7 +94,7 @@ def replace_pooling(model: nn.Module) -> nn.Module:
             calls a pool cannot be traced or would lose what the message lists. The
             model is as it was.
     """
-    return _operated(model, _PoolSurgeon())
+    return _operated(model, PoolSurgeon())
 
 
 def restore_activations(model: nn.Module) -> nn.Module:
@@ -181,7 +150,7 @@ class _Surgeon(Operation):
                 self.patterns[key] = polynomial
             elif isinstance(key, type) and issubclass(key, nn.Module):
                 self.types[key] = polynomial
-                for call in _SPELLINGS.get(key, ()):
+                for call in SPELLINGS.get(key, ()):
                     self.calls.setdefault(call, polynomial)
             elif callable(key):
                 self.calls[key] = polynomial
@@ -228,13 +197,13 @@ class _Surgeon(Operation):
     def sought(self) -> set[str]:
         calls = set(self.calls)
         if self.patterns:
-            calls |= _ACTIVATION_CALLS.keys()
+            calls |= ACTIVATION_CALLS.keys()
         return {call if isinstance(call, str) else call.__name__ for call in calls}
 
     def swap_module(self, name: str, module: nn.Module) -> nn.Module | None:
         kind = type(module)
         polynomial = self.types.get(kind)
-        if kind in _ACTIVATIONS or kind is PolynomialActivation:
+        if kind in ACTIVATIONS or kind is PolynomialActivation:
             self.met.append((kind, name or "(model)"))
             polynomial = self._by_name(name) or polynomial
         inplace = bool(getattr(module, "inplace", False))
@@ -248,7 +217,7 @@ class _Surgeon(Operation):
     def swap_call(self, name: str, node: fx.Node) -> nn.Module | None:
         target: Any = node.target
         polynomial = self.calls.get(target)
-        kind = _ACTIVATION_CALLS.get(target)
+        kind = ACTIVATION_CALLS.get(target)
         if kind is not None:
             self.met.append((kind, name))
             polynomial = self._by_name(name) or polynomial
@@ -271,56 +240,6 @@ class _Surgeon(Operation):
         if polynomial is None or (self.select is not None and not self.select(name)):
             return None
         return PolynomialActivation(polynomial, inplace=inplace)
-
-
-class _PoolSurgeon(Operation):
-    def sought(self) -> set[str]:
-        return {"max_pool2d", "adaptive_max_pool2d"}
-
-    def swap_module(self, name: str, module: nn.Module) -> nn.Module | None:
-        if isinstance(module, nn.AdaptiveMaxPool2d):
-            _check_indices(name, module.return_indices)
-            return nn.AdaptiveAvgPool2d(module.output_size)
-        if isinstance(module, nn.MaxPool2d):
-            _check_indices(name, module.return_indices)
-            return _average_pool(
-                name,
-                module.kernel_size,
-                module.stride,
-                module.padding,
-                module.dilation,
-                module.ceil_mode,
-            )
-        return None
-
-    def swap_call(self, name: str, node: fx.Node) -> nn.Module | None:
-        if node.target in _SPELLINGS[nn.AdaptiveMaxPool2d]:
-            fields = _arguments(node, ("input", "output_size", "return_indices"))
-            _check_indices(name, fields.get("return_indices", False))
-            return nn.AdaptiveAvgPool2d(fields["output_size"])
-        if node.target in _SPELLINGS[nn.MaxPool2d]:
-            fields = _arguments(
-                node,
-                (
-                    "input",
-                    "kernel_size",
-                    "stride",
-                    "padding",
-                    "dilation",
-                    "ceil_mode",
-                    "return_indices",
-                ),
-            )
-            _check_indices(name, fields.get("return_indices", False))
-            return _average_pool(
-                name,
-                fields["kernel_size"],
-                fields.get("stride"),
-                fields.get("padding", 0),
-                fields.get("dilation", 1),
-                fields.get("ceil_mode", False),
-            )
-        return None
 
 
 class _Restorer(Operation):
@@ -380,38 +299,3 @@ def _as_module(kind: type[nn.Module] | None, node: fx.Node) -> nn.Module:
 
 
 _POLYNOMIAL = {PolynomialActivation}
-_POOLS = (nn.MaxPool2d, nn.AdaptiveMaxPool2d)
-_ACTIVATIONS = tuple(kind for kind in _SPELLINGS if kind not in _POOLS)
-_ACTIVATION_CALLS = {call: kind for kind in _ACTIVATIONS for call in _SPELLINGS[kind]}
-
-
-def _check_indices(name: str, return_indices: Any) -> None:
-    if return_indices:
-        raise ConversionError(
-            f"{name}: a max pool that returns indices has no average twin; "
-            "rebuild the layer without return_indices"
-        )
-
-
-def _average_pool(
-    name: str, kernel: Any, stride: Any, padding: Any, dilation: Any, ceil: Any
-) -> nn.AvgPool2d:
-    if dilation not in (1, (1, 1), [1, 1]):
-        raise ConversionError(
-            f"{name}: a max pool with dilation={dilation} has no average twin; "
-            "rebuild the layer with dilation=1"
-        )
-    return nn.AvgPool2d(
-        kernel, stride=stride or kernel, padding=padding, ceil_mode=ceil
-    )
-
-
-def _arguments(node: fx.Node, names: tuple[str, ...]) -> dict[str, Any]:
-    given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
-    computed = [k for k in names[1:] if isinstance(given.get(k), fx.Node)]
-    if computed:
-        raise ConversionError(
-            f"{node.name}: {', '.join(computed)} of the pool is computed at run time; "
-            "an average pool needs constants"
-        )
-    return {key: value for key, value in given.items() if value is not None}

@@ -12,8 +12,6 @@ import importlib
 import inspect
 import sys
 import types
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..errors import ConversionError
+from .keeping import kept
 
 # Attributes of these types are read once, when the graph is made.
 _PLAIN = (bool, int, float, str, bytes, type(None), tuple, list)
@@ -113,7 +112,7 @@ def _once(
 ) -> Trace:
     tracer = _Shallow(name)
     kind = type(module)
-    with _kept(module) as changed:
+    with kept(module) as changed:
         if again:
             # Other random numbers than the first time show that there are any.
             torch.rand(1)
@@ -190,77 +189,6 @@ def _contexts() -> dict[str, Any]:
             torch.is_autocast_enabled(device) for device in ("cpu", "cuda")
         ),
     }
-
-
-@contextmanager
-def _kept(module: nn.Module) -> Iterator[dict[str, Any]]:
-    """Put back what the body changes in a module and below; yields what that was."""
-    changed: dict[str, Any] = {}
-    before = [(part, _state(part)) for part in module.modules()]
-    generator = torch.random.get_rng_state()
-    try:
-        yield changed
-    finally:
-        torch.random.set_rng_state(generator)
-        for _part, states in before:
-            for container, (items, contents) in states:
-                for key in {*container, *items}:
-                    value = container.get(key)
-                    if key not in items or value is not items[key]:
-                        changed[key] = value
-                    elif key in contents and _elements(value) != contents[key]:
-                        changed[key] = value
-                        _refill(value, contents[key])
-                # In place, because hooks and the like share these dictionaries.
-                container.clear()
-                container.update(items)
-
-
-def _state(part: nn.Module) -> list[tuple[Any, tuple[Any, Any]]]:
-    containers = [vars(part), part._parameters, part._buffers, part._modules]
-    result = []
-    for container in containers:
-        items = dict(container)
-        contents = {
-            key: _elements(value)
-            for key, value in items.items()
-            if not key.startswith("_") or key not in _MODULE_STATE
-            if isinstance(value, list | dict | set)
-        }
-        result.append((container, (items, contents)))
-    return result
-
-
-_MODULE_STATE = frozenset(vars(nn.Module()))
-
-
-def _elements(value: Any) -> Any:
-    """The contents of a container, compared by identity."""
-    if isinstance(value, dict):
-        return [_Same(part) for pair in value.items() for part in pair]
-    return [_Same(part) for part in value]
-
-
-@dataclass(frozen=True)
-class _Same:
-    value: Any
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and other.value is self.value
-
-    def __hash__(self) -> int:
-        return id(self.value)
-
-
-def _refill(container: Any, elements: list[_Same]) -> None:
-    values = [element.value for element in elements]
-    container.clear()
-    if isinstance(container, dict):
-        container.update(zip(values[::2], values[1::2], strict=True))
-    elif isinstance(container, set):
-        container.update(values)
-    else:
-        container.extend(values)
 
 
 def _code(trace: Trace) -> str:

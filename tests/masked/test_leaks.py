@@ -5,16 +5,17 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from benchmarks import leaks
+from benchmarks.leaks.asking import ask, small_model
+from benchmarks.leaks.attacks import attack_differences, attack_words
 
 from .cases import without_noise
 
 
 def test_no_word_of_the_client_shows_a_row_of_the_last_layer():
-    model = leaks.small_model(0)
+    model = small_model(0)
     torch.manual_seed(100)
     x = (torch.randn(1, 1, 4, 4) * 2).repeat(128, 1, 1, 1)
-    words, control = leaks.attack_words(model, x, batches=100)
+    words, control = attack_words(model, x, batches=100)
     # With the dealer's coins the same regression finds every row: it would have.
     medians = {name: float(np.median(values)) for name, values in control.items()}
     assert medians["second coins 0"] > 0.9 and medians["first coins 0 1"] > 0.65
@@ -25,14 +26,14 @@ def test_no_word_of_the_client_shows_a_row_of_the_last_layer():
 
 
 def test_answers_to_one_input_do_not_differ_by_rows_of_the_last_layer():
-    model = leaks.small_model(0)
+    model = small_model(0)
     torch.manual_seed(100)
     x = (torch.randn(1, 1, 4, 4) * 2).repeat(100, 1, 1, 1)
-    noisy = np.concatenate([a.logits for a in leaks.ask(model, x, batches=20)])
+    noisy = np.concatenate([a.logits for a in ask(model, x, batches=20)])
     rows = model.weights.integers[-1].reshape(-1, 3)
     bits = model.plan.output.noise_bits
-    assert leaks.attack_differences(noisy, rows, top=32, noise_bits=bits) == 0
+    assert attack_differences(noisy, rows, top=32, noise_bits=bits) == 0
     # Exact answers show most rows.
-    exact = leaks.ask(without_noise(model), x, batches=20)
+    exact = ask(without_noise(model), x, batches=20)
     plain = np.concatenate([a.logits for a in exact])
-    assert leaks.attack_differences(plain, rows, top=32, noise_bits=0) >= 8
+    assert attack_differences(plain, rows, top=32, noise_bits=0) >= 8

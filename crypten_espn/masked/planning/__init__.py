@@ -1,6 +1,6 @@
 """From a converted network to its plan.
 
-1. Read the crypten.nn.Graph as layers (`layers`, `network`); run it in float64 on the
+1. Read the crypten.nn.Graph as layers (`reading`, `network`); run it in float64 on the
    calibration inputs; note how large values get, and how far an error in them or in a
    weight moves the output (`calibration`).
 2. Cut it into linear parts at its activations; insert a rescaling between weights with

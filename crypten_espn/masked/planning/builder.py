@@ -17,7 +17,8 @@ from ..weights import Quantisation
 from .coins import largest_deviation
 from .layers import Layer
 from .precision import shifted
-from .scales import NarrowError, Scales, Unit
+from .scales import NarrowError, Scales
+from .units import Unit
 
 # The noise on the logits is 1 to 2 times so many standard deviations of what coins do
 # to the logit that they move most.

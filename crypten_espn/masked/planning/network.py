@@ -12,8 +12,9 @@ import torch
 
 from ...errors import PlanError
 from ...polynomial import Polynomial
-from .layers import RESCALED, Layer, layer_title, naming, read_layer
+from .layers import RESCALED, Layer, layer_title, naming
 from .precision import Effect
+from .reading import read_layer
 
 
 def parameters_of(graph: Any) -> dict[str, np.ndarray]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -21,6 +20,7 @@ from ..weights import Quantisation
 from .calibration import Calibration
 from .layers import RESCALED, Layer
 from .precision import Truncations, choose_truncations
+from .units import Natural, Public, Readings, Unit, Weighing
 
 FRAC_BITS = range(2, 31)
 # The fractional bits of a linear part, and the bits of a layer's largest weight, below
@@ -33,71 +33,6 @@ _MULTIPLIER_ERROR = 2.0**-7
 
 class NarrowError(PlanError):
     """A network that has no plan in this ring, but may have one in a wider."""
-
-
-@dataclass(frozen=True)
-class Natural:
-    """The unit of a public value whose sources are read by whole multipliers.
-
-    Integers stand for real * ratio * 2**max(frac_bits[s] + offsets[s]).
-
-    Args:
-        ratio: odd; of pools whose windows are no powers of two.
-        offsets: bits by source, of windows that are.
-    """
-
-    ratio: int
-    offsets: dict[int, int]
-
-    def bits(self, frac_bits: Sequence[int]) -> int:
-        return max(frac_bits[s] + offset for s, offset in self.offsets.items())
-
-
-@dataclass(frozen=True)
-class Unit:
-    """Integers stand for real * 2**bits * ratio."""
-
-    bits: int
-    ratio: float = 1.0
-
-    @property
-    def factor(self) -> float:
-        return 2.0**self.bits * self.ratio
-
-
-@dataclass(frozen=True)
-class _Weighing:
-    """A layer with weights as a part reads it.
-
-    Args:
-        layer: which.
-        part: the number of the part it belongs to.
-        divisor: what pools above it divide by, up to the part's end.
-        below: the unit of its input.
-        largest: of its weights' magnitudes.
-    """
-
-    layer: Layer
-    part: int
-    divisor: int
-    below: Natural
-    largest: float
-
-
-@dataclass(frozen=True)
-class _Public:
-    """A source that reaches a part's end without a weight; divisor as above."""
-
-    part: int
-    divisor: int
-
-
-@dataclass
-class _Readings:
-    """Where a part reads sources: through weights, and without."""
-
-    weighings: list[_Weighing] = field(default_factory=list)
-    public: dict[int, list[_Public]] = field(default_factory=dict)
 
 
 class Scales:
@@ -129,7 +64,7 @@ class Scales:
         self._found: dict[tuple[str, int], Truncations | None] = {}
         self.bounds = [self._bound(i) for i in range(len(self.ends))]
         self.scales = [self._scale(i) for i in range(len(self.ends))]
-        self.readings = _Readings()
+        self.readings = Readings()
         self._visits = 0
         for index, end in enumerate(self.ends):
             self._visit(end, index, 1)
@@ -193,13 +128,13 @@ class Scales:
             )
         if name in self.source_of:
             found = self.readings.public.setdefault(self.source_of[name], [])
-            found.append(_Public(index, divisor))
+            found.append(Public(index, divisor))
             return
         layer = self.network.layers[name]
         if layer.weighted:
             below = self.natural(layer.inputs[0])
             largest = float(np.abs(self.network.parameters[layer.weight]).max())
-            weighing = _Weighing(layer, index, divisor, below, largest)
+            weighing = Weighing(layer, index, divisor, below, largest)
             self.readings.weighings.append(weighing)
             return
         for child in layer.inputs:
@@ -293,17 +228,17 @@ class Scales:
         rounding = layer.effect.rounding * 2.0 ** (-2 * bits) / 6
         return rounding + found.by_coins + found.by_coefficients
 
-    def _weight_factor(self, one: _Weighing, bits: int) -> float:
+    def _weight_factor(self, one: Weighing, bits: int) -> float:
         """Integers are round(weight * factor) when the layer's input has these bits."""
         ratio = one.divisor * one.below.ratio
         return 2.0 ** (self.scales[one.part] - bits) / ratio
 
-    def _holds(self, one: _Weighing, factor: float) -> bool:
+    def _holds(self, one: Weighing, factor: float) -> bool:
         """Whether a layer's weights survive their rounding and fit the ring."""
         most = one.largest * factor
         return most == 0 or 2.0**LEAST_WEIGHT_BITS <= most < 2.0 ** (self.ring - 1)
 
-    def _lost(self, one: _Weighing, factor: float, source: Layer) -> str:
+    def _lost(self, one: Weighing, factor: float, source: Layer) -> str:
         bits = math.log2(one.largest * factor)
         return (
             f"{one.layer.title}: its largest weight, {one.largest:.4g}, would have "
@@ -312,7 +247,7 @@ class Scales:
             f"{self.largest_source(source.name):.4g}."
         )
 
-    def _multiplier_error(self, reader: _Public, bits: int) -> float:
+    def _multiplier_error(self, reader: Public, bits: int) -> float:
         """How far a public multiplier is off, relatively, when it is rounded."""
         exact = 2.0 ** (self.scales[reader.part] - bits) / reader.divisor
         whole = round(exact)

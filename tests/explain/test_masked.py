@@ -8,9 +8,9 @@ from torch import nn
 
 import crypten_espn as espn
 from crypten_espn.errors import PlanError
-from crypten_espn.simulator import explain
+from crypten_espn.explain import explain
 
-from .masked.networks import OTHERS, RESCALING, Written, conv, images, ready, vectors
+from ..masked.networks import OTHERS, RESCALING, Written, conv, images, ready, vectors
 
 
 @pytest.mark.parametrize("ring", ["fast", 48, 56])

@@ -1,4 +1,4 @@
-"""What the simulator found: errors by layer, first fault, verdict and its cure."""
+"""What `explain` found: errors by layer, first fault, verdict and its cure."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from .engines import MASKED
-from .table import aligned
+from ..engines import MASKED
+from ..table import aligned
 
 # Failed truncations an input may have before the verdict speaks of them.
 _RARE = 1e-3
@@ -39,6 +39,14 @@ class Fault:
             f"{self.layer}: {self.kind} at element ({place}), value {self.value:.4g}, "
             f"headroom {self.headroom_bits:.1f} bits"
         )
+
+
+def fault_at(kind: str, wide: torch.Tensor, at: int, unit: float, limit: int) -> Fault:
+    """The fault at flat index `at` of integers `wide`; the layer is not set."""
+    value = float(wide.flatten()[at])
+    place = [int(i) for i in torch.unravel_index(torch.tensor(at), wide.shape)]
+    room = limit - math.log2(max(abs(value), 1.0))
+    return Fault("", kind, tuple(place), value * unit, room)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""What answers leak; `python -m benchmarks.leaks --help` has more."""

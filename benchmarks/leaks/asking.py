@@ -1,0 +1,165 @@
+"""The engine asked many times, with all that the client sees and must not see."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+import crypten_espn as espn
+from crypten_espn.masked import kernels
+from crypten_espn.masked.dealing import Dealing, coins
+from crypten_espn.masked.drivers import together
+from crypten_espn.masked.inference import chunks, client, server
+from crypten_espn.masked.material import (
+    ClientMaterial,
+    Pairing,
+    client_draws,
+    inference_seeds,
+)
+from crypten_espn.masked.messages import CLIENT, DEALER, SERVER, Send
+from crypten_espn.masked.model import MaskedModel
+from crypten_espn.masked.plan import Plan
+from crypten_espn.masked.planning import masked_model
+from crypten_espn.masked.preparing import ClientPreparation, ServerPreparation
+from crypten_espn.randomness import Keystream
+
+QUARTIC = espn.Polynomial((322, 512, 160, 0, -3), 10, (-5.0, 5.0))
+
+
+def small_model(seed: int, *, width: int = 16, logits: int = 3) -> MaskedModel:
+    """A network of 16 inputs, one hidden layer and a few logits, weights at random."""
+    torch.manual_seed(seed)
+    network = torch.nn.Sequential(
+        torch.nn.Flatten(),
+        torch.nn.Linear(16, width),
+        espn.PolynomialActivation(QUARTIC),
+        torch.nn.Linear(width, logits),
+    ).eval()
+    images = torch.randn(64, 1, 4, 4) * 2
+    return masked_model(espn.convert(network.requires_grad_(False), images))
+
+
+@dataclass
+class Answer:
+    """One batch of queries of one input.
+
+    Args:
+        logits: (batch, n) integers as the client learns them.
+        words: by name, (batch, elements) of what the client drew, holds or received.
+        coins: likewise, what only the dealer or the server knows.
+    """
+
+    logits: np.ndarray
+    words: dict[str, np.ndarray]
+    coins: dict[str, np.ndarray]
+
+
+def ask(model: MaskedModel, x: torch.Tensor, *, batches: int) -> Iterator[Answer]:
+    """Query the engine `batches` times with the same batch; note all the client sees.
+
+    Args:
+        x: (batch, *input shape); rows are usually equal.
+    """
+    plan, batch, seed = model.plan, len(x), bytes(range(16))
+    dealing = Dealing(plan, seed=seed)
+    ours = ServerPreparation(plan, model.weights, dealing.seeds[0])
+    theirs = ClientPreparation(plan, dealing.seeds[1])
+    together({SERVER: ours.open_weights(), CLIENT: theirs.open_weights()})
+    # The dealer's secrets once more, for the control.
+    root = Keystream(seed)
+    ratchets = [
+        inference_seeds(own)
+        for own in (root.fork(b"dealer").bytes(16), dealing.seeds[0])
+    ]
+    encoded = plan.encode(x)
+    for index in range(batches):
+        pairing = Pairing(bytes(16), index, batch)
+        ready, offline = together(
+            {
+                DEALER: dealing.deal(index, batch),
+                SERVER: ours.prepare(pairing),
+                CLIENT: theirs.prepare(pairing),
+            },
+            keep=True,
+        )
+        held = _held(plan, ready[CLIENT], batch)
+        values, online = together(
+            {
+                SERVER: server(plan, model.weights, ready[SERVER]),
+                CLIENT: client(plan, ready[CLIENT], encoded),
+            },
+            keep=True,
+        )
+        for event in offline.sends:
+            if event[0] == CLIENT:
+                held |= _joined(f"half {len(held)}", [event[1]], batch)
+        held |= _online(plan, online.sends, batch)
+        own, at_server = (ratchet.take(index) for ratchet in ratchets)
+        z = kernels.centred(values[CLIENT], plan.output.ring).reshape(batch, -1)
+        yield Answer(z, held, _coins(plan, own, at_server, ready[SERVER], batch))
+
+
+def _held(plan: Plan, material: ClientMaterial, batch: int) -> dict[str, np.ndarray]:
+    """Everything the client's seed gives, and what it made of it."""
+    held = {
+        "input mask": material.input_mask.reshape(batch, -1),
+        "output": material.output.reshape(batch, -1).copy(),
+    }
+    for number, drawn in enumerate(client_draws(plan, material.seed, batch)):
+        held[f"linear {number}"] = drawn.linear.reshape(batch, -1)
+        if drawn.values is not None and drawn.hidden is not None:
+            held[f"hidden {number}"] = drawn.hidden.reshape(batch, -1)
+            for case in range(2):
+                for place, line in enumerate(drawn.values[case]):
+                    name = f"value {number} {case} {place}"
+                    held[name] = line.reshape(batch, -1)
+    return held
+
+
+def _online(
+    plan: Plan, sends: list[tuple[str, Send]], batch: int
+) -> dict[str, np.ndarray]:
+    """Every online message, with the chunks of a large batch joined."""
+    parts = len(chunks(batch))
+    found: dict[str, np.ndarray] = {}
+    for party in (SERVER, CLIENT):
+        events = [event for sender, event in sends if sender == party]
+        if party == CLIENT:
+            found |= _joined("input", [events.pop(0)], batch)
+        for number in range(len(plan.steps)):
+            mine, events = events[:parts], events[parts:]
+            found |= _joined(f"{party} message {number}", mine, batch)
+        for event in events:
+            found |= _joined("logits' share", [event], batch)
+    return found
+
+
+def _joined(name: str, events: list[Send], batch: int) -> dict[str, np.ndarray]:
+    columns = zip(*[event.parts for event in events], strict=True)
+    return {
+        f"{name} part {place}": np.concatenate(
+            [array.reshape(-1) for array, _ in column]
+        ).reshape(batch, -1)
+        for place, column in enumerate(columns)
+    }
+
+
+def _coins(plan, own, at_server, material, batch) -> dict[str, np.ndarray]:
+    """What the client must not know: the dealer's coins, the low bits of c."""
+    found = {}
+    for number, coin in enumerate(coins(plan, own, at_server, batch)):
+        if coin is None:
+            continue
+        step = plan.steps[number]
+        scale = 2.0**-step.activation.drop
+        found[f"second coins {number}"] = coin.rounding.reshape(batch, -1) * scale
+        c = material.linear[number].reshape(batch, -1).astype(np.int64)
+        deltas = material.deltas[number]
+        for k, group in enumerate(step.activation.groups):
+            own_c = c if k == 0 else c + deltas[k - 1].reshape(batch, -1)
+            low = own_c & ((1 << group.shift) - 1)
+            found[f"first coins {number} {k}"] = low * 2.0**-group.shift
+    return found

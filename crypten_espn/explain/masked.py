@@ -1,0 +1,154 @@
+"""A network as the masked engine computes it, against float64, layer by layer."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import torch
+
+from ..convert import PrivateNetwork
+from ..engines import MASKED
+from ..masked.model import MaskedModel
+from ..masked.plan import Plan, channels_last
+from ..masked.planning.network import Network
+from ..masked.reference import Rounding, Roundings, evaluate
+from ..masked.steps import Output, Step
+from ..polynomial import RING_BITS
+from .shares import CHUNK, Draws
+from .words import Explanation, Fault, LayerError, fault_at
+
+
+def explain_masked(
+    private: PrivateNetwork,
+    model: MaskedModel,
+    x: torch.Tensor,
+    runs: int,
+    draws: Draws,
+) -> Explanation:
+    network = Network(private)
+    network.cut()
+    ends = network.ends
+    clear, exact = [], []
+    results: list[list[Any]] = [[] for _ in range(runs)]
+    logits = []
+    for part in x.split(CHUNK):
+        real = network.run(part, ends)
+        clear.append(real[ends[-1]])
+        exact.append([_channels_last(real[end]) for end in ends])
+        for run in range(runs):
+            answer, values = _values(model, part, _coins(model.plan, draws))
+            results[run].append(values)
+            if run == 0:
+                logits.append(answer)
+    layers, overflow = [], None
+    names = [known.name for known in model.report.parts]
+    for index, part_plan in enumerate(model.plan.parts):
+        expected = torch.cat([values[index] for values in exact])
+        given = [torch.cat([v[index] for v in run]) for run in results]
+        error = (given[0] - expected).abs()
+        stack = torch.stack(given)
+        span = float((stack.amax(0) - stack.amin(0)).max())
+        fault = _beyond(part_plan, names[index], expected)
+        overflow = overflow or fault[0]
+        unit = 2.0**-part_plan.frac_bits
+        # Two private answers differ by the server's noise too, which no run here has.
+        noise = 0.0
+        if isinstance(part_plan, Output) and part_plan.noise_bits:
+            noise = unit * 2.0**part_plan.noise_bits
+        layers.append(
+            LayerError(
+                names[index],
+                "rescaling" if names[index].endswith("(rescaled)") else "linear part",
+                unit,
+                float(expected.abs().max()),
+                float(error.max()),
+                float(error.mean()),
+                math.nan,
+                2 * max(span, unit) + noise if runs > 1 else math.nan,
+                fault[1],
+                0.0,
+            )
+        )
+    return Explanation(
+        f"{MASKED}, {_scales(model.plan)}",
+        tuple(layers),
+        torch.cat(logits),
+        torch.cat(clear),
+        overflow,
+        None,
+    )
+
+
+def _scales(plan: Plan) -> str:
+    """The fractional bits that activations keep, in words."""
+    bits = [source.frac_bits for source in plan.sources]
+    low, high = min(bits), max(bits)
+    kept = str(low) if low == high else f"{low} to {high}"
+    return f"activations of {kept} bits in a ring of {plan.output.ring}"
+
+
+def _values(
+    model: MaskedModel, x: torch.Tensor, roundings: Roundings | None
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Logits, and every linear part's result in the network's units."""
+    logits, trace = evaluate(model.plan, model.weights, x, roundings=roundings)
+    return logits, [
+        torch.from_numpy(z).double() * 2.0**-part.frac_bits
+        for z, part in zip(trace, model.plan.parts, strict=True)
+    ]
+
+
+def _coins(plan: Plan, draws: Draws) -> Roundings:
+    """Coins as the parties' masks and the dealer would give them."""
+
+    def coins(number: int, z: Any) -> Rounding:
+        act = plan.steps[number].activation
+        first = [
+            draws.ring(z.shape).numpy() & ((1 << 62) - 1) for _ in range(act.masks)
+        ]
+        second = draws.ring(z.shape).numpy() & ((1 << act.drop) - 1)
+        return Rounding(first, second)
+
+    return coins
+
+
+def _beyond(
+    part: Step | Output, name: str, expected: torch.Tensor
+) -> tuple[Fault | None, float]:
+    """The first value a linear part or its polynomial cannot hold; the headroom."""
+    checks = [(expected, part.frac_bits, part.ring - 2)]
+    if isinstance(part, Step):
+        frac_bits = part.activation.value_frac_bits
+        checks.append((_polynomial(part, expected), frac_bits, RING_BITS))
+    fault, least = None, math.inf
+    for values, frac_bits, limit in checks:
+        magnitude = values.abs() * 2.0**frac_bits
+        room = limit - math.log2(max(float(magnitude.max()), 1.0))
+        least = min(least, room)
+        if room <= 0 and fault is None:
+            at = int((magnitude >= 2.0**limit).flatten().int().argmax())
+            unit = 2.0**-frac_bits
+            found = fault_at("wraps", values * 2.0**frac_bits, at, unit, limit)
+            fault = dataclasses.replace(found, layer=name)
+    return fault, least
+
+
+def _polynomial(step: Step, z: torch.Tensor) -> torch.Tensor:
+    """A step's polynomial on real values, from its integer coefficients."""
+    act = step.activation
+    terms = [(g.shift, g.coeffs) for g in act.groups]
+    if act.linear is not None:
+        terms.append((act.linear.shift, (0, act.linear.coefficient)))
+    result = torch.full_like(z, act.constant * 2.0**-act.value_frac_bits)
+    for shift, coeffs in terms:
+        bits = step.frac_bits - shift
+        for k, c in enumerate(coeffs):
+            if c:
+                result += c * 2.0 ** (k * bits - act.value_frac_bits) * z**k
+    return result
+
+
+def _channels_last(values: torch.Tensor) -> torch.Tensor:
+    return torch.from_numpy(channels_last(values.numpy()))

@@ -1,0 +1,295 @@
+"""A network's layers in two arithmetics: float64, and CrypTen's on both shares.
+
+Truncation works on shares, so it rounds as the parties' does; given the same draws, the
+result is theirs, bit for bit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from crypten.encoder import FixedPointEncoder
+
+from ..errors import ConversionError
+from ..polynomial import RING_BITS, RingForm, as_int64
+from ..protocols import Settings
+from .words import Fault, fault_at
+
+# Inputs at once; bounds memory, not results.
+CHUNK = 32
+
+
+class Draws(Protocol):
+    """Where the simulated shares come from; `randomness.Keystream` is one."""
+
+    def ring(self, size: Sequence[int]) -> torch.Tensor:
+        """Uniform int64 ring elements of this shape."""
+        ...
+
+
+@dataclass
+class Shared:
+    """A value modulo 2**64 and rank 0's share of it; the rest is rank 1's."""
+
+    total: torch.Tensor
+    first: torch.Tensor
+
+
+class Reals:
+    """The network in float64."""
+
+    def product(self, function: Callable[..., Any], x: Any, weight: Any) -> Any:
+        return function(x, weight)
+
+    def add(self, x: Any, y: Any) -> Any:
+        return x + y
+
+    def linear(self, function: Callable[..., Any], values: list[Any]) -> Any:
+        return function(*values)
+
+    def scaled(self, x: Any, factor: Any) -> Any:
+        return x * factor
+
+    def divided(self, x: Any, count: int) -> Any:
+        return x / count
+
+    def compared(self, function: Callable[..., Any], x: Any) -> Any:
+        return function(x)
+
+    def polynomial(self, module: Any, x: Any) -> Any:
+        return module.polynomial(x)
+
+
+class Shares:
+    """The network as two CrypTen parties hold it.
+
+    Attributes:
+        headroom_bits, failures: of what was computed since `start`.
+        overflow, failure: the first of each since `start`; the layer is not set.
+    """
+
+    def __init__(
+        self, encoder: FixedPointEncoder, chosen: Settings, draws: Draws
+    ) -> None:
+        self.encoder = encoder
+        self.bits = int(encoder._precision_bits)
+        self.chosen = chosen
+        self.draws = draws
+        self.start()
+
+    def start(self) -> None:
+        self.headroom_bits = math.inf
+        self.failures = 0.0
+        self.overflow: Fault | None = None
+        self.failure: Fault | None = None
+
+    def share(self, values: torch.Tensor) -> Shared:
+        return Shared(values, self.draws.ring(values.shape))
+
+    def product(
+        self, function: Callable[..., Any], x: Shared, weight: Shared
+    ) -> Shared:
+        total = function(x.total, weight.total)
+        wide = function(x.total.double(), weight.total.double())
+        return self._divide(self.share(total), self.encoder.scale, wide)
+
+    def add(self, x: Shared, y: Shared) -> Shared:
+        total, first = x.total + y.total, x.first + y.first
+        self._room(total, x.total.double() + y.total.double(), 2.0**-self.bits, 63)
+        return Shared(total, first)
+
+    def linear(self, function: Callable[..., Any], values: list[Shared]) -> Shared:
+        """A sum of values, which each party computes on its shares."""
+        return Shared(
+            function(*[value.total for value in values]),
+            function(*[value.first for value in values]),
+        )
+
+    def scaled(self, x: Shared, factor: Any) -> Shared:
+        encoded = self.encoder.encode(factor)
+        wide = x.total.double() * encoded.double()
+        value = Shared(x.total * encoded, x.first * encoded)
+        return self._divide(value, self.encoder.scale, wide)
+
+    def divided(self, x: Shared, count: int) -> Shared:
+        return self._divide(x, count, x.total.double())
+
+    def compared(self, function: Callable[..., Any], x: Shared) -> Shared:
+        """Comparisons are exact, and their result is shared afresh."""
+        return self.share(function(x.total))
+
+    def polynomial(self, module: Any, x: Shared) -> Shared:
+        form = self.chosen.form(module.polynomial, self.bits, 2)
+        powers = Shared(x.total * form.factor, x.first * form.factor)
+        if form.shift:
+            wide = x.total.double() * form.factor
+            unit = 2.0 ** -(self.bits + math.log2(form.factor))
+            powers = self._shift(powers, form.shift, wide, unit)
+        total = form.evaluate(x.total, powers.total)
+        if form.degree < 2:
+            y = Shared(total, form.linear_share(x.first, 0))
+        else:
+            y = self.share(total)
+        shift = form.out_bits - self.bits
+        wide = _evaluate(form, x.total.double(), powers.total.double())
+        unit = 2.0**-form.out_bits
+        if self.chosen.exact(2):
+            return self._shift_exactly(y, shift, wide, unit)
+        return self._shift(y, shift, wide, unit)
+
+    # -- truncation; `wide` is the value without a ring
+
+    def _divide(self, value: Shared, divisor: int, wide: torch.Tensor) -> Shared:
+        """CrypTen's: each party divides its share, rounding toward zero."""
+        unit = 2.0**-self.bits / divisor
+        self._room(value.total, wide, unit, 63)
+        second = value.total - value.first
+        first = value.first.div(divisor, rounding_mode="trunc")
+        total = first + second.div(divisor, rounding_mode="trunc")
+        self._failed(total, wide, divisor, unit)
+        return Shared(total, first)
+
+    def _shift(
+        self, value: Shared, shift: int, wide: torch.Tensor, unit: float
+    ) -> Shared:
+        """`protocols.truncation.local`."""
+        self._room(value.total, wide, unit, 63)
+        if shift == 0:
+            return value
+        second = value.total - value.first
+        first = (value.first >> shift) + 1
+        total = first + (second >> shift)
+        self._failed(total, wide, 1 << shift, unit)
+        return Shared(total, first)
+
+    def _shift_exactly(
+        self, value: Shared, shift: int, wide: torch.Tensor, unit: float
+    ) -> Shared:
+        """`protocols.truncation.exact`: the mask's low bits decide the rounding."""
+        self._room(value.total, wide, unit, RING_BITS)
+        if shift == 0:
+            return value
+        mask = self.draws.ring(value.total.shape)
+        opened = value.total + mask + 2**RING_BITS
+        logical = (mask >> shift) & ((1 << (64 - shift)) - 1)
+        total = (opened >> shift) & ((1 << (64 - shift)) - 1)
+        total = total - torch.where(opened < 0, logical, mask >> shift)
+        return self.share(total - 2 ** (RING_BITS - shift))
+
+    def _room(
+        self, total: torch.Tensor, wide: torch.Tensor, unit: float, limit: int
+    ) -> None:
+        """Note the headroom below 2**limit, and the first value beyond it."""
+        magnitude = wide.abs()
+        largest = float(magnitude.max()) if magnitude.numel() else 0.0
+        room = limit - math.log2(max(largest, 1.0))
+        self.headroom_bits = min(self.headroom_bits, room)
+        if room <= 0 and self.overflow is None:
+            at = int((magnitude >= 2.0**limit).flatten().int().argmax())
+            self.overflow = fault_at("wraps", wide, at, unit, limit)
+
+    def _failed(
+        self, total: torch.Tensor, wide: torch.Tensor, divisor: int, unit: float
+    ) -> None:
+        """Count on |value| / 2**64 failures, and note the first that came."""
+        magnitude = wide.abs()
+        self.failures += float(magnitude.clamp(max=2.0**64).sum()) / 2.0**64
+        if self.failure is None:
+            tolerance = 2 + magnitude.max() / divisor * 2.0**-40
+            wrong = (total.double() - wide / divisor).abs() > tolerance
+            wrong &= magnitude < 2.0**63
+            if bool(wrong.any()):
+                at = int(wrong.flatten().int().argmax())
+                self.failure = fault_at("truncation failed", wide, at, unit, 63)
+
+
+def _evaluate(form: RingForm, x: torch.Tensor, powers: torch.Tensor) -> torch.Tensor:
+    """`RingForm.evaluate` in float64, without a ring."""
+    result = torch.zeros_like(x)
+    for c in reversed(form.coeffs[2:]):
+        result = (result + float(c)) * powers
+    result = result * powers
+    if form.degree >= 1:
+        result = result + x * float(as_int64(form.coeffs[1]))
+    return result + float(form.coeffs[0])
+
+
+def layer(module: Any, inputs: list[Any], a: Reals | Shares) -> Any:
+    """What one module of a converted network computes, in either arithmetic.
+
+    Raises:
+        ConversionError: a module that `convert` does not make.
+    """
+    function = torch.nn.functional
+    kind = type(module).__name__
+    if kind == "Conv":
+        options = {
+            "stride": module.stride,
+            "padding": module.padding,
+            "dilation": module.dilation,
+            "groups": module.groups,
+        }
+        y = a.product(
+            lambda x, w: function.conv2d(x, w, **options), inputs[0], inputs[1]
+        )
+        if len(inputs) == 2:
+            return y
+        return a.add(y, a.linear(lambda b: b.view(1, -1, 1, 1), [inputs[2]]))
+    if kind == "Gemm":
+        y = a.product(
+            lambda x, w: x @ (w.t() if module.trans_b else w), inputs[0], inputs[1]
+        )
+        y = a.scaled(y, module.alpha)
+        return a.add(y, a.scaled(inputs[2], module.beta))
+    if kind == "PolynomialActivation":
+        return a.polynomial(module, inputs[0])
+    if kind == "Add":
+        return a.add(inputs[0], inputs[1])
+    if kind == "AvgPool2d":
+        height, width = module.kernel_size
+        total = a.linear(
+            lambda x: function.avg_pool2d(
+                x, (height, width), module.stride, module.padding, divisor_override=1
+            ),
+            inputs,
+        )
+        return a.divided(total, height * width)
+    if kind == "GlobalAveragePool":
+        count: list[int] = []
+
+        def spatial_sum(x: torch.Tensor) -> torch.Tensor:
+            count.append(math.prod(x.shape[2:]))
+            return x.sum(tuple(range(2, x.dim())), keepdim=True)
+
+        total = a.linear(spatial_sum, inputs)
+        return a.divided(total, count[0])
+    if kind == "Flatten":
+        return a.linear(lambda x: x.flatten(module.axis), inputs)
+    if kind == "Concat":
+        return a.linear(lambda *x: torch.cat(x, module.dimension), inputs)
+    if kind == "ConstantPad2d":
+        return a.linear(lambda x: function.pad(x, module.padding), inputs)
+    if kind == "Scale":
+        return a.scaled(inputs[0], module.factor)
+    if kind == "ReLU":
+        return a.compared(lambda x: x.clamp(min=0), inputs[0])
+    if kind == "MaxPool2d":
+        return a.compared(lambda x: _max_pool(module, x), inputs[0])
+    raise ConversionError(
+        f"{kind} cannot be explained; explain() takes what convert() returned"
+    )
+
+
+def _max_pool(module: Any, x: torch.Tensor) -> torch.Tensor:
+    y = torch.nn.functional.max_pool2d(
+        x.double(),
+        module.kernel_size,
+        module.stride,
+        module.padding,
+        ceil_mode=module.ceil_mode,
+    )
+    return y.to(x.dtype)

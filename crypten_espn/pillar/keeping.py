@@ -1,0 +1,82 @@
+"""A module's state held while something is tried with it, and put back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@contextmanager
+def kept(module: nn.Module) -> Iterator[dict[str, Any]]:
+    """Put back what the body changes in a module and below; yields what that was."""
+    changed: dict[str, Any] = {}
+    before = [(part, _state(part)) for part in module.modules()]
+    generator = torch.random.get_rng_state()
+    try:
+        yield changed
+    finally:
+        torch.random.set_rng_state(generator)
+        for _part, states in before:
+            for container, (items, contents) in states:
+                for key in {*container, *items}:
+                    value = container.get(key)
+                    if key not in items or value is not items[key]:
+                        changed[key] = value
+                    elif key in contents and _elements(value) != contents[key]:
+                        changed[key] = value
+                        _refill(value, contents[key])
+                # In place, because hooks and the like share these dictionaries.
+                container.clear()
+                container.update(items)
+
+
+def _state(part: nn.Module) -> list[tuple[Any, tuple[Any, Any]]]:
+    containers = [vars(part), part._parameters, part._buffers, part._modules]
+    result = []
+    for container in containers:
+        items = dict(container)
+        contents = {
+            key: _elements(value)
+            for key, value in items.items()
+            if not key.startswith("_") or key not in _MODULE_STATE
+            if isinstance(value, list | dict | set)
+        }
+        result.append((container, (items, contents)))
+    return result
+
+
+_MODULE_STATE = frozenset(vars(nn.Module()))
+
+
+def _elements(value: Any) -> Any:
+    """The contents of a container, compared by identity."""
+    if isinstance(value, dict):
+        return [_Same(part) for pair in value.items() for part in pair]
+    return [_Same(part) for part in value]
+
+
+@dataclass(frozen=True)
+class _Same:
+    value: Any
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and other.value is self.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+
+def _refill(container: Any, elements: list[_Same]) -> None:
+    values = [element.value for element in elements]
+    container.clear()
+    if isinstance(container, dict):
+        container.update(zip(values[::2], values[1::2], strict=True))
+    elif isinstance(container, set):
+        container.update(values)
+    else:
+        container.extend(values)

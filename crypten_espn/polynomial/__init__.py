@@ -1,0 +1,24 @@
+"""Polynomials with integer coefficients: fit, evaluate in float and in the ring.
+
+A `Polynomial` has coefficients ``numerators[k] / 2**frac_bits``, constant included.
+`Polynomial.fit` finds the integers of least squared error to a function, exactly.
+A `RingForm` holds the same polynomial as the integers that two parties multiply with
+shares modulo 2**64, together with the derived error bound and the headroom.
+"""
+
+from .fit import FLOOR
+from .interval import GRID_POINTS
+from .ring import RING_BITS, RingForm, as_int64
+from .value import FRAC_BITS, MAX_DEGREE, SPARE_BITS, Polynomial
+
+__all__ = [
+    "FLOOR",
+    "FRAC_BITS",
+    "GRID_POINTS",
+    "MAX_DEGREE",
+    "RING_BITS",
+    "SPARE_BITS",
+    "Polynomial",
+    "RingForm",
+    "as_int64",
+]

@@ -1,0 +1,277 @@
+"""A polynomial with integer coefficients, its one Horner in float, its JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ..errors import DegreeCollapsedWarning, HeadroomError, PolynomialError
+from .fit import best_numerators
+from .interval import checked_interval, max_abs, sample
+from .ring import RING_BITS, RingForm, best_form
+
+MAX_DEGREE = 10
+FRAC_BITS = range(6, 21)
+# Bits kept free above the largest value on the interval, for inputs that leave it.
+SPARE_BITS = 3
+
+
+@dataclass(frozen=True)
+class Polynomial:
+    """sum_k numerators[k] / 2**frac_bits * x**k, meant for x in `interval`.
+
+    Args:
+        numerators: integer numerators, constant term first; trailing zeros are dropped.
+        frac_bits: fractional bits q of every coefficient.
+        interval: (low, high), where the polynomial stands for its function.
+        requested_degree: the degree that was asked for; `degree` is the effective one.
+
+    Raises:
+        PolynomialError: non-integer or missing coefficients, a bad interval or scale.
+    """
+
+    numerators: tuple[int, ...]
+    frac_bits: int
+    interval: tuple[float, float]
+    requested_degree: int = -1
+
+    def __post_init__(self) -> None:
+        numerators = tuple(self.numerators)
+        if not numerators or any(type(c) is not int for c in numerators):
+            raise PolynomialError(
+                f"numerators={self.numerators!r}: at least one Python int is needed, "
+                "constant term first; Polynomial.from_coeffs rounds real coefficients"
+            )
+        while len(numerators) > 1 and numerators[-1] == 0:
+            numerators = numerators[:-1]
+        object.__setattr__(self, "numerators", numerators)
+        object.__setattr__(self, "interval", checked_interval(self.interval))
+        if not 0 <= self.frac_bits <= 40:
+            raise PolynomialError(
+                f"frac_bits={self.frac_bits}: a coefficient has 0 to 40 fractional bits"
+            )
+        if self.degree > MAX_DEGREE:
+            raise PolynomialError(
+                f"degree {self.degree}: at most {MAX_DEGREE}; higher powers do not fit "
+                "the ring at a useful precision"
+            )
+        if self.requested_degree < self.degree:
+            object.__setattr__(self, "requested_degree", self.degree)
+
+    @classmethod
+    def fit(
+        cls,
+        function: Callable[[torch.Tensor], torch.Tensor],
+        *,
+        degree: int,
+        interval: tuple[float, float] = (-5.0, 5.0),
+        frac_bits: int = 10,
+        spread: float | None = None,
+    ) -> Polynomial:
+        """Integer coefficients of least squared error to a scalar function.
+
+        1. Sample the function on 1,001 evenly spaced points of the interval; an error
+           counts by its density, see `spread`.
+        2. Solve min_c |V c / 2**frac_bits - y|**2 over integer c to optimality: the
+           closest vector of the lattice spanned by the monomials (LLL reduction, then
+           Schnorr-Euchner enumeration). Rounding the real solution is not optimal.
+        3. Drop top coefficients that became zero and warn when the degree collapsed.
+
+        Args:
+            function: maps a float64 tensor of shape (n,) to one of the same shape.
+            degree: 1 to 10.
+            interval: (low, high), finite.
+            frac_bits: 6 to 20.
+            spread: standard deviation of the inputs to come. Squared errors count by
+                the normal density exp(-(x / spread)**2 / 2) + 0.02; evenly if None, as
+                in the paper. Inputs crowd around zero, where ReLU bends: a spread of a
+                fifth of the interval's radius is worth about two degrees there, and
+                costs accuracy and tameness at the ends.
+
+        Returns:
+            A Polynomial whose `degree` is the effective degree.
+
+        Raises:
+            PolynomialError: an argument out of its range, or a function whose values
+                are not finite on the interval.
+
+        Source: the quantisation-aware fit of Diaa et al., USENIX Security 2024, there
+        by a mixed-integer solver and with coefficients limited to 1/2 in magnitude. The
+        limit is not needed here: headroom is checked where the ring is chosen.
+        """
+        if type(degree) is not int or not 1 <= degree <= MAX_DEGREE:
+            raise PolynomialError(
+                f"degree={degree!r}: an int from 1 to {MAX_DEGREE} is needed"
+            )
+        if frac_bits not in FRAC_BITS:
+            raise PolynomialError(
+                f"frac_bits={frac_bits!r}: from {FRAC_BITS[0]} to {FRAC_BITS[-1]}"
+            )
+        low, high = checked_interval(interval)
+        if spread is not None and not 0 < spread < math.inf:
+            raise PolynomialError(
+                f"spread={spread}: a positive number is needed, or None to weigh evenly"
+            )
+        points, values = sample(function, low, high)
+        numerators = best_numerators(points, values, degree, frac_bits, spread)
+        result = cls(tuple(numerators), frac_bits, (low, high), degree)
+        if result.collapsed:
+            warnings.warn(
+                f"degree {degree} was asked for, but at {frac_bits} fractional bits "
+                f"the best fit has degree {result.degree}; raise frac_bits for a true "
+                f"degree {degree}",
+                DegreeCollapsedWarning,
+                stacklevel=2,
+            )
+        return result
+
+    @classmethod
+    def from_coeffs(
+        cls,
+        coeffs: Sequence[float],
+        *,
+        frac_bits: int = 10,
+        interval: tuple[float, float] = (-5.0, 5.0),
+    ) -> Polynomial:
+        """Round given real coefficients (constant first) to `frac_bits`.
+
+        Raises:
+            PolynomialError: no coefficients, or one that is not finite.
+        """
+        values = [float(c) for c in coeffs]
+        if not values or not all(math.isfinite(c) for c in values):
+            raise PolynomialError(
+                f"coeffs={values}: at least one finite number is needed, constant first"
+            )
+        numerators = tuple(round(c * 2**frac_bits) for c in values)
+        return cls(numerators, frac_bits, interval, len(values) - 1)
+
+    @property
+    def degree(self) -> int:
+        """Effective degree: the highest power whose coefficient is not zero."""
+        return len(self.numerators) - 1
+
+    @property
+    def collapsed(self) -> bool:
+        """Whether top coefficients vanished, so that `degree < requested_degree`."""
+        return self.degree < self.requested_degree
+
+    @property
+    def coeffs(self) -> tuple[float, ...]:
+        """Coefficients as floats; ``coeffs[k]`` multiplies ``x**k``."""
+        return tuple(c / 2.0**self.frac_bits for c in self.numerators)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Evaluate in floating point (Horner); differentiable, shape of x."""
+        result = torch.full_like(x, self.coeffs[-1])
+        for c in reversed(self.coeffs[:-1]):
+            result = result * x + c
+        return result
+
+    def derivative(self) -> Polynomial:
+        """The exact derivative, at the same scale and on the same interval."""
+        numerators = tuple(k * c for k, c in enumerate(self.numerators))[1:] or (0,)
+        return Polynomial(numerators, self.frac_bits, self.interval)
+
+    def max_abs(self, low: float, high: float) -> float:
+        """max |p(x)| over [low, high], from the critical points."""
+        return max_abs(self.coeffs, low, high)
+
+    def rmse(self, function: Callable[[torch.Tensor], torch.Tensor]) -> float:
+        """Root mean squared error to a function on the fit's grid."""
+        points, values = sample(function, *self.interval)
+        approximate = self(torch.from_numpy(points)).numpy()
+        return float(np.sqrt(np.mean((approximate - values) ** 2)))
+
+    def ring_form(self, *, frac_bits: int, out_bits: int) -> RingForm:
+        """The integers that two parties evaluate, for one input and output scale.
+
+        1. Powers of two and above see the input at a coarser scale S. A finer S makes
+           its rounding smaller and the top coefficients' larger: S need not be a power
+           of two, so take the one of least error bound.
+        2. Round every coefficient to the scale its term needs.
+
+        Args:
+            frac_bits: f, the input's fractional bits.
+            out_bits: F, the result's fractional bits before its truncation.
+
+        Returns:
+            A RingForm, checked for headroom.
+
+        Raises:
+            HeadroomError: the result's values on the interval do not fit the ring, or
+                F is below f.
+        """
+        if not 0 <= frac_bits <= out_bits:
+            raise HeadroomError(
+                f"frac_bits={frac_bits}, out_bits={out_bits}: the result's scale must "
+                "be at least the input's, so 0 <= frac_bits <= out_bits"
+            )
+        form = best_form(self, frac_bits, out_bits)
+        if form.headroom_bits < 0:
+            raise HeadroomError(
+                f"|p| reaches {self.max_abs(*self.interval):.3g} on {self.interval}: "
+                f"out_bits={out_bits} needs {-form.headroom_bits:.1f} bits more than "
+                f"the ring's {RING_BITS}; lower out_bits or the coefficients"
+            )
+        return form
+
+    def widest_out_bits(self, frac_bits: int) -> int:
+        """The largest F at which |p| on the interval leaves `SPARE_BITS` in the ring.
+
+        Raises:
+            HeadroomError: even F = frac_bits does not fit.
+        """
+        magnitude = max(self.max_abs(*self.interval), 2.0**-8)
+        bits = RING_BITS - SPARE_BITS - math.ceil(math.log2(magnitude))
+        if bits < frac_bits:
+            raise HeadroomError(
+                f"|p| reaches {magnitude:.3g} on {self.interval}: no output scale of "
+                f"at least {frac_bits} bits fits the ring; scale the coefficients down"
+            )
+        return bits
+
+    def to_json(self) -> str:
+        """A JSON object with the four fields."""
+        return json.dumps(
+            {
+                "numerators": list(self.numerators),
+                "frac_bits": self.frac_bits,
+                "interval": list(self.interval),
+                "requested_degree": self.requested_degree,
+            }
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> Polynomial:
+        """The inverse of `to_json`.
+
+        Raises:
+            PolynomialError: not a JSON object of the expected fields and types.
+        """
+        try:
+            fields = json.loads(text)
+            return cls(
+                tuple(fields["numerators"]),
+                int(fields["frac_bits"]),
+                tuple(fields["interval"]),
+                int(fields["requested_degree"]),
+            )
+        except (ValueError, KeyError, TypeError) as error:
+            raise PolynomialError(
+                f"{text[:80]!r} is not a stored polynomial ({error}); "
+                "Polynomial.to_json writes one"
+            ) from error
+
+    def __str__(self) -> str:
+        asked = f" (degree {self.requested_degree} asked)" if self.collapsed else ""
+        return (
+            f"{list(self.numerators)} / {2**self.frac_bits} on "
+            f"[{self.interval[0]:g}, {self.interval[1]:g}], degree {self.degree}{asked}"
+        )
