@@ -54,7 +54,8 @@ COLUMNS = (
 )
 MASKED_TOLERANCE = 0.05
 FOLDER = ROOT / "benchmarks" / "results"
-RESULTS = [FOLDER / f"{name}.json" for name in ("inference", "large", "lan-metro")]
+FILES = ("masked", "inference", "large", "lan-metro")
+RESULTS = [FOLDER / f"{name}.json" for name in FILES]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,7 +177,7 @@ def validated(folder: Path) -> list[tuple[str, ...]]:
         return [check for check in found if check.row.network == network]
 
     command = "`python -m benchmarks.costmodel"
-    whole, near = read("inference", "large"), read("lan-metro")
+    whole, near = read("masked", "inference", "large"), read("lan-metro")
     shapes = list(from_shapes([*whole, *near], processor))
     idle = on("loopback", shapes)
     files = "benchmarks/results/inference.json benchmarks/results/lan-metro.json"

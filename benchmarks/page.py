@@ -19,7 +19,8 @@ PAGES = Path(__file__).resolve().parent / "pages"
 # The results that are rows of rows.py, and their titles.
 RUNS = {
     "activations": "One activation layer",
-    "inference": "Whole networks",
+    "masked": "Whole networks, the masked engine",
+    "inference": "Whole networks, CrypTen's protocols",
     "large": "Large networks",
     "unfolded": "Whole networks as CrypTen converts them, batch-norm unfolded",
     "lan-metro": "Whole networks on shorter paths",

@@ -74,10 +74,19 @@ def steps(*, full: bool) -> list[Step]:
     )
     if full:
         four, large = inference.MODELS[:4], inference.MODELS[4:]
-        folded = [name for name in inference.protocols() if name != documents.UNFOLDED]
+        apart = ("masked", documents.UNFOLDED)
+        folded = [name for name in inference.protocols() if name not in apart]
         once = (*both, "--repeat", "1")
         return [
             Step("activations", "activations", (*layer, "wan", "--repeat", "21")),
+            Step(
+                "masked",
+                "inference",
+                (
+                    *("--models", *inference.MODELS, "--protocols", "masked"),
+                    *(*both, "lan", "metro", "--repeat", "3"),
+                ),
+            ),
             Step(
                 "inference",
                 "inference",
@@ -102,7 +111,10 @@ def steps(*, full: bool) -> list[Step]:
             Step(
                 "lan-metro",
                 "inference",
-                (*two, *systems, "--networks", "lan", "metro", "--repeat", "3"),
+                (
+                    *(*two, "--protocols", "espn", "crypten-relu"),
+                    *("--networks", "lan", "metro", "--repeat", "3"),
+                ),
             ),
             warm,
             Step("accuracy", "accuracy", whole),
