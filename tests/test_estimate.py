@@ -162,7 +162,7 @@ def test_masked_engine_as_its_own_plan_says(small, batch, precision):
     # What an opening drops follows calibration; everything else hangs on shapes.
     down, up = online_bytes(plan, batch=batch)
     assert cost.traffic.bytes_sent[1] == up
-    assert cost.traffic.bytes_sent[0] == pytest.approx(down, rel=0.1)
+    assert cost.traffic.bytes_sent[0] == pytest.approx(down, rel=0.15)
 
 
 def test_masked_engine_as_simulated(small):
@@ -177,7 +177,7 @@ def test_masked_engine_as_simulated(small):
     told = 52  # which material was used, and its header
     assert measured.bytes_sent - frame - told == cost.traffic.bytes_sent[1]
     down = measured.peer_bytes_sent - frame - told
-    assert cost.traffic.bytes_sent[0] == pytest.approx(down, rel=0.1)
+    assert cost.traffic.bytes_sent[0] == pytest.approx(down, rel=0.15)
     layers = len(work.linear)
     assert measured.peer_offline_bytes_sent - 20 * layers == cost.once_bytes
     parts = cost.traffic.rounds // 2
@@ -331,7 +331,7 @@ def test_command_prints_tables_and_writes_rows(capsys, tmp_path):
         "crypten-relu-gloo",
     ]
     masked = content["rows"][0]
-    assert masked["rounds"] == 16 and masked["bytes_sent"] == [692264, 1396736]
+    assert masked["rounds"] == 16 and masked["bytes_sent"] == [801576, 1050624]
     assert masked["bottleneck"] in masked["images_per_s"]
     assert content["deployment"]["core_hour"] == 0.05
     assert not content["processor"]["measured"]

@@ -217,8 +217,9 @@ def _text(
     lines += [
         "",
         *aligned(phases, left=1),
-        "Rounds and bytes are exact. Seconds are estimates of one inference alone, on "
-        "one core; after silence TCP starts slowly.",
+        "Rounds and bytes are exact, but for the masked engine's openings: what they "
+        "drop follows calibration, a few bits an activation. Seconds are estimates of "
+        "one inference alone, on one core; after silence TCP starts slowly.",
         "",
         f"Assumed: {d.clients} such clients, a server of {d.server_cores} cores and "
         f"{d.server_bits / 1e6:g} Mbit/s, a dealer of {d.dealer_cores} cores and "
