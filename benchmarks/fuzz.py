@@ -1,35 +1,73 @@
-"""Mutated plans against the masked engine: refused by name, or dealt and inferred.
+"""Mutated input against every parser: refused by name, or read and used.
 
-    python -m benchmarks.fuzz --plans 12000
-    python -m benchmarks.fuzz --plans 500 --seed 7
+    python -m benchmarks.fuzz                      # all of them, some minutes
+    python -m benchmarks.fuzz --plans 500 --frames 0 --messages 0 --material 0 --seed 7
 
-Prints how many were refused, run (dealt, prepared and inferred by both parties), and
-accepted but larger than what is run here; and each fault: an exception that is no
-PlanError, or a signal. Leaves with 1 if there is one.
+Plans: prints how many were refused, run (dealt, prepared and inferred by both parties),
+and accepted but larger than what is run here; and each fault: an exception that is no
+PlanError, or a signal. Frames, messages and material end at the first fault. Leaves
+with 1 if there is one.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
+from pathlib import Path
 
 import crypten_espn  # noqa: F401 - CrypTen cannot be imported before its patches
-from tests.masked import fuzz_plans
+from crypten_espn.errors import PeerError
+from crypten_espn.serving.messages import decode
+from tests.masked import fuzz_plans, stored
 from tests.masked.cases import fuzzed_plans
+from tests.serving import fuzz as messages
+from tests.wire.test_fuzz import fuzz_frames
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--plans", type=int, default=12_000, help="mutants to try")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    outcome = fuzz_plans.run(fuzzed_plans(), seed=args.seed, count=args.plans)
+def _plans(count: int, seed: int) -> int:
+    outcome = fuzz_plans.run(fuzzed_plans(), seed=seed, count=count)
     for result in (fuzz_plans.REFUSED, fuzz_plans.RUN, fuzz_plans.LARGE):
-        print(f"{result}: {outcome.counts[result]:,}")
-    print(f"faults: {len(outcome.faults):,}")
+        print(f"plans {result}: {outcome.counts[result]:,}")
+    print(f"plans, faults: {len(outcome.faults):,}")
     for number, text in outcome.faults:
         print(f"\nmutant {number}: {text}")
     return 1 if outcome.faults else 0
+
+
+def _messages(count: int, seed: int) -> str:
+    refused = 0
+    kinds = tuple({type(message) for message in messages.EXAMPLES})
+    for data in messages.mutated(count, seed=seed):
+        try:
+            decode(data, *kinds)
+        except PeerError:
+            refused += 1
+    return f"messages: {count:,} read as any kind, {refused:,} refused"
+
+
+def main() -> int:
+    """Run what was asked for; 1 if a plan was at fault."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    for name, count in (
+        ("plans", 12_000),
+        ("frames", 100_000),
+        ("messages", 100_000),
+        ("material", 100_000),
+    ):
+        parser.add_argument(f"--{name}", type=int, default=count)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    if args.frames:
+        print(f"frames: {fuzz_frames(args.frames, seed=args.seed)}", flush=True)
+    if args.messages:
+        print(_messages(args.messages, args.seed), flush=True)
+    if args.material:
+        with tempfile.TemporaryDirectory() as folder:
+            place = Path(folder) / "material"
+            refused = stored.refused(place, count=args.material, seed=args.seed)
+        print(f"material: {args.material:,} files, {refused:,} refused", flush=True)
+    return _plans(args.plans, args.seed) if args.plans else 0
 
 
 if __name__ == "__main__":
