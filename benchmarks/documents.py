@@ -272,7 +272,7 @@ def _digits(number: float) -> str:
     return "" if pandas.isna(number) else f"{number:#.3g}".rstrip(".")
 
 
-_WHOLE = ("masked", "inference", "large", "unfolded")
+_WHOLE = ("inference", "masked", "large", "unfolded")
 TABLES = {
     "networks-wan": Table(_WHOLE, functools.partial(_by_system, "wan", _seconds)),
     "networks-loopback": Table(

@@ -84,7 +84,7 @@ def steps(*, full: bool) -> list[Step]:
                 "inference",
                 (
                     *("--models", *inference.MODELS, "--protocols", "masked"),
-                    *(*both, "lan", "metro", "--repeat", "3"),
+                    *(*both, "--repeat", "3"),
                 ),
             ),
             Step(
@@ -112,7 +112,7 @@ def steps(*, full: bool) -> list[Step]:
                 "lan-metro",
                 "inference",
                 (
-                    *(*two, "--protocols", "espn", "crypten-relu"),
+                    *(*two, *systems),
                     *("--networks", "lan", "metro", "--repeat", "3"),
                 ),
             ),
