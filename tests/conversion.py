@@ -10,6 +10,7 @@ import crypten_espn as espn
 from crypten_espn.convert import PrivateNetwork
 from crypten_espn.errors import EspnError
 from crypten_espn.masked.planning import masked_model
+from crypten_espn.masked.planning.network import Network
 from crypten_espn.simulate import simulate_model
 
 from .drawn_networks import Draw, Drawn
@@ -81,11 +82,18 @@ def _with_crypten(
 def _with_masked(
     network: Drawn, x: torch.Tensor, other: torch.Tensor
 ) -> tuple[str, str]:
-    model = masked_model(espn.convert(network, x))
+    private = espn.convert(network, x)
+    model, layers = masked_model(private), Network(private)
+    layers.cut()
     unit = 2.0**-model.plan.output.frac_bits
     width = unit * 2**model.plan.output.noise_bits
     # Deviations of the whole error; the other input was not calibrated on.
     for given, deviations in ((x, 12), (other, 40)):
+        # What leaves the bounds of calibration is the one thing nobody can see.
+        values = layers.run(given, layers.ends)
+        bounds = zip(layers.ends, model.report.parts, strict=True)
+        if any(float(values[end].abs().max()) > part.bound for end, part in bounds):
+            continue
         if given.abs().max() > model.plan.input.bound:
             continue
         logits, _ = simulate_model(model, given)

@@ -86,6 +86,7 @@ def test_every_special_construct():
     assert set(kinds) <= {
         "Conv",
         "Pad",
+        "Scale",
         "Concat",
         "AveragePool",
         "PolynomialActivation",
