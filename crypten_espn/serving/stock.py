@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Generic, TypeVar
-
-import numpy as np
 
 from ..errors import MaterialError
 from ..masked.header import Identity
@@ -19,6 +16,7 @@ from ..masked.material import (
     Pairing,
     ServerMaterial,
     client_layout,
+    layout_bytes,
     server_layout,
 )
 from ..masked.plan import Plan
@@ -39,10 +37,7 @@ def layout_of(plan: Plan, party: Party, batch: int) -> Layout:
 
 def material_bytes(plan: Plan, party: Party, batch: int) -> int:
     """Bytes of one inference's material; nothing is allocated to find out."""
-    return sum(
-        math.prod(shape) * np.dtype(dtype).itemsize
-        for shape, dtype in layout_of(plan, party, batch)
-    )
+    return layout_bytes(layout_of(plan, party, batch))
 
 
 def stored_session(folder: Path) -> tuple[str | None, int]:
