@@ -26,6 +26,7 @@ from .errors import (
 from .findings import NOT_YET, Finding, Report, report
 from .graph import POLYNOMIAL_OP, NetworkGraph, Node, read, simplify
 from .graph.compare import first_difference, in_evaluation, probes
+from .inputs import number_tensor, real_tensor
 from .masked.in_crypten import ComposedEngine
 from .masked.model import MaskedModel
 from .masked.planning import masked_model
@@ -134,6 +135,23 @@ class PrivateNetwork(crypten_nn.Graph):
             )
         self._composed.prepare(count, batch=batch)
 
+    def batch(self, x: Any) -> torch.Tensor:
+        """An input batch as real numbers, checked.
+
+        Args:
+            x: (batch, *input_shape), of any kind that `inputs` takes.
+
+        Raises:
+            DataError: it holds no real numbers.
+            ShapeError: another shape, or no rows.
+            RangeError: NaN or infinity.
+        """
+        numbers = number_tensor(x)
+        self.check_shape(tuple(numbers.shape))
+        if not len(numbers):
+            raise ShapeError("the input has no rows; give at least one")
+        return real_tensor(numbers, finite=True)
+
     def check_shape(self, shape: tuple[int, ...]) -> None:
         """Refuse an input that is not (batch, *input_shape).
 
@@ -202,7 +220,7 @@ def nearest(values: torch.Tensor, *, frac_bits: int) -> torch.Tensor:
     return rounded.requires_grad_(values.requires_grad)
 
 
-def check(model: Source, example: torch.Tensor) -> Report:
+def check(model: Source, example: Any) -> Report:
     """Name every problem of a network at once, with its cure. Nothing is changed.
 
     1. Trace or read the network, and simplify it.
@@ -213,12 +231,14 @@ def check(model: Source, example: torch.Tensor) -> Report:
 
     Args:
         model: torch module, path of an .onnx file, or its bytes.
-        example: one input batch.
+        example: one input batch, of any kind that `inputs` takes.
 
     Raises:
         ConversionError: it cannot be traced or read at all.
         ShapeError: the example does not fit the network.
+        DataError, RangeError: the example is no batch of real numbers, or not finite.
     """
+    example = _example(model, example)
     graph, found = _read(model, example)
     if not found.ok:
         return found
@@ -230,7 +250,7 @@ def check(model: Source, example: torch.Tensor) -> Report:
 
 def convert(
     model: Source,
-    example: torch.Tensor,
+    example: Any,
     *,
     protocol: str | None = None,
     truncation: str | None = None,
@@ -246,7 +266,8 @@ def convert(
 
     Args:
         model: torch module (its own weights are not touched), .onnx path, or bytes.
-        example: one input batch; fixes the input shape, not the batch size. With
+        example: one input batch of any kind that `inputs` takes; fixes the input
+            shape, not the batch size. With
             protocol "masked" it also bounds every layer: give real inputs.
         protocol: "espn", "opened_mask", "beaver" or "masked". When None,
             crypten.cfg.espn decides for CrypTen tensors, and sessions use the masked
@@ -262,10 +283,12 @@ def convert(
         ConversionError: unsupported layers, all of them listed; or a result that is
             not the network's.
         ShapeError: the example does not fit the network.
+        DataError, RangeError: the example is no batch of real numbers, or not finite.
         ProtocolError: an unknown protocol or truncation.
         PlanError: protocol "masked", and no plan exists; the layer is named.
     """
     chosen = chosen_engine(engine, protocol, truncation)
+    example = _example(model, example)
     graph, found = _read(model, example)
     if not found.ok:
         problems = [str(finding) for finding in found.findings if finding.blocking]
@@ -276,6 +299,31 @@ def convert(
     if isinstance(chosen, Masked):
         masked_model(private)
     return private
+
+
+def _example(source: Source, given: Any) -> torch.Tensor:
+    """The example as the network takes it: of the type of its parameters.
+
+    Integers stay what they are where the network itself computes with them.
+    """
+    numbers = real_tensor(given, "the example", finite=True)
+    exact = given.detach() if torch.is_tensor(given) else number_tensor(given)
+    module = isinstance(source, torch.nn.Module)
+    if not exact.is_floating_point() and (not module or _takes(source, exact)):
+        return exact
+    if not isinstance(source, torch.nn.Module):
+        return numbers.float()
+    held = (*source.parameters(), *source.buffers())
+    types = [tensor.dtype for tensor in held if tensor.is_floating_point()]
+    return numbers.to(types[0] if types else torch.float32)
+
+
+def _takes(model: Any, x: torch.Tensor) -> bool:
+    try:
+        in_evaluation(model, x)
+    except Exception:
+        return False
+    return True
 
 
 def _compared(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
+from typing import Any
 
 import torch
 
@@ -26,7 +27,7 @@ from .serving.local import run_session
 
 def simulate(
     private: PrivateNetwork | MaskedModel,
-    x: torch.Tensor,
+    x: Any,
     *,
     example: torch.Tensor | None = None,
     precision: str | int | None = None,
@@ -46,7 +47,7 @@ def simulate(
         private: what `convert` returned, or a MaskedModel. A network converted for
             another protocol than "masked" runs on CrypTen with that protocol, in two
             processes.
-        x: (batch, *input_shape).
+        x: (batch, *input_shape), of any kind that `inputs` takes.
         example: calibration inputs.
         precision, headroom: as `masked.planning.make_plan`; those of the conversion's
             engine if None.
@@ -58,29 +59,27 @@ def simulate(
         the server's bytes and the offline phase beside it. Its seconds are those of all
         parties in turn.
 
-    Raises: PlanError, ShapeError, RangeError before anything starts; PeerError if a
-        process dies.
+    Raises: PlanError, DataError, ShapeError, RangeError before anything starts;
+        PeerError if a process dies.
     """
     if not isinstance(private, PrivateNetwork | MaskedModel):
         raise ProtocolError(
             f"{type(private).__name__} cannot be simulated; give what convert() made."
         )
     if isinstance(private, PrivateNetwork) and isinstance(private.engine, CrypTen):
-        return _simulate_crypten(private, x, timeout)
+        return _simulate_crypten(private, private.batch(x), timeout)
     model = masked_model(private, example, precision=precision, headroom=headroom)
     if processes:
         return run_session(model, [x], timeout=timeout)[0]
     return simulate_model(model, x)
 
 
-def simulate_model(
-    model: MaskedModel, x: torch.Tensor
-) -> tuple[torch.Tensor, SessionCost]:
+def simulate_model(model: MaskedModel, x: Any) -> tuple[torch.Tensor, SessionCost]:
     """`simulate` a planned model."""
     plan = model.plan
     encoded = plan.encode(x)
     start = time.perf_counter()
-    pairing = Pairing(secrets.token_bytes(16), 0, len(x))
+    pairing = Pairing(secrets.token_bytes(16), 0, len(encoded))
     dealing = Dealing(plan)
     ours = ServerPreparation(plan, model.weights, dealing.seeds[0])
     theirs = ClientPreparation(plan, dealing.seeds[1])

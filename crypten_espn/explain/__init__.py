@@ -14,13 +14,14 @@ holds what is found and says it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from crypten.encoder import FixedPointEncoder
 
 from ..convert import PrivateNetwork
 from ..engines import CrypTen
-from ..errors import ConversionError, ProtocolError, RangeError, ShapeError
+from ..errors import ConversionError, ProtocolError, RangeError
 from ..masked.planning import layer_title, masked_model
 from ..masked.planning.network import parameters_of
 from ..protocols import settings
@@ -43,7 +44,7 @@ __all__ = [
 
 def explain(
     private: PrivateNetwork,
-    x: torch.Tensor,
+    x: Any,
     *,
     precision_bits: int | None = None,
     precision: str | int | None = None,
@@ -81,7 +82,7 @@ def explain(
         at most 1; a polynomial its form's error bound, and 1 for its own truncation.
 
     Raises:
-        ShapeError, RangeError: the input or a weight, named.
+        DataError, ShapeError, RangeError: the input or a weight, named.
         ConversionError: an operation that `convert` does not make.
         ProtocolError: `precision_bits` for the masked engine, or no runs.
         PlanError: the masked engine has no plan; the layer is named.
@@ -93,7 +94,8 @@ def explain(
         )
     if runs < 1:
         raise ProtocolError(f"runs={runs}: at least one run is simulated")
-    _check(private, x)
+    x = private.batch(x)
+    _check_parameters(private)
     if draws is None:
         draws = Keystream(bytes(SEED_BYTES))
     with torch.no_grad():
@@ -118,7 +120,7 @@ def explain(
 
 def compare_precisions(
     private: PrivateNetwork,
-    x: torch.Tensor,
+    x: Any,
     *,
     precision_bits: Sequence[int] = (8, 12, 16, 20, 24),
     precision: Sequence[str | int] = ("fast", "high"),
@@ -146,13 +148,8 @@ def compare_precisions(
     return Comparison(tuple(results))
 
 
-def _check(private: PrivateNetwork, x: torch.Tensor) -> None:
+def _check_parameters(private: PrivateNetwork) -> None:
     """Refuse what would only be noticed as garbage in the end."""
-    private.check_shape(tuple(x.shape))
-    if not len(x):
-        raise ShapeError("the input has no rows; give at least one")
-    if not bool(torch.isfinite(x).all()):
-        raise RangeError("the input holds NaN or infinity; clean the data")
     for name, array in parameters_of(private).items():
         if not bool(torch.isfinite(torch.from_numpy(array)).all()):
             users = [n for n, inputs in private._graph.items() if name in inputs]

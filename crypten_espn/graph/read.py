@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import torch
 from onnx import numpy_helper
@@ -66,7 +67,7 @@ def _load(source: str | Path | bytes) -> onnx.ModelProto:
 
 def _to_graph(model: onnx.ModelProto, input_shape: tuple[int, ...]) -> NetworkGraph:
     proto = model.graph
-    constants = {t.name: numpy_helper.to_array(t) for t in proto.initializer}
+    constants = {t.name: _array(t) for t in proto.initializer}
     if proto.sparse_initializer:
         raise ConversionError("the file has sparse weights; store them densely")
     inputs = [value for value in proto.input if value.name not in constants]
@@ -86,6 +87,13 @@ def _to_graph(model: onnx.ModelProto, input_shape: tuple[int, ...]) -> NetworkGr
         opset=_opset(model),
         types={name: inputs[0].type.tensor_type.elem_type},
     )
+
+
+def _array(tensor: onnx.TensorProto) -> np.ndarray:
+    """A constant; bfloat16 and narrower, which numpy lacks, as float32."""
+    array = numpy_helper.to_array(tensor)
+    own = array.dtype.isbuiltin == 2  # a type that a package adds to numpy
+    return array.astype(np.float32) if own else array
 
 
 def _opset(model: onnx.ModelProto) -> int:

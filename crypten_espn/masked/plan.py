@@ -23,7 +23,7 @@ import hashlib
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 import numpy as np
@@ -31,6 +31,7 @@ import torch
 from msgspec import Meta
 
 from ..errors import PlanError, RangeError, ShapeError
+from ..inputs import number_tensor, real_tensor
 from ..wire.packing import packed_bytes
 from . import kernels
 from .checks import MAX_TEXT, Checked
@@ -255,29 +256,26 @@ class Plan(Strict, frozen=True, dict=True):
 
     # -- the input
 
-    def encode(self, x: torch.Tensor) -> np.ndarray:
+    def encode(self, x: Any) -> np.ndarray:
         """Integers of an input batch, channels last, at the input's scale.
 
         Args:
-            x: (batch, *input.shape), real numbers.
+            x: (batch, *input.shape), real numbers of any kind that `inputs` takes.
 
         Returns: int64 (batch, *sources[0].shape), rounded to nearest.
 
-        Raises: ShapeError for another shape; RangeError for values that are not finite
-            or exceed `input.bound`. Nothing has been sent by then.
+        Raises: DataError for what holds no real numbers; ShapeError for another shape;
+            RangeError for values that are not finite or exceed `input.bound`. Nothing
+            has been sent by then.
         """
         shape = self.input.shape
+        x = number_tensor(x)
         if tuple(x.shape[1:]) != shape or x.dim() < 2 or x.shape[0] < 1:
             raise ShapeError(
                 f"Input of shape {tuple(x.shape)}; this network takes (batch, "
                 f"{', '.join(map(str, shape))})."
             )
-        if not torch.is_floating_point(x):
-            x = x.to(torch.float64)
-        if not bool(torch.isfinite(x).all()):
-            raise RangeError(
-                "The input holds NaN or infinity. Clean it before predicting."
-            )
+        x = real_tensor(x, finite=True)
         largest = float(x.abs().max())
         if largest > self.input.bound:
             raise RangeError(
@@ -285,7 +283,7 @@ class Plan(Strict, frozen=True, dict=True):
                 f"{self.input.bound:.4g}. Normalise the input as in training, or "
                 "calibrate with data that covers it."
             )
-        values = channels_last(x.detach().cpu().to(torch.float64).numpy())
+        values = channels_last(x.cpu().to(torch.float64).numpy())
         return np.rint(values * 2.0**self.input.frac_bits).astype(np.int64)
 
     def decode(self, z: np.ndarray) -> torch.Tensor:

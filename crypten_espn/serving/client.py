@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -144,11 +145,11 @@ class Client:
             seconds=time.perf_counter() - began,
         )
 
-    def predict(self, x: torch.Tensor) -> torch.Tensor:
+    def predict(self, x: Any) -> torch.Tensor:
         """Logits of a batch; the server learns neither input nor logits.
 
         Args:
-            x: (batch, *input_shape), real numbers.
+            x: (batch, *input_shape), real numbers of any kind that `inputs` takes.
 
         Returns: float32 (batch, *output_shape).
 
@@ -158,14 +159,14 @@ class Client:
         Error: as the plan's table says; no truncation ever fails.
 
         Raises:
-            ShapeError, RangeError: the input is none, before anything is sent.
+            DataError, ShapeError, RangeError: it is no input, before anything is sent.
             MaterialError: as `prepare`, or the next material is for another batch.
             PeerError: the server is gone or silent.
         """
         return self._predict(self._channel, x)
 
     def predict_many(
-        self, inputs: Sequence[torch.Tensor], *, in_flight: int = 8
+        self, inputs: Sequence[Any], *, in_flight: int = 8
     ) -> list[torch.Tensor]:
         """`predict` for each input, several at once over as many connections.
 
@@ -227,9 +228,9 @@ class Client:
             self._greet(channel, self.plan)
         return channel
 
-    def _predict(self, channel: Channel, x: torch.Tensor) -> torch.Tensor:
+    def _predict(self, channel: Channel, x: Any) -> torch.Tensor:
         encoded = self.plan.encode(x)
-        batch = len(x)
+        batch = len(encoded)
         if self.remaining == 0:
             self.prepare(1, batch=batch)
         material = self._stock.take_next(batch=batch)

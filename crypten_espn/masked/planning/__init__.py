@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 
-from ...errors import PlanError
+from ...errors import DataError, PlanError
+from ...inputs import number_tensor
 from ..model import MaskedModel, PlanReport
 from ..plan import Plan
 from ..steps import RING_LIMITS
@@ -93,11 +94,10 @@ def _calibrating(graph: Any, example: Any) -> torch.Tensor:
     """
     shape = getattr(graph, "input_shape", None)
     wanted = "(batch, *input_shape)" if shape is None else f"(batch, {_listed(shape)})"
-    if not torch.is_tensor(example):
-        raise PlanError(
-            f"The calibration inputs are a {type(example).__name__}; give a tensor of "
-            f"shape {wanted}."
-        )
+    try:
+        example = number_tensor(example, "The calibration batch")
+    except DataError as error:
+        raise PlanError(f"{error}, of shape {wanted}.") from None
     given = tuple(example.shape)
     if example.dim() < 2 or 0 in given:
         raise PlanError(
@@ -109,15 +109,11 @@ def _calibrating(graph: Any, example: Any) -> torch.Tensor:
             f"The calibration inputs have shape {given}, the network takes {wanted}. "
             "Resize them as for the network, or convert it for their size."
         )
-    if example.is_complex():
-        raise PlanError(
-            f"The calibration inputs are {example.dtype}; real numbers are needed."
-        )
     if not bool(torch.isfinite(example).all()):
         raise PlanError(
             "The calibration inputs hold NaN or infinity. Clean the data before."
         )
-    return example.detach().cpu()
+    return example.cpu()
 
 
 def _listed(shape: tuple[int, ...]) -> str:

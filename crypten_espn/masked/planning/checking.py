@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from ...errors import EspnError
+from ...graph.compare import own_rounding
 from ..model import MaskedModel
 from ..plan import channels_last
 from ..reference import evaluate
@@ -36,7 +37,7 @@ def check_plan(
     2. Compute both with the plan's integers, every rounding to nearest, and with the
        network.
     3. Compare: a logit may be off by 8 of the plan's stated standard deviations, by 16
-       on the random input, and by what float32 rounds.
+       on the random input, and by what the network's own arithmetic rounds.
 
     Args:
         private: the converted network, not encrypted.
@@ -81,10 +82,11 @@ def _difference(
                 f"the plan computes outputs of shape {tuple(logits.shape)}, the "
                 f"network {tuple(wanted.shape)}."
             )
+        relative = max(_FLOAT32, own_rounding(wanted))
         wanted = wanted.detach().cpu().double()
         off = float((logits.double() - wanted).abs().max())
         largest = float(wanted.abs().max())
-        limit = allowed * model.report.logits_error + _FLOAT32 * largest
+        limit = allowed * model.report.logits_error + relative * largest
         if not off <= limit:
             index = _first_wrong(model, [values[end] for end in ends], trace)
             return (

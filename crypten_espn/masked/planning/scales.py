@@ -29,6 +29,8 @@ LEAST_SCALE = 12
 LEAST_WEIGHT_BITS = 3
 # A public multiplier is rounded to a whole number; further off than this it is refused.
 _MULTIPLIER_ERROR = 2.0**-7
+# So many weights of a layer tell how far rounding moves all of them.
+_SAMPLED = 1 << 15
 
 
 class NarrowError(PlanError):
@@ -296,12 +298,17 @@ class Scales:
         for one, known in zip(self.readings.weighings, weights, strict=True):
             if one.part != index:
                 continue
-            weight = self.network.parameters[one.layer.weight].astype(np.float64)
+            weight = self.network.parameters[one.layer.weight]
             filters = weight.shape[0]
             square = self.network.layers[one.layer.inputs[0]].mean_square
             off = square * weight.size / filters * _rounded_off(weight, known.factor)
             least = min(self.frac_bits[s] for s in one.below.offsets)
-            off += float(np.square(weight).sum()) / filters * 2.0 ** (-2 * least) / 6
+            off += (
+                float(np.square(weight, dtype=np.float64).sum())
+                / filters
+                * 2.0 ** (-2 * least)
+                / 6
+            )
             variance += off / one.divisor
         for source, readers in self.readings.public.items():
             mine = sum(1 for reader in readers if reader.part == index)
@@ -318,7 +325,7 @@ class Scales:
         coins = sum(one[0] for one in by_source)
         other = sum(one[1] for one in by_source)
         for one, known in zip(self.readings.weighings, weights, strict=True):
-            weight = self.network.parameters[one.layer.weight].astype(np.float64)
+            weight = self.network.parameters[one.layer.weight]
             other += one.layer.weight_effect * _rounded_off(weight, known.factor)
         outputs = self.calibration.outputs
         coins, other = coins / outputs, other / outputs
@@ -348,5 +355,10 @@ class Scales:
 
 
 def _rounded_off(weight: np.ndarray, factor: float) -> float:
-    """Mean square of what rounding takes from a layer's weights."""
+    """Mean square of what rounding takes from a layer's weights.
+
+    Of a large layer some weights, evenly spaced, stand for all.
+    """
+    step = -(-weight.size // _SAMPLED) | 1  # odd: no power of two repeats a column
+    weight = weight.reshape(-1)[::step].astype(np.float64)
     return float(np.square(np.rint(weight * factor) / factor - weight).mean())
