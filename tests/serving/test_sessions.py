@@ -8,8 +8,15 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from crypten_espn.errors import MaterialError, PeerError, PlanMismatchError, ShapeError
+from crypten_espn.errors import (
+    DataError,
+    MaterialError,
+    PeerError,
+    PlanMismatchError,
+    ShapeError,
+)
 from crypten_espn.masked.model import MaskedModel
 from crypten_espn.serving.client import connect
 from crypten_espn.serving.link import Link
@@ -39,7 +46,9 @@ def test_a_client_gets_the_networks_answers(served: Served, model: MaskedModel) 
         assert served.is_right(x[:2], client.predict(x[:2]))
         with pytest.raises(ShapeError):
             client.predict(torch.zeros(1, 3, 9, 9))
-        assert served.is_right(x[:1], client.predict(x[:1]))
+        with pytest.raises(DataError, match="PIL image"):
+            client.predict(Image.new("RGB", (8, 8)))
+        assert served.is_right(x[:1], client.predict(x[:1].numpy()))
 
 
 def test_a_link_and_its_fields_are_the_same_and_not_both(served: Served) -> None:
