@@ -24,7 +24,7 @@ from .errors import (
     WorldSizeError,
 )
 from .findings import NOT_YET, Finding, Report, report
-from .graph import POLYNOMIAL_OP, NetworkGraph, Node, read, simplify
+from .graph import POLYNOMIAL_OP, NetworkGraph, Node, layer_name, read, simplify
 from .graph.compare import first_difference, in_evaluation, probes
 from .inputs import number_tensor, real_tensor
 from .masked.in_crypten import ComposedEngine
@@ -366,14 +366,41 @@ def _planned(
 
 
 def _read(source: Source, example: torch.Tensor) -> tuple[NetworkGraph, Report]:
-    """The graph in inference form and everything known against it."""
+    """The graph in inference form and everything known against it.
+
+    Raises:
+        ConversionError: it cannot be read, or a step met what it did not foresee.
+        ShapeError: the example does not fit the network.
+    """
     raw = read(source, example)
-    graph = raw.copy()
-    simplify(graph)
-    found = report(graph)
-    if found.ok:
-        found = _compared(source, raw, graph, found, example)
+    try:
+        graph = raw.copy()
+        simplify(graph)
+        found = _buildable(graph, report(graph))
+        if found.ok:
+            found = _compared(source, raw, graph, found, example)
+    except EspnError:
+        raise
+    except Exception as error:
+        cause = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        raise ConversionError(
+            f"the network is damaged, or holds what conversion does not know ({cause}); "
+            "an ONNX file can be checked with onnx.checker"
+        ) from error
     return graph, found
+
+
+def _buildable(graph: NetworkGraph, given: Report) -> Report:
+    """A report that also names the layers whose attributes no module takes."""
+    findings = list(given.findings)
+    for node in graph.nodes if given.ok else ():
+        try:
+            _BUILDERS[node.op](node)
+        except EspnError as error:
+            findings.append(
+                Finding(layer_name(node), node.op, NOT_YET, True, str(error))
+            )
+    return replace(given, findings=tuple(findings))
 
 
 def _max_pool(node: Node) -> crypten_nn.MaxPool2d:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from .graph import POLYNOMIAL_OP, NetworkGraph, Node, layer_name
 from .graph.passes.activations import NAMED, UNNAMED
 
@@ -185,6 +187,10 @@ def _problem(node: Node, graph: NetworkGraph) -> str:
             name not in graph.constants for name in node.inputs[1:]
         ):
             return "its weights are computed at run time; make them constants"
+        if not all(
+            np.isfinite(graph.constants[name]).all() for name in node.inputs[1:]
+        ):
+            return "its weights are not finite numbers; train the network again"
         if node.op == "Conv" and graph.constants[node.inputs[1]].ndim != 4:
             return (
                 "only two-dimensional convolutions are supported; unsqueeze the input"

@@ -11,7 +11,9 @@ import torch
 from onnx import numpy_helper
 
 from ..errors import ConversionError, EspnError, ShapeError
+from .external import load_external
 from .network import POLYNOMIAL_OP, NetworkGraph, Node
+from .sizes import room
 from .trace import export
 
 # Below, broadcasts and batch-norm meant something else; above, we have not looked.
@@ -33,7 +35,8 @@ def read(
 
     Raises:
         ConversionError: the module cannot be traced, or the file is not ONNX with one
-            input and one output, of an operation set that is known.
+            input and one output, of an operation set that is known; its names are not
+            each made once, before they are read; or its weights lie outside its folder.
         ShapeError: the example does not have the file's input shape.
     """
     if isinstance(source, torch.nn.Module):
@@ -54,8 +57,15 @@ def read(
 def _load(source: str | Path | bytes) -> onnx.ModelProto:
     try:
         if isinstance(source, bytes):
-            return onnx.load_model_from_string(source)
-        return onnx.load(str(source))
+            model = onnx.load_model_from_string(source)
+            folder = None
+        else:
+            model = onnx.load(str(source), load_external_data=False)
+            folder = Path(source).parent
+        load_external(model, folder)
+        return model
+    except EspnError:
+        raise
     except FileNotFoundError as error:
         raise ConversionError(f"no file {str(source)!r}: give an .onnx file") from error
     except Exception as error:
@@ -67,6 +77,12 @@ def _load(source: str | Path | bytes) -> onnx.ModelProto:
 
 def _to_graph(model: onnx.ModelProto, input_shape: tuple[int, ...]) -> NetworkGraph:
     proto = model.graph
+    overriding = [f.name for f in model.functions if f.domain in _DOMAINS]
+    if overriding:
+        raise ConversionError(
+            f"the file defines {', '.join(overriding)[:80]} anew, which is ONNX's own; "
+            "export it without functions"
+        )
     constants = {t.name: _array(t) for t in proto.initializer}
     if proto.sparse_initializer:
         raise ConversionError("the file has sparse weights; store them densely")
@@ -78,7 +94,8 @@ def _to_graph(model: onnx.ModelProto, input_shape: tuple[int, ...]) -> NetworkGr
         )
     _check_input(inputs[0], input_shape)
     name = inputs[0].name
-    return NetworkGraph(
+    _check_names(proto, name)
+    graph = NetworkGraph(
         [_node(node) for node in proto.node],
         constants,
         {name: input_shape},
@@ -86,7 +103,46 @@ def _to_graph(model: onnx.ModelProto, input_shape: tuple[int, ...]) -> NetworkGr
         proto.output[0].name,
         opset=_opset(model),
         types={name: inputs[0].type.tensor_type.elem_type},
+        room=room(input_shape, sum(array.size for array in constants.values())),
     )
+    graph.drop_unused()
+    return graph
+
+
+def _check_names(proto: onnx.GraphProto, network_input: str) -> None:
+    """Every value is made once, before it is read; the output is one of them."""
+    made: set[str] = set()
+
+    def make(name: str, what: str) -> None:
+        if not name or name in made:
+            raise ConversionError(
+                f"{what} makes {name[:80]!r}, which "
+                f"{'is no name' if not name else 'is made before'}; check the file "
+                "with onnx.checker"
+            )
+        made.add(name)
+
+    make(network_input, "the input")
+    for tensor in proto.initializer:
+        make(tensor.name, "a weight")
+    for node in proto.node:
+        what = f"{node.name[:80]} ({node.op_type[:80]})"
+        for name in node.input:
+            if name and name not in made:
+                raise ConversionError(
+                    f"{what} reads {name[:80]!r}, which nothing before it makes; check "
+                    "the file with onnx.checker"
+                )
+        for number, name in enumerate(node.output):
+            if name or not number:
+                make(name, what)
+        if not node.output:
+            raise ConversionError(f"{what} has no output; export the network again")
+    if proto.output[0].name not in made:
+        raise ConversionError(
+            f"nothing makes the output {proto.output[0].name[:80]!r}; check the file "
+            "with onnx.checker"
+        )
 
 
 def _array(tensor: onnx.TensorProto) -> np.ndarray:
@@ -97,11 +153,12 @@ def _array(tensor: onnx.TensorProto) -> np.ndarray:
 
 
 def _opset(model: onnx.ModelProto) -> int:
-    versions = [o.version for o in model.opset_import if o.domain in _DOMAINS]
-    version = versions[0] if versions else 1
-    if version not in OPSETS:
+    versions = {o.version for o in model.opset_import if o.domain in _DOMAINS} or {1}
+    version = max(versions)
+    if len(versions) > 1 or version not in OPSETS:
         raise ConversionError(
-            f"the file uses version {version} of ONNX's operations; "
+            f"the file uses version {' and '.join(map(str, sorted(versions)))} of "
+            f"ONNX's operations; one of "
             f"{OPSETS[0]} to {OPSETS[-1]} are known. Export it again with one of these"
         )
     return version
@@ -116,6 +173,8 @@ def _node(proto: onnx.NodeProto) -> Node:
                 f"{proto.op_type} runs another graph, by values known at run time "
                 "only; compute every side, or build the network without it"
             )
+        if a.name in attributes:
+            problem = f"it has two attributes {a.name[:80]!r}; export it again"
         attributes[a.name] = onnx.helper.get_attribute_value(a)
     if proto.domain not in _DOMAINS and proto.op_type != POLYNOMIAL_OP:
         problem = (

@@ -6,9 +6,8 @@ architecture, its polynomials and the normalisation of its inputs.
 
 from __future__ import annotations
 
-import json
 import os
-from dataclasses import asdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ..errors import CheckpointError
-from ..polynomial import Polynomial
+from ..errors import CheckpointError, EspnError
 from .data import Normalization
+from .description import FORMAT, Description
 from .networks import Architecture, Network
 from .surgery import activations, replace_activations
 
@@ -99,22 +98,16 @@ def save_network(
                 "beta or a lower learning rate"
             )
         tensors[name] = tensor.detach().cpu().contiguous()
-    metadata = {
-        "format": "crypten-espn network 1",
-        "architecture": json.dumps(architecture.arguments()),
-        "polynomials": json.dumps(
-            {
-                name: json.loads(module.polynomial.to_json())
-                for name, module in activations(model).items()
-            }
-        ),
-        "normalization": json.dumps(normalization and asdict(normalization)),
-        "notes": json.dumps(notes or {}),
-    }
+    description = Description(
+        architecture,
+        {name: module.polynomial for name, module in activations(model).items()},
+        normalization,
+        notes or {},
+    )
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(target.name + ".part")
-    save_file(tensors, temporary, metadata=metadata)
+    save_file(tensors, temporary, metadata=description.to_metadata())
     os.replace(temporary, target)
 
 
@@ -131,6 +124,8 @@ def load_network(path: str | Path) -> Network:
     try:
         with safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}
+            network, description = _empty(metadata, path)
+            # Sizes are known from here on; only now is anything of them allocated.
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except FileNotFoundError as error:
         raise CheckpointError(
@@ -141,42 +136,86 @@ def load_network(path: str | Path) -> Network:
         raise CheckpointError(
             f"{path} cannot be read as a network ({error}); save_network writes one"
         ) from error
-    if not metadata.get("format", "").startswith("crypten-espn network"):
+    expected = network.state_dict()
+    differing = _differing(tensors, expected)
+    if differing:
         raise CheckpointError(
-            f"{path} is a safetensors file without a network's description; "
-            "save_network writes one"
+            f"{path} does not hold the tensors of {network.architecture}: {differing}"
+        )
+    _check_values(tensors, expected, path)
+    network.to_empty(device="cpu")
+    network.load_state_dict(tensors)
+    network.normalization = description.normalization
+    network.notes = description.notes
+    return network.eval()
+
+
+def _empty(
+    metadata: Mapping[str, str], path: str | Path
+) -> tuple[Network, Description]:
+    """The network of a description, with shapes and no memory for its tensors."""
+    form = metadata.get("format", "")
+    if form != FORMAT:
+        raise CheckpointError(
+            f"{path} is a safetensors file without a network's description"
+            f"{f' (its format is {form[:80]!r})' if form else ''}; save_network "
+            "writes one"
         )
     try:
-        network = Architecture(**json.loads(metadata["architecture"])).build()
-        polynomials = {
-            name: Polynomial.from_json(json.dumps(fields))
-            for name, fields in json.loads(metadata["polynomials"]).items()
-        }
-        stored = json.loads(metadata["normalization"])
-        notes = json.loads(metadata["notes"])
-        normalization = stored and Normalization(
-            tuple(stored["mean"]), tuple(stored["std"])
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"{path} has a damaged description ({error}); save the network again"
-        ) from error
-    if polynomials:
-        replace_activations(network, dict(polynomials))
-    for name, tensor in tensors.items():
-        if not bool(torch.isfinite(tensor).all()):
+        description = Description.from_metadata(metadata)
+        with torch.device("meta"):
+            network = description.architecture.build()
+        description.check_names(network)
+        if description.polynomials:
+            replace_activations(network, dict(description.polynomials))
+    except EspnError as error:
+        raise CheckpointError(f"{path}: {error}; save the network again") from error
+    return network, description
+
+
+def _differing(
+    given: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]
+) -> str:
+    """Which tensors of a file are not a network's, in words; empty if none."""
+
+    def shown(tensors: Mapping[str, torch.Tensor], name: str, otherwise: str) -> str:
+        tensor = tensors.get(name)
+        if tensor is None:
+            return otherwise
+        kind = "" if tensor.is_floating_point() else f" of {tensor.dtype}"
+        return f"{tuple(tensor.shape)}{kind}"
+
+    found = [
+        f"{name[:80]} is {here}, not {there}"
+        for name in sorted(given.keys() | expected.keys())
+        for here in [shown(given, name, "missing")]
+        for there in [shown(expected, name, "expected")]
+        if here != there
+    ]
+    more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+    return "; ".join(found[:3]) + more
+
+
+def _check_values(
+    given: Mapping[str, torch.Tensor],
+    expected: Mapping[str, torch.Tensor],
+    path: str | Path,
+) -> None:
+    """Refuse tensors that are not finite as a network holds them.
+
+    Raises:
+        CheckpointError: it names the tensor.
+    """
+    for name, tensor in given.items():
+        values = tensor.to(expected[name].dtype)
+        if not bool(torch.isfinite(values).all()):
             raise CheckpointError(
                 f"{path}: {name} holds values that are not finite; train again"
             )
-    try:
-        network.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise CheckpointError(
-            f"{path} does not hold the tensors of {network.architecture}: {error}"
-        ) from error
-    network.normalization = normalization
-    network.notes = notes
-    return network.eval()
+        if name.endswith("running_var") and bool((values < 0).any()):
+            raise CheckpointError(
+                f"{path}: {name} holds a negative variance; train again"
+            )
 
 
 def load_weights(network: Network, path: str | Path) -> None:
@@ -195,26 +234,25 @@ def load_weights(network: Network, path: str | Path) -> None:
             state = load_file(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
-        given = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        given = {str(name): tensor.detach() for name, tensor in state.items()}
     except Exception as error:  # torch.load raises many kinds
         raise CheckpointError(
             f"{path} cannot be read as a state_dict of tensors ({error})"
         ) from error
-    expected = {name: tuple(t.shape) for name, t in network.state_dict().items()}
-    counters = {name for name in expected if name.endswith("num_batches_tracked")}
-    differing = [
-        f"{name} is {given.get(name, 'missing')}, not {expected.get(name, 'expected')}"
-        for name in sorted((given.keys() | expected.keys()) - counters)
-        if given.get(name) != expected.get(name)
-    ]
+    expected = {
+        name: tensor
+        for name, tensor in network.state_dict().items()
+        # Inference does not use the counters of batches, and older files lack them.
+        if name in given or not name.endswith("num_batches_tracked")
+    }
+    differing = _differing(given, expected)
     if differing:
-        shown = "; ".join(differing[:3])
         raise CheckpointError(
-            f"{path} does not fit {network.architecture}: {shown}"
-            f"{f' and {len(differing) - 3} more' if len(differing) > 3 else ''}. Take "
-            "the weights of the same network with the same number of classes"
+            f"{path} does not fit {network.architecture}: {differing}. Take the "
+            "weights of the same network with the same number of classes"
         )
-    network.load_state_dict(state, strict=False)
+    _check_values(given, expected, path)
+    network.load_state_dict(given, strict=False)
 
 
 def describes_itself(path: str | Path) -> bool:

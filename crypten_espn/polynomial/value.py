@@ -7,7 +7,9 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
+import msgspec
 import numpy as np
 import torch
 
@@ -20,6 +22,15 @@ MAX_DEGREE = 10
 FRAC_BITS = range(6, 21)
 # Bits kept free above the largest value on the interval, for inputs that leave it.
 SPARE_BITS = 3
+
+
+class _Stored(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The fields of a stored polynomial, of exactly these types."""
+
+    numerators: Annotated[tuple[int, ...], msgspec.Meta(max_length=1 << 10)]
+    frac_bits: int
+    interval: tuple[float, float]
+    requested_degree: int
 
 
 @dataclass(frozen=True)
@@ -55,6 +66,11 @@ class Polynomial:
         if not 0 <= self.frac_bits <= 40:
             raise PolynomialError(
                 f"frac_bits={self.frac_bits}: a coefficient has 0 to 40 fractional bits"
+            )
+        if max(map(abs, numerators)) >> (RING_BITS - 1):
+            raise PolynomialError(
+                f"a numerator of {max(map(abs, numerators)).bit_length()} bits: the "
+                f"ring has {RING_BITS}; scale the function, or lower frac_bits"
             )
         if self.degree > MAX_DEGREE:
             raise PolynomialError(
@@ -256,14 +272,14 @@ class Polynomial:
             PolynomialError: not a JSON object of the expected fields and types.
         """
         try:
-            fields = json.loads(text)
+            fields = msgspec.json.decode(text, type=_Stored)
             return cls(
-                tuple(fields["numerators"]),
-                int(fields["frac_bits"]),
-                tuple(fields["interval"]),
-                int(fields["requested_degree"]),
+                fields.numerators,
+                fields.frac_bits,
+                fields.interval,
+                fields.requested_degree,
             )
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, msgspec.MsgspecError, RecursionError) as error:
             raise PolynomialError(
                 f"{text[:80]!r} is not a stored polynomial ({error}); "
                 "Polynomial.to_json writes one"

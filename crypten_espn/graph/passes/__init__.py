@@ -7,6 +7,7 @@ from collections.abc import Callable
 from ...errors import ConversionError, EspnError
 from ..attributes import check_attributes
 from ..network import NetworkGraph
+from ..sizes import check_sizes
 from .activations import name_activations
 from .affine import fold_affine
 from .constants import fold_constants
@@ -39,7 +40,8 @@ def simplify(graph: NetworkGraph) -> None:
     goes over the other nodes again.
 
     Raises:
-        ConversionError: a pass failed at no node in particular.
+        ConversionError: a pass failed at no node in particular, or the result is out
+            of proportion.
     """
     for rewrite in PASSES:
         while True:
@@ -61,6 +63,7 @@ def simplify(graph: NetworkGraph) -> None:
             else:
                 break
     graph.drop_unused()
+    check_sizes(graph)
 
 
 __all__ = ["simplify"]

@@ -9,7 +9,9 @@ import onnx
 from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 
+from ...errors import ConversionError
 from ..network import POLYNOMIAL_OP, NetworkGraph, Node
+from ..sizes import check_sizes, is_foldable
 
 # Another value at every call; a constant would be one of them for ever.
 _RANDOM = {
@@ -26,7 +28,11 @@ def fold_constants(graph: NetworkGraph) -> None:
     """Infer shapes and types; evaluate nodes whose inputs are all known.
 
     A shape can hang on a constant and a constant on a shape, so the two alternate.
+
+    Raises:
+        ConversionError: a value, or all constants together, are out of proportion.
     """
+    folded = 0
     for node in graph.each(*_RANDOM):
         node.problem = (
             "its values are drawn anew at every call; draw them once, and keep them as "
@@ -34,6 +40,7 @@ def fold_constants(graph: NetworkGraph) -> None:
         )
     while True:
         infer(graph)
+        check_sizes(graph)
         count = len(graph.nodes)
         for node in graph.each():
             if node.op == "Shape" and node.inputs[0] in graph.shapes:
@@ -41,9 +48,17 @@ def fold_constants(graph: NetworkGraph) -> None:
                 sizes = np.array(graph.shapes[node.inputs[0]], np.int64)
                 values = [sizes[a.get("start", 0) : a.get("end", len(sizes))]]
             elif all(name in graph.constants or not name for name in node.inputs):
+                if not is_foldable(graph, node):
+                    continue
                 values = evaluate(node, graph.constants, graph.opset)
             else:
                 continue
+            folded += sum(array.size for array in values)
+            if folded > graph.room:
+                raise ConversionError(
+                    f"its constants are computed to more than {graph.room:,} elements; "
+                    "store them, or compute fewer"
+                )
             graph.constants.update(
                 zip([node.output, *node.others], values, strict=True)
             )

@@ -1,0 +1,129 @@
+"""What a network's file says of its network, strictly read.
+
+The words of a file are believed only where they have the fields, the types and the
+sizes that `save_network` writes: nothing is built before that.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any
+
+import msgspec
+from torch import nn
+
+from ..errors import CheckpointError
+from ..polynomial import Polynomial
+from .data import Normalization
+from .networks import Architecture
+
+FORMAT = "crypten-espn network 1"
+
+# Larger than any network of ours; an input of these sizes still fits a machine.
+Count = Annotated[int, msgspec.Meta(ge=1, le=1 << 16)]
+Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 12)]
+
+
+class _Architecture(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    name: str
+    classes: Count
+    in_channels: Count
+    size: Size
+
+
+class _Normalization(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    mean: tuple[float, ...]
+    std: tuple[Annotated[float, msgspec.Meta(gt=0)], ...]
+
+
+@dataclass(frozen=True)
+class Description:
+    """A network without its tensors.
+
+    Args:
+        architecture: which network, with what arguments.
+        polynomials: by dotted name, what its activations are replaced with.
+        normalization: of its inputs, one mean and deviation a channel.
+        notes: plain values stored with it.
+    """
+
+    architecture: Architecture
+    polynomials: Mapping[str, Polynomial]
+    normalization: Normalization | None
+    notes: dict[str, Any]
+
+    def to_metadata(self) -> dict[str, str]:
+        """The texts a file keeps."""
+        return {
+            "format": FORMAT,
+            "architecture": json.dumps(self.architecture.arguments()),
+            "polynomials": json.dumps(
+                {
+                    name: json.loads(polynomial.to_json())
+                    for name, polynomial in self.polynomials.items()
+                }
+            ),
+            "normalization": json.dumps(
+                self.normalization and asdict(self.normalization)
+            ),
+            "notes": json.dumps(self.notes),
+        }
+
+    @staticmethod
+    def from_metadata(metadata: Mapping[str, str]) -> Description:
+        """The inverse of `to_metadata`.
+
+        Raises:
+            CheckpointError: a text is missing, or does not have the fields, types and
+                sizes it must have.
+        """
+        try:
+            built = msgspec.json.decode(metadata["architecture"], type=_Architecture)
+            polynomials = msgspec.json.decode(
+                metadata["polynomials"], type=dict[str, msgspec.Raw]
+            )
+            given = msgspec.json.decode(
+                metadata["normalization"], type=_Normalization | None
+            )
+            notes = json.loads(metadata["notes"])
+            if not isinstance(notes, dict):
+                raise TypeError(f"the notes are a {type(notes).__name__}")
+            if given and {len(given.mean), len(given.std)} != {built.in_channels}:
+                raise ValueError(
+                    f"{len(given.mean)} means and {len(given.std)} deviations for "
+                    f"{built.in_channels} channels"
+                )
+            return Description(
+                Architecture(built.name, built.classes, built.in_channels, built.size),
+                {
+                    name: Polynomial.from_json(bytes(text).decode())
+                    for name, text in polynomials.items()
+                },
+                given and Normalization(given.mean, given.std),
+                notes,
+            )
+        except (
+            KeyError,
+            TypeError,
+            ValueError,
+            RecursionError,
+            msgspec.MsgspecError,
+        ) as error:
+            raise CheckpointError(
+                f"has a damaged description ({str(error)[:200]})"
+            ) from error
+
+    def check_names(self, network: nn.Module) -> None:
+        """Refuse a polynomial for what is no module of a network.
+
+        Raises:
+            CheckpointError: it names the polynomial.
+        """
+        known = {name for name, _ in network.named_modules()}
+        for name in self.polynomials:
+            if name not in known:
+                raise CheckpointError(
+                    f"has a polynomial for {name[:80]!r}; no activation is called that"
+                )
