@@ -384,8 +384,8 @@ def _read(source: Source, example: torch.Tensor) -> tuple[NetworkGraph, Report]:
     except Exception as error:
         cause = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         raise ConversionError(
-            f"the network is damaged, or holds what conversion does not know ({cause}); "
-            "an ONNX file can be checked with onnx.checker"
+            "the network is damaged, or holds what conversion does not know "
+            f"({cause}); an ONNX file can be checked with onnx.checker"
         ) from error
     return graph, found
 

@@ -191,13 +191,13 @@ def attempt(data: bytes, path: Path) -> str:
     try:
         load_weights(other, path)
     except CheckpointError as error:
-        _no_memory(error)
+        no_memory(error)
     else:
         assert all(bool(torch.isfinite(t).all()) for t in other.state_dict().values())
     try:
         network = load_network(path)
     except EspnError as error:
-        _no_memory(error)
+        no_memory(error)
         return REFUSED
     channels, height, width = network.input_shape
     assert all(bool(torch.isfinite(t).all()) for t in network.state_dict().values())
@@ -214,7 +214,7 @@ def attempt(data: bytes, path: Path) -> str:
     return LOADED
 
 
-def _no_memory(error: BaseException) -> None:
+def no_memory(error: BaseException) -> None:
     """Raise what an error comes from, if that is a lack of memory."""
     cause: BaseException | None = error
     while cause is not None:

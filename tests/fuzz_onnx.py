@@ -19,7 +19,7 @@ import torch
 from onnx import AttributeProto, NodeProto, TensorProto, helper, numpy_helper
 
 from . import fuzzing
-from .fuzz_networks import _no_memory as no_memory
+from .fuzz_networks import no_memory
 from .fuzzing import EDGES, Outcome, damaged
 
 MEMORY = 2 << 30  # of a child's address space, beyond what importing takes
@@ -103,7 +103,7 @@ def mutant(given: Sequence[bytes], seed: int, number: int) -> bytes:
     for _ in range(toss.choice((1, 1, 1, 2, 2, 3, 6))):
         try:
             toss.choice(_KINDS)(model, toss)
-        except (IndexError, TypeError, ValueError):
+        except (IndexError, TypeError, ValueError, onnx.checker.ValidationError):
             continue  # nothing there to change, or no value of its field
     return model.SerializeToString()
 
@@ -189,7 +189,7 @@ def _external(tensor: TensorProto, toss: random.Random) -> None:
     """Let a tensor lie in another file, here or where nobody asked to read."""
     places = (
         f"../{OUTSIDE}", "/etc/passwd", "../../../../etc/passwd", "", ".", "link",
-        "/dev/zero", f"./{INSIDE}", INSIDE, INSIDE, "none", "pipe", f"x/../../{OUTSIDE}",
+        "/dev/zero", f"./{INSIDE}", INSIDE, INSIDE, "none", f"x/../../{OUTSIDE}",
     )  # fmt: skip
     tensor.ClearField("raw_data")
     tensor.data_location = TensorProto.EXTERNAL
