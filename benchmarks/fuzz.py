@@ -1,11 +1,13 @@
 """Mutated input against every parser: refused by name, or read and used.
 
     python -m benchmarks.fuzz                      # all of them, some minutes
-    python -m benchmarks.fuzz --plans 500 --frames 0 --messages 0 --material 0 --seed 7
+    python -m benchmarks.fuzz --plans 500 --networks 0 --onnx 0 --frames 0 \\
+        --messages 0 --material 0 --seed 7
 
 Plans: prints how many were refused, run (dealt, prepared and inferred by both parties),
 and accepted but larger than what is run here; and each fault: an exception that is no
-PlanError, or a signal. Frames, messages and material end at the first fault. Leaves
+PlanError, or a signal. Network files and ONNX files likewise: refused, loaded or
+converted, and each fault. Frames, messages and material end at the first fault. Leaves
 with 1 if there is one.
 """
 
@@ -19,17 +21,19 @@ from pathlib import Path
 import crypten_espn  # noqa: F401 - CrypTen cannot be imported before its patches
 from crypten_espn.errors import PeerError
 from crypten_espn.serving.messages import decode
+from tests import fuzz_networks, fuzz_onnx
+from tests.fuzzing import Outcome
 from tests.masked import fuzz_plans, stored
 from tests.masked.cases import fuzzed_plans
 from tests.serving import fuzz as messages
 from tests.wire.test_fuzz import fuzz_frames
 
 
-def _plans(count: int, seed: int) -> int:
-    outcome = fuzz_plans.run(fuzzed_plans(), seed=seed, count=count)
-    for result in (fuzz_plans.REFUSED, fuzz_plans.RUN, fuzz_plans.LARGE):
-        print(f"plans {result}: {outcome.counts[result]:,}")
-    print(f"plans, faults: {len(outcome.faults):,}")
+def _shown(name: str, outcome: Outcome) -> int:
+    """Print what became of mutants; 1 if any was at fault."""
+    for result, count in sorted(outcome.counts.items()):
+        print(f"{name} {result}: {count:,}")
+    print(f"{name}, faults: {len(outcome.faults):,}", flush=True)
     for number, text in outcome.faults:
         print(f"\nmutant {number}: {text}")
     return 1 if outcome.faults else 0
@@ -47,10 +51,12 @@ def _messages(count: int, seed: int) -> str:
 
 
 def main() -> int:
-    """Run what was asked for; 1 if a plan was at fault."""
+    """Run what was asked for; 1 if anything was at fault."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     for name, count in (
         ("plans", 12_000),
+        ("networks", 100_000),
+        ("onnx", 100_000),
         ("frames", 100_000),
         ("messages", 100_000),
         ("material", 100_000),
@@ -67,7 +73,16 @@ def main() -> int:
             place = Path(folder) / "material"
             refused = stored.refused(place, count=args.material, seed=args.seed)
         print(f"material: {args.material:,} files, {refused:,} refused", flush=True)
-    return _plans(args.plans, args.seed) if args.plans else 0
+    failed = 0
+    for name, count, mutants, given in (
+        ("networks", args.networks, fuzz_networks.run, fuzz_networks.files),
+        ("onnx", args.onnx, fuzz_onnx.run, fuzz_onnx.files),
+        ("plans", args.plans, fuzz_plans.run, fuzzed_plans),
+    ):
+        if count:
+            outcome = mutants(given(), seed=args.seed, count=count)
+            failed |= _shown(name, outcome)
+    return failed
 
 
 if __name__ == "__main__":

@@ -159,6 +159,8 @@ def _initialisers(model: onnx.ModelProto, toss: random.Random) -> None:
     elif kind == "value":
         array = numpy_helper.to_array(tensor).copy()
         number = (float("nan"), float("inf"), 1e38, -1.0, 0.0)
+        if array.dtype.kind != "f":
+            return
         array.reshape(-1)[toss.randrange(array.size)] = toss.choice(number)
         tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
     elif kind == "cut":

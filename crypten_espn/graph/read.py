@@ -126,6 +126,13 @@ def _check_names(proto: onnx.GraphProto, network_input: str) -> None:
     for tensor in proto.initializer:
         make(tensor.name, "a weight")
     for node in proto.node:
+        texts = (node.op_type, node.domain, node.name, *node.input, *node.output)
+        texts += tuple(attribute.name for attribute in node.attribute)
+        if not all(isinstance(text, str) for text in texts):
+            raise ConversionError(
+                f"a node {node.name[:80]!r} has a name that is no text; check the file "
+                "with onnx.checker"
+            )
         what = f"{node.name[:80]} ({node.op_type[:80]})"
         for name in node.input:
             if name and name not in made:

@@ -39,8 +39,10 @@ def fold_constants(graph: NetworkGraph) -> None:
             "a buffer"
         )
     while True:
-        infer(graph)
-        check_sizes(graph)
+        # Values of shapes are followed only once all are known to be small.
+        for values_too in (False, True):
+            infer(graph, values_too=values_too)
+            check_sizes(graph)
         count = len(graph.nodes)
         for node in graph.each():
             if node.op == "Shape" and node.inputs[0] in graph.shapes:
@@ -67,8 +69,13 @@ def fold_constants(graph: NetworkGraph) -> None:
             return
 
 
-def infer(graph: NetworkGraph) -> None:
-    """Fill in shapes and types that ONNX can tell; ours has the rules of Relu."""
+def infer(graph: NetworkGraph, *, values_too: bool = True) -> None:
+    """Fill in shapes and types that ONNX can tell; ours has the rules of Relu.
+
+    Args:
+        values_too: follow the values of small integers as well, on which shapes hang;
+            a vector that is doubled forty times is then written out.
+    """
     protos, values, tensors = [], [], []
     for node in graph.nodes:
         if node.problem:
@@ -98,7 +105,7 @@ def infer(graph: NetworkGraph) -> None:
     model = onnx.helper.make_model(
         proto, opset_imports=[onnx.helper.make_opsetid("", graph.opset)]
     )
-    inferred = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
+    inferred = onnx.shape_inference.infer_shapes(model, data_prop=values_too).graph
     for value in [*inferred.value_info, *inferred.output]:
         tensor = value.type.tensor_type
         if tensor.elem_type:
