@@ -11,6 +11,7 @@ times as many.
 from __future__ import annotations
 
 import crypten.communicator as comm
+import torch
 from crypten.mpc import MPCTensor
 
 from ..errors import RangeError
@@ -45,9 +46,20 @@ def with_noise(x: MPCTensor, *, noise_bits: int) -> MPCTensor:
         return x
     share = x.share
     if comm.get().get_rank() == 0:
-        noise = Keystream().ring(tuple(x.size()), bits=noise_bits)
-        share = share + (noise - (1 << (noise_bits - 1))).to(share.device)
+        share = share + noise(tuple(x.size()), noise_bits=noise_bits).to(share.device)
     return shared(share, frac_bits=x.encoder._precision_bits)
+
+
+def noise(size: tuple[int, ...], *, noise_bits: int) -> torch.Tensor:
+    """What `with_noise` adds: int64, uniform in [-2**(d-1), 2**(d-1)), fresh.
+
+    Args:
+        size: the shape.
+        noise_bits: d, checked; 0 gives zeros.
+    """
+    if noise_bits == 0:
+        return torch.zeros(size, dtype=torch.int64)
+    return Keystream().ring(size, bits=noise_bits) - (1 << (noise_bits - 1))
 
 
 def checked_noise_bits(noise_bits: int) -> int:
