@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import json
 from collections.abc import Callable
@@ -302,8 +303,13 @@ def test_what_no_layer_can_be_made_of_is_reported(nodes, weights, words):
         espn.convert(graph_of(nodes, weights).SerializeToString(), X)
 
 
-def test_what_conversion_does_not_foresee_ends_in_an_error_of_ours():
-    rows = {"w": np.ones((4, 3), np.float32), "b": np.ones((3, 1, 1), np.float32)}
-    model = graph_of([node("Gemm", "x w b")], rows)
-    with pytest.raises(ConversionError):
+def test_what_conversion_does_not_foresee_ends_in_an_error_of_ours(monkeypatch):
+    def fail(*given: object) -> None:
+        raise KeyError("kernel_shape")
+
+    # The package's name for it is the function.
+    module = importlib.import_module("crypten_espn.convert")
+    monkeypatch.setattr(module, "report", fail)
+    model = graph_of([node("MatMul", "x w")], EYE)
+    with pytest.raises(ConversionError, match=r"does not know .KeyError: 'kernel_sha"):
         espn.check(model.SerializeToString(), X)

@@ -162,7 +162,9 @@ def attack(
     for count in counts:
         while asked < count:
             size = min(PART, count - asked)
-            draws = Recorded()
+            # The parties' shares from the seed, so that a run can be repeated.
+            key = asked.to_bytes(8, "little") + seed.to_bytes(8, "little")
+            draws = Recorded(Keystream(key))
             answers = answered(private, x.expand(size, -1), draws)
             words = [word for word in draws.words if word.shape == (size, 16)]
             logits = {
