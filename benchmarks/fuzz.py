@@ -74,14 +74,17 @@ def main() -> int:
             refused = stored.refused(place, count=args.material, seed=args.seed)
         print(f"material: {args.material:,} files, {refused:,} refused", flush=True)
     failed = 0
-    for name, count, mutants, given in (
-        ("networks", args.networks, fuzz_networks.run, fuzz_networks.files),
-        ("onnx", args.onnx, fuzz_onnx.run, fuzz_onnx.files),
-        ("plans", args.plans, fuzz_plans.run, fuzzed_plans),
-    ):
-        if count:
-            outcome = mutants(given(), seed=args.seed, count=count)
-            failed |= _shown(name, outcome)
+    if args.networks:
+        files = fuzz_networks.files()
+        outcome = fuzz_networks.run(files, seed=args.seed, count=args.networks)
+        failed |= _shown("networks", outcome)
+    if args.onnx:
+        files = fuzz_onnx.files()
+        outcome = fuzz_onnx.run(files, seed=args.seed, count=args.onnx)
+        failed |= _shown("onnx", outcome)
+    if args.plans:
+        outcome = fuzz_plans.run(fuzzed_plans(), seed=args.seed, count=args.plans)
+        failed |= _shown("plans", outcome)
     return failed
 
 

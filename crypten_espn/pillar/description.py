@@ -101,7 +101,7 @@ class Description:
                     name: Polynomial.from_json(bytes(text).decode())
                     for name, text in polynomials.items()
                 },
-                given and Normalization(given.mean, given.std),
+                Normalization(given.mean, given.std) if given else None,
                 notes,
             )
         except (

@@ -167,7 +167,9 @@ def _empty(
             network = description.architecture.build()
         description.check_names(network)
         if description.polynomials:
-            replace_activations(network, dict(description.polynomials))
+            replace_activations(
+                network, {name: p for name, p in description.polynomials.items()}
+            )
     except EspnError as error:
         raise CheckpointError(f"{path}: {error}; save the network again") from error
     return network, description

@@ -62,7 +62,7 @@ def ring_bits(precision: str | int, headroom: float) -> int:
 
 def make_plan(
     graph: Any,
-    example: torch.Tensor,
+    example: Any,
     *,
     precision: str | int = "fast",
     headroom: float = HEADROOM,
