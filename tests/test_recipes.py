@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import csv
 import json
 import os
@@ -15,13 +14,15 @@ import time
 import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from crypten_espn import cli
 from crypten_espn.errors import CheckpointError, DataError, TrainingError
-from crypten_espn.pillar import command, data
+from crypten_espn.pillar import data, training
 from crypten_espn.pillar.data import Dataset, Images, Normalization
 from crypten_espn.pillar.data.splits import in_memory
 from crypten_espn.pillar.networks import NETWORKS, Architecture
@@ -415,31 +416,53 @@ def test_finetuning_starts_from_a_plain_state_dict(tmp_path: Path, suffix: str) 
 # --- command line ----------------------------------------------------------------
 
 
-def parsed(*options: str, finetune: bool = False) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    command.add_arguments(parser, finetune=finetune)
-    return parser.parse_args(options)
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What each command asks `train` for; each is interrupted before it starts."""
+    calls: list[dict[str, Any]] = []
+
+    def interrupted(recipe: Recipe, **options: Any) -> None:
+        calls.append({"recipe": recipe, **options})
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "train", interrupted)
+    return calls
 
 
-def test_options_override_the_recipe() -> None:
-    recipe = command._overridden(
-        find_recipe("fashion-resnet"),
-        parsed("--epochs", "1", "--beta", "1e-3", "--activation", "relu"),
-    )
+def test_options_override_the_recipe(asked: list[dict[str, Any]]) -> None:
+    for options in (
+        ["train", "--epochs", "1", "--beta", "1e-3", "--activation", "relu"],
+        ["train", "--recipe", "fashion-minionn", "--epochs", "3"],
+        ["finetune", "--recipe", "cifar10-resnet18", "--start", "x"],
+        ["finetune", "--start", "x", "--epochs", "8", "--beta", "3e-4"],
+        ["finetune", "--start", "x", "--replace-epochs", "0.5", "--crop", "0"],
+    ):
+        assert cli.main(options) == 130
+    recipe, short, tuned, quick, gradual = (call["recipe"] for call in asked)
     assert (recipe.epochs, recipe.beta, recipe.activation) == (1, 1e-3, "relu")
-    short = command._overridden(find_recipe("fashion-minionn"), parsed("--epochs", "3"))
     assert (short.checked().epochs, short.relu_epochs) == (3, 1)
-    tuned = command._overridden(
-        find_recipe("cifar10-resnet18"), parsed("--start", "x", finetune=True)
-    )
     assert (tuned.epochs, tuned.replace_epochs) == (37, 9.25)
     assert (tuned.penalty, tuned.beta) == ("boundary", 1e-4)
     assert tuned.learning_rate == pytest.approx(0.013 * 0.4)
-    tuned = command._overridden(
-        find_recipe("fashion-resnet"),
-        parsed("--start", "x", "--epochs", "8", "--beta", "3e-4", finetune=True),
-    )
-    assert (tuned.epochs, tuned.replace_epochs, tuned.beta) == (8, 2, 3e-4)
+    assert (quick.epochs, quick.replace_epochs, quick.beta) == (8, 2, 3e-4)
+    assert (gradual.replace_epochs, gradual.crop) == (0.5, 0)
+
+
+def test_options_that_are_no_fields_say_where_and_how(
+    asked: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    out, data = str(tmp_path / "out"), str(tmp_path / "data")
+    where = ["--out", out, "--data", data, "--device", "cpu", "--quiet"]
+    assert cli.main(["train", "--activation", "relu"]) == 130
+    assert cli.main(["train", *where]) == 130
+    assert cli.main(["finetune", "--start", "fashion-resnet-relu"]) == 130
+    plain, told, tuned = asked
+    assert plain["out"] == Path("out/fashion-resnet-relu")
+    assert plain["data"] == Path("data") and plain["start"] is plain["device"] is None
+    assert (told["out"], told["data"]) == (Path(out), Path(data))
+    assert told["device"] == "cpu" and plain["progress"] and not told["progress"]
+    assert tuned["out"] == Path("out/fashion-resnet-finetuned")
+    assert tuned["start"].name == "fashion_resnet_relu.safetensors"
 
 
 def test_the_command_trains_and_reports(
@@ -447,18 +470,14 @@ def test_the_command_trains_and_reports(
 ) -> None:
     monkeypatch.setitem(RECIPES, "tiny", TINY)
     out = str(tmp_path / "out")
-    assert command.run(parsed("--recipe", "tiny", "--out", out, "--epochs", "2")) == 0
+    assert cli.main(["train", "--recipe", "tiny", "--out", out, "--epochs", "2"]) == 0
     text = capsys.readouterr().out
     assert "test accuracy" in text and "selection:" in text
     assert "features.1" in text and "to spare" in text
 
 
 def test_ctrl_c_says_how_to_continue(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    asked: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def interrupted(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(command, "train", interrupted)
-    assert command.run(parsed("--out", str(tmp_path))) == 130
+    assert cli.main(["train"]) == 130 and len(asked) == 1
     assert "the same command continues" in capsys.readouterr().out

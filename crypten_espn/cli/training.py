@@ -2,122 +2,163 @@
 
 from __future__ import annotations
 
-import argparse
 import shlex
 import sys
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
 
-from .data import load_dataset
-from .ranges import range_report
-from .recipe import RECIPES, Recipe, find_recipe, fine_tuning
-from .storage import load_network, network_file
-from .training import train
+from ..pillar import training
+from ..pillar.data import load_dataset
+from ..pillar.ranges import range_report
+from ..pillar.recipe import RECIPES, Recipe, find_recipe, fine_tuning
+from ..pillar.storage import load_network, network_file
+from .options import choice, not_negative, option, positive, whole
 
-# Fields that the command line may override, with their help.
-_OVERRIDES = {
-    "activation": "polynomial or relu",
-    "degree": "degree of the polynomial",
-    "frac_bits": "fractional bits of its coefficients",
-    "radius": "the polynomial's interval is [-RADIUS, RADIUS]",
-    "penalty": "sum (the paper's), mean or boundary",
-    "gamma": "where the penalty of one input reaches 1",
-    "beta": "weight of the penalty",
-    "epochs": "passes over the training images",
-    "batch_size": "images a step",
-    "learning_rate": "peak learning rate",
-    "weight_decay": "weight decay",
-    "clip_norm": "largest gradient norm, batch-norm spared",
-    "precision": "float32 or bfloat16",
-    "held_out": "validation images",
-    "crop": "padding from which training crops are taken",
-    "seed": "of weights and data order",
-}
-_KINDS: dict[str, type] = {
-    "activation": str,
-    "penalty": str,
-    "precision": str,
-    "degree": int,
-    "frac_bits": int,
-    "epochs": int,
-    "batch_size": int,
-    "held_out": int,
-    "crop": int,
-    "seed": int,
-}
+_OUT = "of log, state and network (default: out/RECIPE-KIND); a run found is resumed"
+_START = (
+    "network with ReLU, as `crypten-espn train --activation relu` writes, or "
+    "fashion-resnet-relu, which is bundled"
+)
+_REPLACE = "epochs over which ReLUs give way (default: a quarter of --epochs)"
+
+RecipeName = Annotated[str, option(f"one of {', '.join(RECIPES)}", "NAME")]
+Data = Annotated[Path, option("folder of the data set", "DIR")]
+Out = Annotated[Path | None, option(f"folder {_OUT}", "DIR")]
+Device = Annotated[str | None, option("default: cuda if there is one", "cpu|cuda")]
+Threads = Annotated[int | None, whole("processor threads of torch")]
+Quiet = Annotated[bool, option("no progress bars", None, "--quiet")]
+
+# Fields of a recipe.
+Activation = Annotated[str | None, choice("of all layers", "polynomial", "relu")]
+Degree = Annotated[int | None, whole("degree of the polynomial")]
+FracBits = Annotated[int | None, whole("fractional bits of its coefficients", 0)]
+Radius = Annotated[float | None, positive("its interval is [-RADIUS, RADIUS]")]
+Penalty = Annotated[str | None, choice("sum: paper's", "sum", "mean", "boundary")]
+Gamma = Annotated[float | None, positive("where the penalty of one input reaches 1")]
+Beta = Annotated[float | None, not_negative("weight of the penalty")]
+Epochs = Annotated[int | None, whole("passes over the training images")]
+BatchSize = Annotated[int | None, whole("images a step", 2)]
+LearningRate = Annotated[float | None, positive("peak learning rate")]
+WeightDecay = Annotated[float | None, not_negative("weight decay")]
+ClipNorm = Annotated[float | None, positive("largest gradient norm, norms spared")]
+TrainPrecision = Annotated[str | None, choice("in training", "float32", "bfloat16")]
+HeldOut = Annotated[int | None, whole("validation images", 0)]
+Crop = Annotated[int | None, whole("padding from which training crops are taken", 0)]
+Seed = Annotated[int | None, whole("of weights and data order", -(2**63))]
+
+_FIELDS = {field.name for field in fields(Recipe)}
 
 
-def add_arguments(parser: argparse.ArgumentParser, *, finetune: bool = False) -> None:
-    """Add the options of `train`, or of `finetune`, to a parser.
+def train(
+    context: typer.Context,
+    recipe: RecipeName = "fashion-resnet",
+    data: Data = Path("data"),
+    out: Out = None,
+    device: Device = None,
+    threads: Threads = None,
+    quiet: Quiet = False,
+    activation: Activation = None,
+    degree: Degree = None,
+    frac_bits: FracBits = None,
+    radius: Radius = None,
+    penalty: Penalty = None,
+    gamma: Gamma = None,
+    beta: Beta = None,
+    epochs: Epochs = None,
+    batch_size: BatchSize = None,
+    learning_rate: LearningRate = None,
+    weight_decay: WeightDecay = None,
+    clip_norm: ClipNorm = None,
+    precision: TrainPrecision = None,
+    held_out: HeldOut = None,
+    crop: Crop = None,
+    seed: Seed = None,
+) -> int:
+    """Train a network with polynomial activations; what is not given is the recipe's.
 
-    `run` takes what the parser returns.
+    examples:
+      crypten-espn train --recipe fashion-resnet
+      crypten-espn train --recipe cifar10-resnet18 --data ~/datasets --epochs 1
     """
-    parser.set_defaults(finetune=finetune)
-    parser.add_argument(
-        "--recipe",
-        default="fashion-resnet",
-        metavar="NAME",
-        help=f"one of {', '.join(RECIPES)} (default: %(default)s)",
+    named = find_recipe(recipe)
+    # The share of the run that is spent with ReLUs stays.
+    share = (epochs or named.epochs) / named.epochs
+    changed = replace(
+        named, relu_epochs=named.relu_epochs * share, **_given_fields(context)
     )
-    parser.add_argument(
-        "--data", default="data", metavar="DIR", help="folder of the data set"
-    )
-    parser.add_argument(
-        "--out",
-        metavar="DIR",
-        help="folder of log, state and network (default: out/RECIPE-KIND); a run found "
-        "there is resumed",
-    )
-    parser.add_argument("--device", help="cpu or cuda (default: cuda if there is one)")
-    parser.add_argument("--threads", type=int, help="processor threads of torch")
-    parser.add_argument("--quiet", action="store_true", help="no progress bars")
-    if finetune:
-        parser.add_argument(
-            "--start",
-            type=network_file,
-            required=True,
-            metavar="FILE",
-            help="network with ReLU, as `crypten-espn train --activation relu` writes, "
-            "or fashion-resnet-relu, which is bundled",
-        )
-        parser.add_argument(
-            "--replace-epochs",
-            type=float,
-            help="epochs over which ReLUs give way (default: a quarter of --epochs)",
-        )
-    for name, text in _OVERRIDES.items():
-        if finetune and name == "activation":
-            continue
-        parser.add_argument(
-            f"--{name.replace('_', '-')}",
-            type=_KINDS.get(name, float),
-            help=f"{text} (default: the recipe's)",
-        )
+    out = out or Path("out") / f"{named.name}-{changed.activation}"
+    return _run(changed, None, out, data, device, threads, quiet)
 
 
-def run(args: argparse.Namespace) -> int:
-    """Train as the options say; return the exit status.
+def finetune(
+    context: typer.Context,
+    start: Annotated[
+        Path, typer.Option(parser=network_file, metavar="FILE", help=_START)
+    ],
+    recipe: RecipeName = "fashion-resnet",
+    data: Data = Path("data"),
+    out: Out = None,
+    device: Device = None,
+    threads: Threads = None,
+    quiet: Quiet = False,
+    replace_epochs: Annotated[float | None, not_negative(_REPLACE)] = None,
+    degree: Degree = None,
+    frac_bits: FracBits = None,
+    radius: Radius = None,
+    penalty: Penalty = None,
+    gamma: Gamma = None,
+    beta: Beta = None,
+    epochs: Epochs = None,
+    batch_size: BatchSize = None,
+    learning_rate: LearningRate = None,
+    weight_decay: WeightDecay = None,
+    clip_norm: ClipNorm = None,
+    precision: TrainPrecision = None,
+    held_out: HeldOut = None,
+    crop: Crop = None,
+    seed: Seed = None,
+) -> int:
+    """Turn a trained ReLU network into a polynomial one in a few epochs.
 
-    Raises:
-        EspnError: whatever `train` raises.
+    examples:
+      crypten-espn finetune --recipe fashion-resnet --start relu.safetensors
     """
-    recipe = _overridden(find_recipe(args.recipe), args)
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
-    kind = "finetuned" if args.finetune else recipe.activation
-    out = Path(args.out) if args.out else Path("out") / f"{recipe.name}-{kind}"
-    print(f"recipe {recipe.name}, {describe(recipe)}")
+    tuning = fine_tuning(
+        find_recipe(recipe), epochs=epochs, replace_epochs=replace_epochs
+    )
+    changed = replace(tuning, **_given_fields(context))
+    out = out or Path("out") / f"{tuning.name}-finetuned"
+    return _run(changed, start, out, data, device, threads, quiet)
+
+
+def _given_fields(context: typer.Context) -> dict[str, Any]:
+    """The options that are fields of a recipe, and were given."""
+    return {
+        name: value
+        for name, value in context.params.items()
+        if name in _FIELDS and value is not None
+    }
+
+
+def _run(
+    recipe: Recipe,
+    start: Path | None,
+    out: Path,
+    data: Path,
+    device: str | None,
+    threads: int | None,
+    quiet: bool,
+) -> int:
+    if threads is not None:
+        torch.set_num_threads(threads)
+    print(f"recipe {recipe.name}, {_description(recipe)}")
     try:
-        result = train(
-            recipe,
-            out=out,
-            data=args.data,
-            start=args.start if args.finetune else None,
-            device=args.device,
-            progress=not args.quiet,
+        result = training.train(
+            recipe, out=out, data=data, start=start, device=device, progress=not quiet
         )
     except KeyboardInterrupt:
         command = shlex.join(["crypten-espn", *sys.argv[1:]])
@@ -125,35 +166,16 @@ def run(args: argparse.Namespace) -> int:
         return 130
     print(result)
     if recipe.activation == "polynomial":
-        data = load_dataset(
-            recipe.dataset, directory=args.data, held_out=recipe.held_out
-        )
+        images = load_dataset(recipe.dataset, directory=data, held_out=recipe.held_out)
         network = load_network(result.path)
-        print(range_report(network, data.validation.batches(500)))
+        print(range_report(network, images.validation.batches(500)))
     return 0
 
 
-def describe(recipe: Recipe) -> str:
-    """Return one line: the fields of a recipe that are not at their default."""
-    shown = [
+def _description(recipe: Recipe) -> str:
+    """The fields of a recipe that are not at their default, on one line."""
+    return ", ".join(
         f"{field.name}={getattr(recipe, field.name)}"
         for field in fields(recipe)
         if field.name != "name" and getattr(recipe, field.name) != field.default
-    ]
-    return ", ".join(shown)
-
-
-def _overridden(recipe: Recipe, args: argparse.Namespace) -> Recipe:
-    given: dict[str, Any] = {
-        name: getattr(args, name)
-        for name in _OVERRIDES
-        if getattr(args, name, None) is not None
-    }
-    if not args.finetune:
-        # The share of the run that is spent with ReLUs stays.
-        share = given.get("epochs", recipe.epochs) / recipe.epochs
-        return replace(recipe, relu_epochs=recipe.relu_epochs * share, **given)
-    return replace(
-        fine_tuning(recipe, epochs=args.epochs, replace_epochs=args.replace_epochs),
-        **given,
     )

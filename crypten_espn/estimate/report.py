@@ -1,108 +1,41 @@
-"""`crypten-espn estimate`: a projection's options, tables and file."""
+"""A projection as tables for a reader, and as plain values for a file."""
 
 from __future__ import annotations
 
-import argparse
-import json
-import math
-from dataclasses import asdict
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..errors import EspnError
-from ..pillar.networks import NETWORKS
-from ..pillar.storage import BUNDLED
-from ..protocols import TRUNCATIONS
 from ..table import aligned
 from .deployment import Deployment, capacities, per_million
-from .engines import EngineCost, engine_costs, engines
-from .processor import REFERENCE, Processor, calibrate
-from .workload import ALIASES, Workload, workload
+from .engines import EngineCost
+from .processor import Processor
+from .workload import Workload
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of `estimate`, all but --shape, to a parser for `run`."""
-    parser.add_argument(
-        "network",
-        help=f"one of {', '.join([*ALIASES, *NETWORKS])}; bundled: "
-        f"{', '.join(BUNDLED)}; or a .safetensors or .onnx file",
-    )
-    for name, kind, default, text in (
-        ("--classes", _whole, None, "of a network given by name"),
-        ("--degree", _whole, 4, "of the polynomials in place of ReLU"),
-        ("--batch", _whole, 1, "images in one inference"),
-        ("--rtt", _not_negative, 100.0, "round trip of a client's path, ms"),
-        ("--bandwidth", _positive, 100.0, "its rate each way, Mbit/s"),
-        ("--macs", _positive, None, "10^9 32-bit multiply-accumulates a second of one "
-         "core, 40 for Zen 4; other rates in proportion (default: all measured here)"),
-        ("--clients", _whole, 100, "clients of one server"),
-        ("--server-cores", _whole, 16, "its cores"),
-        ("--server-bandwidth", _positive, 10_000.0, "its line each way, Mbit/s"),
-        ("--dealer-cores", _whole, 16, "the dealer's cores"),
-        ("--dealer-bandwidth", _positive, 10_000.0, "its line each way, Mbit/s"),
-        ("--core-hour", _not_negative, 0.05, "price of a core for an hour"),
-        ("--gigabyte-egress", _not_negative, 0.05, "price of a gigabyte sent"),
-        ("--gigabyte-month", _not_negative, 0.02, "price of a gigabyte stored"),
-        ("--storage-days", _not_negative, 1.0, "days that material lies prepared"),
-    ):  # fmt: skip
-        shown = "" if default is None else f" (default: {default:g})"
-        parser.add_argument(name, type=kind, default=default, help=text + shown)
-    parser.add_argument(
-        "--engines",
-        nargs="+",
-        choices=engines(),
-        default=engines(),
-        help="which ones, of " + ", ".join(engines()),
-        metavar="ENGINE",
-    )
-    parser.add_argument(
-        "--precision",
-        choices=("fast", "high"),
-        default="fast",
-        help="the masked engine's linear layers: 32 or 40 bits (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--truncation",
-        choices=TRUNCATIONS,
-        default="local",
-        help="of espn, opened_mask and beaver (default: %(default)s)",
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows")
+@dataclass(frozen=True)
+class Projection:
+    """What each engine costs in a deployment; printed as tables.
 
+    Args:
+        work: what is computed.
+        costs: one engine's each, of one batch.
+        processor: what its cores do in a second, measured here or as given.
+    """
 
-def run(args: argparse.Namespace) -> int:
-    """Body of `crypten-espn estimate`: print the tables, write the file."""
-    work = workload(
-        args.network,
-        input_shape=args.shape,
-        classes=args.classes,
-        degree=args.degree,
-        precision=args.precision,
-    )
-    costs = [
-        cost
-        for cost in engine_costs(work, batch=args.batch, truncation=args.truncation)
-        if cost.engine in args.engines
-    ]
-    measured = args.macs is None
-    processor = calibrate() if measured else REFERENCE.scaled(1e9 * args.macs)
-    deployment = Deployment(
-        rtt_s=args.rtt / 1e3,
-        bits_per_second=1e6 * args.bandwidth,
-        clients=args.clients,
-        server_cores=args.server_cores,
-        dealer_cores=args.dealer_cores,
-        server_bits=1e6 * args.server_bandwidth,
-        dealer_bits=1e6 * args.dealer_bandwidth,
-        core_hour=args.core_hour,
-        gigabyte_egress=args.gigabyte_egress,
-        gigabyte_month=args.gigabyte_month,
-        storage_days=args.storage_days,
-    )
-    rows = [row(cost, processor, deployment) for cost in costs]
-    print(_text(work, rows, processor, deployment, measured=measured))
-    if args.json is not None:
-        content = {
+    work: Workload
+    costs: list[EngineCost]
+    processor: Processor
+    deployment: Deployment
+    measured: bool
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return `row` of each engine."""
+        return [row(cost, self.processor, self.deployment) for cost in self.costs]
+
+    def plain(self) -> dict[str, Any]:
+        """Return everything as plain values, for a file."""
+        work = self.work
+        return {
             "network": {
                 "name": work.name,
                 "input_shape": work.input_shape,
@@ -111,18 +44,13 @@ def run(args: argparse.Namespace) -> int:
                 "activations": work.activations,
                 "unplanned": work.unplanned,
             },
-            "processor": {"measured": measured, **asdict(processor)},
-            "deployment": asdict(deployment),
-            "rows": rows,
+            "processor": {"measured": self.measured, **asdict(self.processor)},
+            "deployment": asdict(self.deployment),
+            "rows": self.rows(),
         }
-        try:
-            args.json.write_text(json.dumps(content, indent=2) + "\n")
-        except OSError as error:
-            raise EspnError(
-                f"--json {args.json} cannot be written ({error.strerror}); name a "
-                "file in a folder that exists"
-            ) from None
-    return 0
+
+    def __str__(self) -> str:
+        return _text(self)
 
 
 def row(
@@ -151,15 +79,9 @@ def row(
     }
 
 
-def _text(
-    work: Workload,
-    rows: list[dict[str, Any]],
-    processor: Processor,
-    deployment: Deployment,
-    *,
-    measured: bool,
-) -> str:
-    d = deployment
+def _text(found: Projection) -> str:
+    work, d, processor = found.work, found.deployment, found.processor
+    rows, measured = found.rows(), found.measured
     degrees = sorted({layer.polynomial.degree for layer in work.nonlinear})
     batch = rows[0]["batch"] if rows else 1
     lines = [
@@ -184,7 +106,11 @@ def _text(
     ]
     for line in rows:
         down, up = line["bytes_sent"]
-        sizes = (down, up, *(line[f"{n}_bytes"] for n in ("dealer", "client", "once")))
+        sizes = (
+            down,
+            up,
+            *(line[f"{n}_bytes"] for n in ("dealer", "client", "once")),
+        )
         silent = line["online_s"] + line["slow_start_s"]
         seconds = (line["offline_s"], line["online_s"], silent)
         phases.append(
@@ -241,31 +167,3 @@ def _short(value: float) -> str:
     """Three digits, without an exponent."""
     text = f"{value:.3g}"
     return f"{float(text):,.0f}" if value >= 1000 else text
-
-
-def _whole(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: give a whole number from 1 on")
-    return int(text)
-
-
-def _number(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number; give one like 100")
-    return value
-
-
-def _positive(text: str) -> float:
-    if _number(text) <= 0:
-        raise argparse.ArgumentTypeError(f"{text}: give a number above 0")
-    return float(text)
-
-
-def _not_negative(text: str) -> float:
-    if _number(text) < 0:
-        raise argparse.ArgumentTypeError(f"{text}: give 0 or more")
-    return float(text)

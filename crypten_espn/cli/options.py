@@ -1,0 +1,144 @@
+"""How values are read: each kind of option, and options that take several values."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import torch
+import typer
+from typer.core import TyperCommand, TyperOption
+
+from ..pillar.storage import network_file
+
+T = TypeVar("T")
+
+
+class Command(TyperCommand):
+    """A command whose options may take several values, as in `--client alice bob`.
+
+    An option whose metavar ends in "..." takes all values up to the next option. What
+    looks like an option is never a value: in `--out --quiet` one is missing.
+    """
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Repeat an option's name before each of its values, then parse."""
+        takers = {
+            name: option
+            for option in self.params
+            if isinstance(option, TyperOption) and not option.is_flag
+            for name in option.opts
+        }
+        words, rest = [], list(args)
+        while rest and rest[0] != "--":
+            name = rest.pop(0)
+            if (option := takers.get(name)) is None:
+                words.append(name)
+                continue
+            # A dash before a digit or a dot begins a number.
+            ends = (i for i, word in enumerate(rest) if re.match(r"-[^\d.]", word))
+            values = rest[: next(ends, len(rest))]
+            if len(values) < option.nargs:
+                ctx.fail(f"{name} takes {option.nargs} value(s), {len(values)} given.")
+            if (option.metavar or "").endswith("..."):
+                words += [word for value in values for word in (name, value)]
+            else:
+                del values[option.nargs :]
+                words += [name, *values]
+            del rest[: len(values)]
+        return super().parse_args(ctx, words + rest)
+
+
+def argument(help: str, metavar: str) -> Any:
+    """What stands without a name."""
+    return typer.Argument(metavar=metavar, help=help)
+
+
+def option(help: str, metavar: str | None = None, *names: str) -> Any:
+    """Any text or path; a flag by its names alone."""
+    return typer.Option(*names, metavar=metavar, help=help)
+
+
+def checked(
+    help: str,
+    metavar: str,
+    read: Callable[[str], T],
+    good: Callable[[T], bool],
+    refusal: str,
+) -> Any:
+    """Text that `read` takes without a ValueError to a good value, or a refusal."""
+
+    def parse(text: object) -> T:
+        try:
+            value = read(str(text))
+            if good(value):
+                return value
+        except ValueError:
+            pass
+        raise typer.BadParameter(f"{str(text)!r} {refusal}")
+
+    return typer.Option(parser=parse, metavar=metavar, help=help)
+
+
+def choice(help: str, *allowed: str, several: bool = False) -> Any:
+    """One of the words allowed, or several."""
+    metavar = "|".join(allowed) + ("..." if several else "")
+    refusal = f"was given; choose from {', '.join(allowed)}"
+    return checked(help, metavar, str, allowed.__contains__, refusal)
+
+
+def whole(help: str, least: int = 1) -> Any:
+    """A whole number."""
+    refusal = f"was given; give a whole number from {least} on"
+    return checked(help, "INT", _integer, lambda value: value >= least, refusal)
+
+
+def positive(help: str) -> Any:
+    """A number above 0."""
+    good, refusal = (lambda value: 0 < value < math.inf), "was given; give a number > 0"
+    return checked(help, "FLOAT", float, good, refusal)
+
+
+def not_negative(help: str) -> Any:
+    """A number from 0 on."""
+    good, refusal = (lambda value: 0 <= value < math.inf), "was given; give 0 or more"
+    return checked(help, "FLOAT", float, good, refusal)
+
+
+def input_shape(help: str) -> Any:
+    """One input's shape, without the batch."""
+    return checked(
+        f"one input's shape without the batch, such as 3,32,32 ({help})",
+        "SIZES",
+        lambda text: torch.Size(map(_integer, text.split(","))),
+        lambda shape: min(shape) >= 1,
+        "is not a shape; give positive sizes such as 3,32,32",
+    )
+
+
+def _integer(text: str) -> int:
+    if not re.fullmatch("[+-]?[0-9]+", text):
+        raise ValueError(text)
+    return int(text)
+
+
+# A product has twice an operand's fractional bits, and must fit 63 bits.
+SEVERAL_BITS = checked(
+    "fractional bits of CrypTen's encoder; several are compared",
+    "BITS...",
+    _integer,
+    range(1, 31).__contains__,
+    "is no number of fractional bits; give 1 to 30, such as 16",
+)
+_NETWORK = ".onnx, a trained .safetensors, or a bundled network's name"
+NetworkFile = Annotated[
+    Path, typer.Argument(parser=network_file, metavar="NETWORK", help=_NETWORK)
+]
+INPUTS = ".npy of inputs as the network takes them, (n, channels, height, width)"
+Calibration = Annotated[Path, option(f"{INPUTS}; they bound every layer", "FILE")]
+Precision = Annotated[
+    str, choice("32-bit (fast) or 40-bit (high) linear layers", "fast", "high")
+]
