@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -50,6 +49,9 @@ _MACS = (
     "10^9 32-bit multiply-accumulates a second of one core, 40 for Zen 4; other rates "
     "in proportion (default: all measured here)"
 )
+_TRUNCATION = "of espn, opened_mask and beaver"
+_PROTOCOL = "what computes it (default: masked, with --precision-bits espn)"
+_LOCAL = "of CrypTen's protocols (default: local)"
 _BOUNDING = ".npy of inputs that bound the masked engine's layers (default: the input)"
 
 
@@ -64,16 +66,14 @@ def check(
       crypten-espn check network.safetensors
       crypten-espn check fashion-resnet
     """
-    if network.suffix == ".onnx":
-        if shape is None:
-            raise EspnError(
-                "an .onnx file needs --shape, one input without the batch, such as "
-                "--shape 3,224,224"
-            )
-        report = check_network(network, torch.zeros(1, *shape))
-    else:
-        model = load_network(network)
-        report = check_network(model, torch.zeros(1, *model.input_shape))
+    model = _fitting(network)
+    size = model.input_shape if isinstance(model, Network) else shape
+    if size is None:
+        raise EspnError(
+            "an .onnx file needs --shape, one input without the batch, such as "
+            "--shape 3,224,224"
+        )
+    report = check_network(model, torch.zeros(1, *size))
     print(report)
     return 0 if report.ok else 1
 
@@ -100,12 +100,8 @@ def estimate(
         list[str] | None, choice("default: all", *engine_names(), several=True)
     ] = None,
     precision: Precision = "fast",
-    truncation: Annotated[
-        str, choice("of espn, opened_mask and beaver", *TRUNCATIONS)
-    ] = "local",
-    json_file: Annotated[
-        Path | None, option("write the rows", "FILE", "--json")
-    ] = None,
+    truncation: Annotated[str, choice(_TRUNCATION, *TRUNCATIONS)] = "local",
+    json: Annotated[Path | None, option("write the rows", "FILE")] = None,
 ) -> int:
     """Project what private inference costs: rounds, bytes, seconds, capacity, money.
 
@@ -138,13 +134,12 @@ def estimate(
     processor = calibrate() if macs is None else REFERENCE.scaled(1e9 * macs)
     found = Projection(work, costs, processor, deployment, measured=macs is None)
     print(found)
-    if json_file is not None:
-        text = json.dumps(found.plain(), indent=2) + "\n"
+    if json is not None:
         try:
-            json_file.write_text(text)
+            json.write_text(found.to_json())
         except OSError as error:
             raise EspnError(
-                f"--json {json_file} cannot be written ({error.strerror}); name a "
+                f"--json {json} cannot be written ({error.strerror}); name a "
                 "file in a folder that exists"
             ) from None
     return 0
@@ -155,13 +150,8 @@ def estimate(
 def explain(
     network: NetworkFile,
     input: Annotated[Path, option(INPUTS, "FILE")],
-    protocol: Annotated[
-        str | None,
-        choice("default: masked, with --precision-bits espn", MASKED, *PROTOCOLS),
-    ] = None,
-    truncation: Annotated[
-        str | None, choice("of CrypTen's protocols (default: local)", *TRUNCATIONS)
-    ] = None,
+    protocol: Annotated[str | None, choice(_PROTOCOL, MASKED, *PROTOCOLS)] = None,
+    truncation: Annotated[str | None, choice(_LOCAL, *TRUNCATIONS)] = None,
     precision_bits: Annotated[list[int] | None, SEVERAL_BITS] = None,
     precision: Annotated[
         list[str] | None,
@@ -189,30 +179,22 @@ def explain(
     example = inputs if calibration is None else _calibration_inputs(calibration)
     model = _fitting(network, (input, inputs), (calibration or input, example))
     private = convert(model, example, protocol=chosen, truncation=truncation)
-    if len(precision or precision_bits or ()) > 1:
-        print(
-            compare_precisions(
-                private,
-                inputs,
-                precision=precision or (),
-                precision_bits=precision_bits or (),
-            )
-        )
+    ways, bits = precision or [], precision_bits or []
+    if len(ways) > 1 or len(bits) > 1:
+        print(compare_precisions(private, inputs, precision=ways, precision_bits=bits))
         return 0
     found = explain_network(
         private,
         inputs,
-        precision_bits=precision_bits[0] if precision_bits else None,
-        precision=precision[0] if precision else "fast",
+        precision=ways[0] if ways else "fast",
+        precision_bits=bits[0] if bits else None,
     )
     print(found)
     return 0 if found.overflow is None else 1
 
 
 def plan(
-    network: NetworkFile,
-    calibration: Calibration,
-    precision: Precision = "fast",
+    network: NetworkFile, calibration: Calibration, precision: Precision = "fast"
 ) -> int:
     """Print the masked engine's plan of a network: rings, scales, bytes, error.
 

@@ -98,14 +98,14 @@ def whole(help: str, least: int = 1) -> Any:
 
 def positive(help: str) -> Any:
     """A number above 0."""
-    good, refusal = (lambda value: 0 < value < math.inf), "was given; give a number > 0"
-    return checked(help, "FLOAT", float, good, refusal)
+    refusal = "was given; give a number above 0"
+    return checked(help, "FLOAT", float, lambda value: 0 < value < math.inf, refusal)
 
 
 def not_negative(help: str) -> Any:
     """A number from 0 on."""
-    good, refusal = (lambda value: 0 <= value < math.inf), "was given; give 0 or more"
-    return checked(help, "FLOAT", float, good, refusal)
+    refusal = "was given; give a number from 0 on"
+    return checked(help, "FLOAT", float, lambda value: 0 <= value < math.inf, refusal)
 
 
 def input_shape(help: str) -> Any:
@@ -139,6 +139,4 @@ NetworkFile = Annotated[
 ]
 INPUTS = ".npy of inputs as the network takes them, (n, channels, height, width)"
 Calibration = Annotated[Path, option(f"{INPUTS}; they bound every layer", "FILE")]
-Precision = Annotated[
-    str, choice("32-bit (fast) or 40-bit (high) linear layers", "fast", "high")
-]
+Precision = Annotated[str, choice("32-bit or 40-bit linear layers", "fast", "high")]

@@ -6,7 +6,7 @@ import logging
 import signal
 import sys
 import threading
-from dataclasses import fields
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -22,21 +22,13 @@ from ..serving.link import Limits, Link
 from ..serving.server import ModelServer
 from ..wire.tls import TLS
 from .networks import planned
-from .options import (
-    Calibration,
-    NetworkFile,
-    Precision,
-    argument,
-    checked,
-    option,
-)
+from .options import Calibration, NetworkFile, Precision, argument, checked, option
 
-_LIMITS: dict[str, int | float] = {
-    f.name: getattr(Limits(), f.name) for f in fields(Limits)
-}
-
-
+_LIMITS = asdict(Limits())
 _DEFAULTS = ", ".join(f"{name}={value:g}" for name, value in _LIMITS.items())
+_LIMIT = f"what is put up with; may be repeated (defaults: {_DEFAULTS})"
+_TLS = "PEM files for mutual TLS", "CERTIFICATE KEY AUTHORITY"
+_VERBOSE = "log every session to standard error, not only what was refused"
 _INSECURE = (
     "allow addresses beyond this machine without TLS: whoever sees the traffic can "
     "then undo the masks"
@@ -55,20 +47,11 @@ _CLIENTS = "names of clients, a certificate each"
 
 Listen = Annotated[str, argument("host:port to listen on", "ADDRESS")]
 Dealer = Annotated[str, option("host:port of the dealer", "ADDRESS")]
-Material = Annotated[Path | None, option("folder that keeps prepared material", "DIR")]
-LimitList = Annotated[
-    list[str] | None,
-    option(f"what is put up with; repeatable (defaults: {_DEFAULTS})", "NAME=VALUE"),
-]
-Tls = Annotated[
-    tuple[str, str, str] | None,
-    option("PEM files for mutual TLS", "CERTIFICATE KEY AUTHORITY"),
-]
+Material = Annotated[Path | None, option("folder of prepared randomness", "DIR")]
+LimitList = Annotated[list[str] | None, option(_LIMIT, "NAME=VALUE")]
+Tls = Annotated[tuple[str, str, str] | None, option(*_TLS)]
 Insecure = Annotated[bool, option(_INSECURE, None, "--insecure")]
-Verbose = Annotated[
-    bool,
-    option("log every session, not only what was refused", None, "-v", "--verbose"),
-]
+Verbose = Annotated[bool, option(_VERBOSE, None, "-v", "--verbose")]
 
 
 def serve(
@@ -205,19 +188,18 @@ def _until_stopped(server: Host, doing: str) -> int:
 
 
 def _limits(given: list[str] | None) -> Limits:
-    limits: dict[str, int | float] = {}
+    limits = Limits()
     for text in given or ():
         name, _, value = text.partition("=")
         try:
-            limits[name] = type(_LIMITS[name])(value)
-            Limits(**limits)  # type: ignore[arg-type]
+            limits = replace(limits, **{name: type(_LIMITS[name])(value)})
         except (KeyError, ValueError):
             raise typer.BadParameter(
                 f"{text!r} is no limit; give NAME=VALUE with a positive number and one "
                 f"of {', '.join(_LIMITS)}",
                 param_hint="'--limit'",
             ) from None
-    return Limits(**limits)  # type: ignore[arg-type]
+    return limits
 
 
 def _link(

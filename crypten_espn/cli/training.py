@@ -23,6 +23,7 @@ _START = (
     "network with ReLU, as `crypten-espn train --activation relu` writes, or "
     "fashion-resnet-relu, which is bundled"
 )
+_PENALTY = "of inputs outside the interval; sum is the paper's"
 _REPLACE = "epochs over which ReLUs give way (default: a quarter of --epochs)"
 
 RecipeName = Annotated[str, option(f"one of {', '.join(RECIPES)}", "NAME")]
@@ -36,15 +37,15 @@ Quiet = Annotated[bool, option("no progress bars", None, "--quiet")]
 Activation = Annotated[str | None, choice("of all layers", "polynomial", "relu")]
 Degree = Annotated[int | None, whole("degree of the polynomial")]
 FracBits = Annotated[int | None, whole("fractional bits of its coefficients", 0)]
-Radius = Annotated[float | None, positive("its interval is [-RADIUS, RADIUS]")]
-Penalty = Annotated[str | None, choice("sum: paper's", "sum", "mean", "boundary")]
+Radius = Annotated[float | None, positive("the interval is [-RADIUS, RADIUS]")]
+Penalty = Annotated[str | None, choice(_PENALTY, "sum", "mean", "boundary")]
 Gamma = Annotated[float | None, positive("where the penalty of one input reaches 1")]
 Beta = Annotated[float | None, not_negative("weight of the penalty")]
 Epochs = Annotated[int | None, whole("passes over the training images")]
 BatchSize = Annotated[int | None, whole("images a step", 2)]
 LearningRate = Annotated[float | None, positive("peak learning rate")]
 WeightDecay = Annotated[float | None, not_negative("weight decay")]
-ClipNorm = Annotated[float | None, positive("largest gradient norm, norms spared")]
+ClipNorm = Annotated[float | None, positive("largest gradient norm, batch-norm spared")]
 TrainPrecision = Annotated[str | None, choice("in training", "float32", "bfloat16")]
 HeldOut = Annotated[int | None, whole("validation images", 0)]
 Crop = Annotated[int | None, whole("padding from which training crops are taken", 0)]
@@ -167,8 +168,7 @@ def _run(
     print(result)
     if recipe.activation == "polynomial":
         images = load_dataset(recipe.dataset, directory=data, held_out=recipe.held_out)
-        network = load_network(result.path)
-        print(range_report(network, images.validation.batches(500)))
+        print(range_report(load_network(result.path), images.validation.batches(500)))
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -32,10 +33,10 @@ class Projection:
         """Return `row` of each engine."""
         return [row(cost, self.processor, self.deployment) for cost in self.costs]
 
-    def plain(self) -> dict[str, Any]:
-        """Return everything as plain values, for a file."""
+    def to_json(self) -> str:
+        """Return everything but the tables."""
         work = self.work
-        return {
+        content = {
             "network": {
                 "name": work.name,
                 "input_shape": work.input_shape,
@@ -48,6 +49,7 @@ class Projection:
             "deployment": asdict(self.deployment),
             "rows": self.rows(),
         }
+        return json.dumps(content, indent=2) + "\n"
 
     def __str__(self) -> str:
         return _text(self)
