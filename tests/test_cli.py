@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import importlib.metadata
+import re
+import runpy
+import shlex
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import typer
 from torch import nn
 
 import crypten_espn as espn
@@ -23,20 +29,144 @@ def run(capsys, *arguments):
     return status, captured.out, captured.err
 
 
-def test_every_command_has_help_with_examples(capsys):
+COMMANDS = (
+    "demo", "doctor", "check", "estimate", "explain", "plan", "serve", "predict",
+    "deal", "material", "keys", "train", "finetune",
+)  # fmt: skip
+
+
+def refused(capsys, *arguments):
+    """What a wrong usage says, on one line without what every one says."""
     with pytest.raises(SystemExit) as ended:
-        cli.main(["--help"])
+        cli.main(arguments)
+    captured = capsys.readouterr()
+    assert ended.value.code == 2 and captured.out == ""
+    line, hint = captured.err.splitlines()
+    assert line.startswith("crypten-espn: ") and "--help" in hint
+    return line
+
+
+def helped(capsys, *arguments):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(arguments)
     assert ended.value.code == 0
-    text = capsys.readouterr().out
-    commands = ("demo", "doctor", "check", "explain", "train", "finetune")
-    for command in commands:
-        assert command in text
-        with pytest.raises(SystemExit) as ended:
-            cli.main([command, "--help"])
-        assert ended.value.code == 0
-        assert (
-            f"crypten-espn {command}" in capsys.readouterr().out.split("examples:")[1]
-        )
+    return capsys.readouterr().out
+
+
+def test_help_lists_every_command(capsys):
+    text = helped(capsys, "--help")
+    listed = re.findall(r"^  (\w+)  +\S", text.split("Commands:")[1], re.M)
+    assert tuple(listed) == COMMANDS
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_examples_that_parse(capsys, command):
+    text = helped(capsys, command, "--help")
+    assert text.isascii() and text == helped(capsys, command, "-h")
+    examples = text.split("examples:")[1].replace("\\\n", "").strip().splitlines()
+    parser = typer.main.get_command(cli.app()).commands[command]
+    for example in examples:
+        program, name, *options = shlex.split(example, comments=True)
+        assert (program, name) == ("crypten-espn", command)
+        assert parser.make_context(name, options).params
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["check", "x.onnx", "--shape", "3,,4"], ["--shape", "'3,,4'", "3,32,32"]),
+        (["check", "x.onnx", "--shape", "3,-1"], ["--shape", "'3,-1'", "3,32,32"]),
+        (["explain", "x", "--input", "i", "--protocol", "gmw"], ["gmw", "espn, op"]),
+        (["explain", "x", "--input", "i", "--precision", "fast", "low"], ["low", "hi"]),
+        (
+            ["explain", "x", "--input", "i", "--truncation", "no"],
+            ["no", "local, exact"],
+        ),
+        (["explain", "x"], ["--input"]),
+        (["estimate", "minionn", "--engines", "espn", "mpc"], ["mpc", "opened_mask"]),
+        (["estimate", "minionn", "--rtt", "-1"], ["--rtt", "'-1'", "0 on"]),
+        (["estimate", "minionn", "--rtt", "nan"], ["--rtt", "'nan'", "0 on"]),
+        (["estimate", "minionn", "--macs", "0"], ["--macs", "'0'", "above 0"]),
+        (["estimate", "minionn", "--batch", "1.5"], ["--batch", "'1.5'", "1 on"]),
+        (["estimate", "minionn", "--batch", "-2"], ["--batch", "'-2'", "1 on"]),
+        (["estimate", "minionn", "--bacth", "2"], ["--bacth", "--batch"]),
+        (["plan", "x", "--calibration", "i", "--precision", "8"], ["'8'", "fast, hi"]),
+        (["train", "--threads", "0"], ["--threads", "'0'", "1 on"]),
+        (["train", "--penalty", "l2"], ["--penalty", "'l2'", "sum, mean, boundary"]),
+        (["train", "--epochs", "many"], ["--epochs", "'many'", "1 on"]),
+        (["finetune", "--start", "x", "--replace-epochs", "-1"], ["'-1'", "0 on"]),
+        (["finetune"], ["--start"]),
+        (["finetune", "--start", "x", "--activation", "relu"], ["--activation"]),
+        (["predict", "a:1", "--dealer", "b:1"], ["--input"]),
+        (["serve", "x"], ["ADDRESS"]),
+        (["material", "a", "b"], ["b"]),
+        (["chek", "x"], ["chek", "check"]),
+    ],
+    ids=lambda value: " ".join(value),
+)
+def test_a_wrong_value_is_named_with_what_is_allowed(capsys, arguments, named):
+    line = refused(capsys, *arguments)
+    assert all(part in line for part in named), line
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [
+            "predict",
+            "a:1",
+            "--dealer",
+            "b:1",
+            "--input",
+            "x.npy",
+            "--out",
+            "--insecure",
+        ],
+        ["deal", "127.0.0.1:0", "--tls", "a.pem", "a.key", "--insecure"],
+        ["keys", "folder", "--client", "--server", "host"],
+        ["train", "--out"],
+    ],
+    ids=" ".join,
+)
+def test_an_option_is_never_the_value_of_another(
+    capsys, tmp_path, monkeypatch, arguments
+):
+    monkeypatch.chdir(tmp_path)
+    line = refused(capsys, *arguments)
+    assert re.search(r"--(out|tls|client) takes [13] value\(s\), [02] given", line)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_option_takes_several_values_or_is_repeated(capsys):
+    parser = typer.main.get_command(cli.app()).commands
+    for words in (
+        ["n", "--precision-bits", "8", "12", "--input", "i"],
+        ["--input", "i", "--precision-bits", "8", "--precision-bits", "12", "n"][:-1]
+        + ["--", "n"],
+        ["--precision-bits=8", "n", "--precision-bits", "12", "--input", "i"],
+    ):
+        params = parser["explain"].make_context("explain", words).params
+        assert params["precision_bits"] == [8, 12] and params["network"] == Path("n")
+    words = ["--limit", "batch=2", "a:1", "--limit", "count=3"]
+    params = parser["deal"].make_context("deal", words).params
+    assert params["limit"] == ["batch=2", "count=3"] and params["address"] == "a:1"
+
+
+def test_an_interrupt_ends_with_130(capsys, monkeypatch):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("crypten_espn.doctor.report", interrupted)
+    status, out, err = run(capsys, "doctor")
+    assert (status, out, err) == (130, "", "crypten-espn: interrupted\n")
+
+
+def test_the_package_runs_as_a_module(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["crypten-espn", "--version"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("crypten_espn.cli", run_name="__main__")
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"crypten-espn {espn.__version__}\n"
 
 
 def test_no_command_and_wrong_command_are_usage_errors(capsys):

@@ -4,8 +4,6 @@ A command is a function: its parameters are the options, its docstring the help,
 the examples below the first paragraph, and what it returns the exit status.
 """
 
-from __future__ import annotations
-
 import inspect
 import sys
 from collections.abc import Sequence
@@ -67,10 +65,11 @@ def _root(version: Annotated[bool, _VERSION] = False) -> None:
     """Private neural-network inference with polynomial activations."""
 
 
-def _app() -> typer.Typer:
+def app() -> typer.Typer:
+    """Return all commands, with the protocols that are in the table now."""
     # Plain text, for help is read in pipes and logs too. No shell completion: it would
     # import torch at every press of the key.
-    app = typer.Typer(
+    commands = typer.Typer(
         callback=_root,
         epilog="crypten-espn COMMAND --help shows each command's options and examples.",
         context_settings={"help_option_names": ["-h", "--help"]},
@@ -80,10 +79,10 @@ def _app() -> typer.Typer:
     for function in _COMMANDS:
         summary, _, examples = (inspect.getdoc(function) or "").partition("\n\n")
         shown = "\b\n" + examples  # after \b lines stay as they are
-        app.command(cls=Command, help=summary, short_help=summary, epilog=shown)(
+        commands.command(cls=Command, help=summary, short_help=summary, epilog=shown)(
             function
         )
-    return app
+    return commands
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -94,7 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             cannot be parsed.
     """
     given = sys.argv[1:] if arguments is None else list(arguments)
-    command = typer.main.get_command(_app())
+    command = typer.main.get_command(app())
     try:
         with command.make_context("crypten-espn", given) as context:
             status: int = command.invoke(context)

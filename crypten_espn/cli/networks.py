@@ -13,11 +13,8 @@ from ..convert import check as check_network
 from ..convert import convert
 from ..engines import MASKED
 from ..errors import EspnError
-from ..estimate.deployment import Deployment
 from ..estimate.engines import engine_costs
 from ..estimate.engines import engines as engine_names
-from ..estimate.processor import REFERENCE, calibrate
-from ..estimate.report import Projection
 from ..estimate.workload import ALIASES, workload
 from ..explain import compare_precisions
 from ..explain import explain as explain_network
@@ -110,6 +107,10 @@ def estimate(
       crypten-espn estimate resnet50 --shape 3,224,224 --classes 1000 --macs 40
       crypten-espn estimate model.onnx --shape 3,224,224 --clients 1000
     """
+    from ..estimate.deployment import Deployment
+    from ..estimate.processor import REFERENCE, calibrate
+    from ..estimate.report import Projection
+
     work = workload(
         network, input_shape=shape, classes=classes, degree=degree, precision=precision
     )

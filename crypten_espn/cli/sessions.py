@@ -1,7 +1,5 @@
 """`crypten-espn serve`, `predict`, `deal`, `material` and `keys`."""
 
-from __future__ import annotations
-
 import logging
 import signal
 import sys
@@ -131,7 +129,9 @@ def deal(
     return _until_stopped(server, "dealing on")
 
 
-def material(folder: Annotated[Path, argument("of --material", "FOLDER")]) -> int:
+def material(
+    folder: Annotated[Path, argument("as --material named", "FOLDER")],
+) -> int:
     """List what a folder of prepared randomness still holds.
 
     examples:

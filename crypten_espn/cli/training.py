@@ -1,7 +1,5 @@
 """`crypten-espn train` and `crypten-espn finetune`: options in, a result printed."""
 
-from __future__ import annotations
-
 import shlex
 import sys
 from dataclasses import fields, replace
@@ -11,7 +9,6 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from ..pillar import training
 from ..pillar.data import load_dataset
 from ..pillar.ranges import range_report
 from ..pillar.recipe import RECIPES, Recipe, find_recipe, fine_tuning
@@ -29,7 +26,7 @@ _REPLACE = "epochs over which ReLUs give way (default: a quarter of --epochs)"
 RecipeName = Annotated[str, option(f"one of {', '.join(RECIPES)}", "NAME")]
 Data = Annotated[Path, option("folder of the data set", "DIR")]
 Out = Annotated[Path | None, option(f"folder {_OUT}", "DIR")]
-Device = Annotated[str | None, option("default: cuda if there is one", "cpu|cuda")]
+Device = Annotated[str | None, option("cpu or cuda; cuda if there is one", "NAME")]
 Threads = Annotated[int | None, whole("processor threads of torch")]
 Quiet = Annotated[bool, option("no progress bars", None, "--quiet")]
 
@@ -154,6 +151,8 @@ def _run(
     threads: int | None,
     quiet: bool,
 ) -> int:
+    from ..pillar import training
+
     if threads is not None:
         torch.set_num_threads(threads)
     print(f"recipe {recipe.name}, {_description(recipe)}")
