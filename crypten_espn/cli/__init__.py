@@ -58,7 +58,9 @@ def _print_version(asked: bool) -> None:
         raise typer.Exit
 
 
-_VERSION = typer.Option("--version", callback=_print_version, is_eager=True)
+_VERSION = typer.Option(
+    "--version", callback=_print_version, is_eager=True, help="Show it and exit."
+)
 
 
 def _root(version: Annotated[bool, _VERSION] = False) -> None:
