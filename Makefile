@@ -10,6 +10,9 @@ LOG := $(VENV)/install.log
 export SKLEARN_ALLOW_DEPRECATED_SKLEARN_PACKAGE_INSTALL := True
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
+# Many processes import torch: seconds each where its bytecode may not be kept.
+unexport PYTHONDONTWRITEBYTECODE
+
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help

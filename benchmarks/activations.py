@@ -108,6 +108,7 @@ def run_party(task: dict[str, Any]) -> None:
             model=f"activation[{task['points']}]",
             batch=1,
             repeat=task["repeat"],
+            fill_s=task["fill_s"],
             limit_s=task["limit_s"],
             emit=party.emit_line,
         )
@@ -235,7 +236,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     results = Results(options.json)
     names = ("points", "degree", "protocols", "channels", "provider", "threads")
-    task = {name: getattr(options, name) for name in (*names, "repeat", "limit_s")}
+    names += ("repeat", "fill_s", "limit_s")
+    task = {name: getattr(options, name) for name in names}
     try:
         ended_well = run_on_networks(
             results,

@@ -135,6 +135,7 @@ def run_party(task: dict[str, Any], emit: Callable[[Any], None]) -> None:
                 model=model,
                 batch=task["batch"],
                 repeat=task["repeat"],
+                fill_s=task["fill_s"],
                 limit_s=task["limit_s"],
                 emit=emit,
             )
@@ -272,7 +273,8 @@ def _run_on_two_hosts(results: Results, options: argparse.Namespace) -> bool:
 
 def _task(options: argparse.Namespace) -> dict[str, Any]:
     names = ("models", "protocols", "channels", "batch", "threads", "provider")
-    return {name: getattr(options, name) for name in (*names, "repeat", "limit_s")}
+    names += ("repeat", "fill_s", "limit_s")
+    return {name: getattr(options, name) for name in names}
 
 
 def make_parser() -> argparse.ArgumentParser:

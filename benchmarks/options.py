@@ -32,6 +32,13 @@ def add_run_options(
         default=repeat,
         help=f"turns; a short system runs several times in each; default {repeat}",
     )
+    parser.add_argument(
+        "--fill-s",
+        type=float,
+        default=12.0,
+        help="seconds for which a short system is repeated, up to 41 runs; 0: --repeat "
+        "alone counts; default 12",
+    )
     parser.add_argument("--threads", type=int, default=1, help="per party; default 1")
     parser.add_argument(
         "--provider",

@@ -14,6 +14,10 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
+# Read when torch is imported, here and in what tests start: on tensors as small as
+# theirs a second thread costs more than it does.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import crypten_espn  # noqa: F401 - CrypTen cannot be imported before its patches
 from crypten_espn import launch
 

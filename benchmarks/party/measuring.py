@@ -13,7 +13,7 @@ from .control import Control
 
 MARK = "SAMPLE "
 LONG_RUN_S = 10.0  # a run this long needs no warm-up
-FILL_S, MANY = 12.0, 41  # short ones are repeated for so long, or so many times
+MANY = 41  # runs of a short system are enough
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +59,7 @@ def measure(
     model: str,
     batch: int,
     repeat: int,
+    fill_s: float,
     limit_s: float,
     emit: Callable[[Mapping[str, Any]], None],
 ) -> None:
@@ -67,7 +68,7 @@ def measure(
     1. A first run of each is not counted: it traces, and warms caches. One that takes
        longer than `LONG_RUN_S` has warmed them by itself, and counts.
     2. Every turn runs each system: a short one several times, so that its median rests
-       on `FILL_S` seconds or `MANY` runs; a long one only while its runs together stay
+       on `fill_s` seconds or `MANY` runs; a long one only while its runs together stay
        below `limit_s`.
     3. Every online phase begins after `Control.silence_s`, so that it does not depend
        on what the connection carried before.
@@ -106,7 +107,7 @@ def measure(
             estimate = run(index, counted=False)
         if estimate <= limit_s:
             wanted[index] = max(
-                repeat, min(MANY, round(FILL_S / (silence_s + estimate)))
+                repeat, min(MANY, round(fill_s / (silence_s + estimate)))
             )
         elif control.rank == 0:
             reason = f"one run of {estimate:.3g} s is over the limit of {limit_s:g} s"

@@ -160,7 +160,7 @@ def test_given_the_draws_the_logits_are_the_parties_bit_for_bit(
 @pytest.mark.parametrize("path", BUNDLED, ids=lambda path: path.stem)
 def test_bundled_networks_within_the_declared_rounding(path, bits):
     sample = fashion_sample()
-    images = sample.normalization(sample.images[:4])
+    images = sample.normalization(sample.images[:2])
     private = espn.convert(load_network(path), images, protocol="espn")
     found = explain(private, images, precision_bits=bits)
     with crypten.cfg.temp_override({"encoder.precision_bits": bits}):
@@ -177,7 +177,7 @@ def test_bundled_networks_within_the_declared_rounding(path, bits):
 )
 def test_the_masked_engine_has_the_same_door(path, precision):
     sample = fashion_sample()
-    images = sample.normalization(sample.images[:4])
+    images = sample.normalization(sample.images[:2])
     private = espn.convert(load_network(path), images)
     found = explain(private, images, precision=precision)
     logits, _ = espn.simulate(private, images, precision=precision, timeout=110)
