@@ -40,10 +40,10 @@ def infer(network, x, protocol):
 @pytest.mark.parametrize("protocol", ["espn", "opened_mask"])
 def test_rounds_of_the_papers_networks(name, protocol):
     torch.manual_seed(0)
-    model = getattr(networks, name)()
+    model = getattr(networks, name)(size=8)  # its layers are those of every size
     model = espn.replace_activations(model, {nn.ReLU: POLYNOMIAL})
     model = espn.replace_pooling(model)
-    x = torch.randn(1, 3, 32, 32)
+    x = torch.randn(1, 3, 8, 8)
     private = espn.convert(model, x, protocol=protocol)
     for logits, rounds, reveal in run_parties(
         infer, world_size=2, args=(private, x, protocol), timeout=250
