@@ -38,6 +38,9 @@ timeout_s: float | None = float(os.environ.get("CRYPTEN_ESPN_TIMEOUT", "0")) or 
 #: torch threads in each party.
 threads: int = int(os.environ.get("CRYPTEN_ESPN_THREADS", "1"))
 
+#: Modules that the fork server imports before the first party starts, for all of them.
+preloaded: list[str] = ["crypten_espn"]
+
 # A party that fails in the wake of another is given this long to say so, too: the
 # failure that came first is the one worth reading.
 _GRACE_S = 0.5
@@ -204,7 +207,7 @@ class _Parties:
         self._limit = limit
         self._deadline = None if limit is None else time.monotonic() + limit
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["crypten_espn"])
+        self._context.set_forkserver_preload(preloaded)
         self._processes: list[ForkServerProcess] = []
         self._replies: list[_Reply] = []
 

@@ -22,6 +22,8 @@ import crypten_espn  # noqa: F401 - CrypTen cannot be imported before its patche
 from crypten_espn import launch
 
 launch.timeout_s = 120
+# Every party that runs a test module's function imports it, and so this.
+launch.preloaded.append("pytest")
 
 # A gate should not depend on luck: there the examples are the same every time.
 settings.register_profile("gate", derandomize=True)
