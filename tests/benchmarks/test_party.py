@@ -261,8 +261,7 @@ def test_two_hosts_run_what_one_does(tmp_path: Path) -> None:
             *(sys.executable, "-m", "benchmarks.inference", "--rank", str(rank)),
             *("--rendezvous", f"127.0.0.1:{port}", "--models", "minionn"),
             *("--protocols", "masked", "espn", "--channels", "direct"),
-            *("--repeat", "1", "--fill-s", "0", "--limit-s", "5"),
-            *("--json", str(path)),
+            *("--repeat", "1", "--fill-s", "0", "--json", str(path)),
         ][: None if rank == 0 else -2]
         for rank in (0, 1)
     ]
