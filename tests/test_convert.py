@@ -36,6 +36,7 @@ def infer(network, x, protocol):
     return logits, computing.cost.rounds, revealing.cost.rounds
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ROUNDS)
 @pytest.mark.parametrize("protocol", ["espn", "opened_mask"])
 def test_rounds_of_the_papers_networks(name, protocol):

@@ -82,11 +82,13 @@ def committed():
     return checked
 
 
+@pytest.mark.slow
 def test_rounds_and_bytes_equal_every_committed_cell(committed):
     assert len(committed) >= 20
     assert all(check.exact for check in committed)
 
 
+@pytest.mark.slow
 def test_seconds_are_near_the_committed_cells_with_a_delay(committed):
     for check in committed:
         if check.row.rtt_ms:
@@ -361,6 +363,7 @@ SHOWN = re.compile(
 )
 
 
+@pytest.mark.slow
 def test_projections_in_the_documents_are_what_the_command_prints(capsys):
     text = BENCHMARKS.read_text().replace("\\\n", "")
     blocks = SHOWN.findall(text)

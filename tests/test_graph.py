@@ -153,6 +153,7 @@ def torchvision_network(name):
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "size"),
     [

@@ -22,6 +22,7 @@ def test_every_bundled_network_is_found():
     assert names == on_disk - {"fashion_sample"}
 
 
+@pytest.mark.slow
 def test_a_network_at_two_precisions_over_both_engines(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(launch, "timeout_s", 280)
     path = command.BUNDLED / "fashion_resnet_poly.safetensors"

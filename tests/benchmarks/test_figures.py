@@ -232,6 +232,7 @@ def test_interrupted_figures_go_on_where_they_were(data, tmp_path, monkeypatch, 
     assert all(a <= min(r, t) for a, r, t in zip(*by_fit, strict=True))
 
 
+@pytest.mark.slow
 def test_figures_3_and_4_show_divergence(data, tmp_path, monkeypatch):
     use(monkeypatch, data)
     real = training.train

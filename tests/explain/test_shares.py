@@ -156,6 +156,7 @@ def test_given_the_draws_the_logits_are_the_parties_bit_for_bit(
     assert (found.clear - model(x)).abs().max() < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [12, 16])
 @pytest.mark.parametrize("path", BUNDLED, ids=lambda path: path.stem)
 def test_bundled_networks_within_the_declared_rounding(path, bits):
@@ -172,6 +173,7 @@ def test_bundled_networks_within_the_declared_rounding(path, bits):
     assert found.overflow is None and found.failure is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fast", "high"])
 @pytest.mark.parametrize(
     "path", [p for p in BUNDLED if "relu" not in p.stem], ids=lambda path: path.stem
