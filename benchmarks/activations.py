@@ -235,8 +235,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         leave()
 
     results = Results(options.json)
-    names = ("points", "degree", "protocols", "channels", "provider", "threads")
-    names += ("repeat", "fill_s", "limit_s")
+    names = (
+        *("points", "degree", "protocols", "channels", "provider", "threads"),
+        *("repeat", "fill_s", "limit_s"),
+    )
     task = {name: getattr(options, name) for name in names}
     try:
         ended_well = run_on_networks(

@@ -272,8 +272,10 @@ def _run_on_two_hosts(results: Results, options: argparse.Namespace) -> bool:
 
 
 def _task(options: argparse.Namespace) -> dict[str, Any]:
-    names = ("models", "protocols", "channels", "batch", "threads", "provider")
-    names += ("repeat", "fill_s", "limit_s")
+    names = (
+        *("models", "protocols", "channels", "batch", "threads", "provider"),
+        *("repeat", "fill_s", "limit_s"),
+    )
     return {name: getattr(options, name) for name in names}
 
 
