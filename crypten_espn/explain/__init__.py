@@ -21,9 +21,8 @@ from crypten.encoder import FixedPointEncoder
 
 from ..convert import PrivateNetwork
 from ..engines import CrypTen
-from ..errors import ConversionError, ProtocolError, RangeError
-from ..masked.planning import layer_title, masked_model
-from ..masked.planning.network import parameters_of
+from ..errors import ConversionError, ProtocolError
+from ..masked.planning import masked_model
 from ..protocols import settings
 from ..randomness import SEED_BYTES, Keystream
 from .crypten import explain_shares
@@ -82,7 +81,7 @@ def explain(
         at most 1; a polynomial its form's error bound, and 1 for its own truncation.
 
     Raises:
-        DataError, ShapeError, RangeError: the input or a weight, named.
+        DataError, ShapeError, RangeError: the input, named.
         ConversionError: an operation that `convert` does not make.
         ProtocolError: `precision_bits` for the masked engine, or no runs.
         PlanError: the masked engine has no plan; the layer is named.
@@ -95,7 +94,6 @@ def explain(
     if runs < 1:
         raise ProtocolError(f"runs={runs}: at least one run is simulated")
     x = private.batch(x)
-    _check_parameters(private)
     if draws is None:
         draws = Keystream(bytes(SEED_BYTES))
     with torch.no_grad():
@@ -146,14 +144,3 @@ def compare_precisions(
             found = explain(private, x, precision_bits=bits, runs=runs)
             results.append((bits, found))
     return Comparison(tuple(results))
-
-
-def _check_parameters(private: PrivateNetwork) -> None:
-    """Refuse what would only be noticed as garbage in the end."""
-    for name, array in parameters_of(private).items():
-        if not bool(torch.isfinite(torch.from_numpy(array)).all()):
-            users = [n for n, inputs in private._graph.items() if name in inputs]
-            raise RangeError(
-                f"{layer_title(users[0]) if users else name}: its parameter {name} "
-                "holds NaN or infinity; train again, or load another checkpoint"
-            )

@@ -13,7 +13,7 @@ from ..errors import ConversionError
 from .network import NetworkGraph, Node, layer_name
 
 # Elements that any network may have, and that a large input gives no more of.
-_LEAST, _MOST = 1 << 22, 1 << 28
+_LEAST, _MOST = 1 << 22, 1 << 30
 # Elements of all values of one input, for each element of that input.
 _PER_INPUT = 1 << 16
 # The same for each element of the file's constants.
@@ -117,7 +117,8 @@ def _products(graph: NetworkGraph, node: Node) -> int:
         return math.prod(abs(k) for k in kernel)
     if node.op in ("Conv", "Gemm", "MatMul") and len(node.inputs) > 1:
         weight = graph.constants.get(node.inputs[1])
+        if weight is not None and node.op == "Conv" and weight.ndim:
+            return int(weight.size // max(weight.shape[0], 1))
         if weight is not None and weight.ndim:
-            # Of (out, in) and (in, out) alike, all but the smaller.
-            return int(weight.size // max(min(weight.shape), 1))
+            return max(weight.shape[-2:])  # of (out, in) and (in, out) alike
     return 1
