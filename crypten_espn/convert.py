@@ -15,6 +15,7 @@ import torch
 from crypten.mpc import MPCTensor
 from crypten.nn import module as crypten_nn
 
+from .compare import first_difference, in_evaluation, probes
 from .engines import CrypTen, Engine, Masked, chosen_engine
 from .errors import (
     ConversionError,
@@ -24,14 +25,14 @@ from .errors import (
     WorldSizeError,
 )
 from .findings import NOT_YET, Finding, Report, report
-from .graph import POLYNOMIAL_OP, NetworkGraph, Node, layer_name, read, simplify
-from .graph.compare import first_difference, in_evaluation, probes
+from .graph import NetworkGraph, read, simplify
 from .inputs import number_tensor, real_tensor
+from .layers import kind_of
 from .masked.in_crypten import ComposedEngine
 from .masked.model import MaskedModel
 from .masked.planning import masked_model
 from .masked.planning.checking import check_plan
-from .nn import PolynomialActivation, Scale
+from .nn import PolynomialActivation
 from .protocols import settings
 from .protocols.noise import with_noise
 
@@ -45,6 +46,7 @@ class PrivateNetwork(crypten_nn.Graph):
         changes: what the conversion did, in words.
         input_shape: shape of one input, without the batch.
         example: the inputs it was converted with; they calibrate the masked engine.
+        layers: what each node computes, by name, in the order of computation.
         engine: which computes it; None follows crypten.cfg.espn between CrypTen
             tensors, and is the masked engine in sessions.
         models: what the masked engine made of it, by precision and headroom.
@@ -70,8 +72,9 @@ class PrivateNetwork(crypten_nn.Graph):
         for name, array in graph.constants.items():
             tensor = torch.from_numpy(np.array(array, dtype=np.float32))
             self.add_module(name, crypten_nn.Parameter(tensor), [])
+        self.layers = {node.output: kind_of(node) for node in graph.nodes}
         for node in graph.nodes:
-            module = _BUILDERS[node.op](node)
+            module = self.layers[node.output].module()
             if isinstance(module, PolynomialActivation):
                 module.protocol = chosen.protocol
                 module.truncation = chosen.truncation
@@ -376,7 +379,7 @@ def _read(source: Source, example: torch.Tensor) -> tuple[NetworkGraph, Report]:
     try:
         graph = raw.copy()
         simplify(graph)
-        found = _buildable(graph, report(graph))
+        found = report(graph)
         if found.ok:
             found = _compared(source, raw, graph, found, example)
     except EspnError:
@@ -388,53 +391,3 @@ def _read(source: Source, example: torch.Tensor) -> tuple[NetworkGraph, Report]:
             f"({cause}); an ONNX file can be checked with onnx.checker"
         ) from error
     return graph, found
-
-
-def _buildable(graph: NetworkGraph, given: Report) -> Report:
-    """A report that also names the layers whose attributes no module takes."""
-    findings = list(given.findings)
-    for node in graph.nodes if given.ok else ():
-        try:
-            _BUILDERS[node.op](node)
-        except EspnError as error:
-            findings.append(
-                Finding(layer_name(node), node.op, NOT_YET, True, str(error))
-            )
-    return replace(given, findings=tuple(findings))
-
-
-def _max_pool(node: Node) -> crypten_nn.MaxPool2d:
-    a = node.attributes
-    pads = a.get("pads", [0, 0, 0, 0])
-    return crypten_nn.MaxPool2d(
-        tuple(a["kernel_shape"]),
-        stride=tuple(a.get("strides", [1, 1])),
-        padding=tuple(pads[:2]),
-        ceil_mode=bool(a.get("ceil_mode", 0)),
-    )
-
-
-def _convolution(node: Node) -> crypten_nn.Conv:
-    a = node.attributes
-    half = len(a["pads"]) // 2
-    return crypten_nn.Conv(
-        a["strides"], a["pads"][:half], a["dilations"], groups=a["group"]
-    )
-
-
-_BUILDERS: dict[str, Callable[[Node], crypten_nn.Module]] = {
-    "Conv": _convolution,
-    "Gemm": lambda node: crypten_nn.Gemm(trans_b=True),
-    POLYNOMIAL_OP: lambda node: PolynomialActivation.from_onnx(node.attributes),
-    "Add": lambda node: crypten_nn.Add(),
-    "AveragePool": lambda node: crypten_nn.AvgPool2d(
-        tuple(node.attributes["kernel_shape"]), stride=tuple(node.attributes["strides"])
-    ),
-    "GlobalAveragePool": lambda node: crypten_nn.GlobalAveragePool(),
-    "Flatten": lambda node: crypten_nn.Flatten(1),
-    "Concat": lambda node: crypten_nn.Concat(node.attributes["axis"]),
-    "Pad": lambda node: crypten_nn.ConstantPad2d(tuple(node.attributes["pads"]), 0),
-    "Scale": lambda node: Scale(torch.tensor(node.attributes["factor"])),
-    "Relu": lambda node: crypten_nn.ReLU(),
-    "MaxPool": _max_pool,
-}

@@ -4,29 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-
-from .graph import POLYNOMIAL_OP, NetworkGraph, Node, layer_name
+from .errors import EspnError
+from .graph import NetworkGraph, Node, layer_name
 from .graph.passes.activations import NAMED, UNNAMED
+from .layers import KINDS, Kind
 
 FIXABLE = "fixable"
 NOT_YET = "not yet supported"
 NEVER = "never"
-
-LINEAR = (
-    "Add",
-    "AveragePool",
-    "Concat",
-    "Conv",
-    "Flatten",
-    "Gemm",
-    "GlobalAveragePool",
-    "Pad",
-    "Scale",
-    POLYNOMIAL_OP,
-)
-# Operations that CrypTen evaluates with comparisons: correct, several rounds each.
-BY_COMPARISON = ("MaxPool", "Relu")
 
 # torch's module for each of ONNX's activations.
 _MODULES = {
@@ -163,8 +148,9 @@ def report(graph: NetworkGraph) -> Report:
     layers: dict[str, int] = {}
     for node in graph.nodes:
         layers[node.op] = layers.get(node.op, 0) + 1
-        problem = node.problem or _problem(node, graph)
-        if not problem and node.op in LINEAR:
+        kind = KINDS.get(node.op)
+        problem = node.problem or (_problem(kind, node, graph) if kind else "")
+        if kind and not kind.compares and not problem:
             continue
         verdict, cure = _CURES.get(node.op, _OTHERWISE)
         if node.op in _FUNCTIONS:
@@ -172,44 +158,17 @@ def report(graph: NetworkGraph) -> Report:
         if problem:
             verdict = verdict if verdict == NEVER else NOT_YET
             cure = problem
-        blocking = bool(problem) or node.op not in BY_COMPARISON
+        blocking = bool(problem) or kind is None
         findings.append(Finding(layer_name(node), node.op, verdict, blocking, cure))
     return Report(tuple(findings), tuple(graph.changes), layers, "not planned")
 
 
-def _problem(node: Node, graph: NetworkGraph) -> str:
-    """Why a node of a supported kind cannot be built all the same."""
-    a = node.attributes
-    shape = graph.shapes.get(node.inputs[0], ()) if node.inputs else ()
-    rank = len(shape)
-    if node.op in ("Conv", "Gemm"):
-        if len(node.inputs) != 3 or any(
-            name not in graph.constants for name in node.inputs[1:]
-        ):
-            return "its weights are computed at run time; make them constants"
-        if not all(
-            np.isfinite(graph.constants[name]).all() for name in node.inputs[1:]
-        ):
-            return "its weights are not finite numbers; train the network again"
-        if node.op == "Conv" and graph.constants[node.inputs[1]].ndim != 4:
-            return (
-                "only two-dimensional convolutions are supported; unsqueeze the input"
-            )
-    elif any(name in graph.constants for name in node.inputs) and node.op in LINEAR:
-        return "one of its inputs is a constant; only in Add, Sub, Mul, Div and Concat"
-    if node.op == "Pad" and (len(node.inputs) != 1 or rank != 4):
-        return "only images are padded, with constants; use torch.nn.ZeroPad2d"
-    if node.op == "Flatten" and a.get("axis", 1) % max(rank, 2) != 1:
-        return "flatten must keep the batch: torch.flatten(x, 1)"
-    if node.op == "Concat" and (not rank or a.get("axis", 0) % rank == 0):
-        return "the batch cannot be concatenated; concatenate channels (dim=1)"
-    if node.op in ("AveragePool", "MaxPool") and len(a["kernel_shape"]) != 2:
-        return "only two-dimensional pools are supported; unsqueeze the input"
-    if node.op == "GlobalAveragePool" and rank != 4:
-        return "only two-dimensional pools are supported; unsqueeze the input"
-    if node.op == "MaxPool" and len(set(a.get("pads", [0]))) != 1:
-        return (
-            f"pads {a['pads']}: CrypTen pads rows and columns alike; use one padding "
-            "for all sides, or replace_pooling(model)"
-        )
-    return ""
+def _problem(kind: type[Kind], node: Node, graph: NetworkGraph) -> str:
+    """Why a node of a known kind cannot be built all the same."""
+    problem = kind.problem(node, graph)
+    try:
+        if not problem and kind.read(node) is None:
+            return "it says more than its layer computes; write it in another way"
+    except EspnError as error:
+        return str(error)
+    return problem

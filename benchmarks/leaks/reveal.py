@@ -30,7 +30,7 @@ import torch
 
 import crypten_espn as espn
 from crypten_espn.convert import nearest
-from crypten_espn.explain.shares import Shares, layer
+from crypten_espn.explain.shares import Shares
 from crypten_espn.masked.planning.network import parameters_of
 from crypten_espn.pillar.data import fashion_sample
 from crypten_espn.protocols import settings
@@ -134,10 +134,9 @@ def answered(
             for name, array in parameters_of(private).items()
         }
         held[private.input_names[0]] = shares.share(encoder.encode(x))
-        for name, inputs in private._graph.items():
-            if name not in held:
-                values = [held[given] for given in inputs]
-                held[name] = layer(private._modules[name], values, shares)
+        for name, layer in private.layers.items():
+            values = [held[given] for given in private._graph[name]]
+            held[name] = layer.apply(shares, values)
     return held[private.output_names[0]].total
 
 

@@ -5,8 +5,6 @@ Weights do not matter to it, so they are set to zero and every network has a pla
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,45 +13,17 @@ import torch
 
 from ..convert import PrivateNetwork
 from ..errors import ConversionError, EspnError, PlanError, ShapeError
-from ..graph import POLYNOMIAL_OP, NetworkGraph, layer_name, read, simplify
+from ..graph import POLYNOMIAL_OP, NetworkGraph, read, simplify
+from ..layers import KINDS
+from ..layers.compared import Relu
 from ..masked.plan import Plan
 from ..masked.planning import make_plan
-from ..nn import PolynomialActivation
 from ..pillar.networks import NETWORKS
 from ..pillar.storage import BUNDLED, load_network, network_file
 from ..polynomial import Polynomial
+from .counts import Counts, Linear, Nonlinear
 
 ALIASES = {"minionn": "mini_onn"}
-_LINEAR = ("Conv", "Gemm")
-_LOCAL = (
-    "Add", "AveragePool", "GlobalAveragePool", "Flatten", "Concat", "Pad", "Scale",
-)  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Linear:
-    """A layer with secret weights; elements of one input image.
-
-    Args:
-        name: the layer.
-        inputs, weights, outputs: ring elements.
-        macs: multiply-accumulates.
-    """
-
-    name: str
-    inputs: int
-    weights: int
-    outputs: int
-    macs: int
-
-
-@dataclass(frozen=True)
-class Nonlinear:
-    """An activation of `elements` values of one image."""
-
-    name: str
-    elements: int
-    polynomial: Polynomial
 
 
 @dataclass(frozen=True)
@@ -122,28 +92,25 @@ def workload(
     simplify(graph)
     relu = Polynomial.fit(torch.relu, degree=degree, frac_bits=10)
     _without_relu(graph, relu)
-    linear = tuple(_linear_layers(graph))
-    nonlinear = tuple(
-        Nonlinear(
-            layer_name(node),
-            _elements(graph, node.output),
-            PolynomialActivation.from_onnx(node.attributes).polynomial,
-        )
-        for node in graph.nodes
-        if node.op == POLYNOMIAL_OP
-    )
+    for name, array in graph.constants.items():
+        graph.constants[name] = np.zeros_like(array)
+    private = PrivateNetwork(graph, example=example, engine=None)
+    counts = Counts()
+    logits = counts.run(graph, private.layers)
     plan, unplanned = None, None
-    for node in graph.nodes:
-        if node.op in _LINEAR:
-            for name in node.inputs[1:]:
-                graph.constants[name] = np.zeros_like(graph.constants[name])
     try:
-        private = PrivateNetwork(graph, example=example, engine=None)
         plan, _ = make_plan(private, example, precision=precision)
     except PlanError as error:
         unplanned = str(error)
-    logits = _elements(graph, graph.output)
-    return Workload(network, shape, logits, linear, nonlinear, plan, unplanned)
+    return Workload(
+        network,
+        shape,
+        logits,
+        tuple(counts.linear),
+        tuple(counts.nonlinear),
+        plan,
+        unplanned,
+    )
 
 
 def _model(
@@ -189,36 +156,18 @@ def _model(
 
 def _without_relu(graph: NetworkGraph, polynomial: Polynomial) -> None:
     """Replace ReLU by the polynomial; refuse what has no known cost, all at once."""
-    known = (*_LINEAR, *_LOCAL, POLYNOMIAL_OP, "Relu")
-    unknown = sorted({node.op for node in graph.nodes if node.op not in known})
+    known = {op for op, kind in KINDS.items() if not kind.compares} | {Relu.op}
+    unknown = sorted({node.op for node in graph.nodes} - known)
     if unknown:
         raise ConversionError(
             f"the cost of {', '.join(unknown)} is not known; `crypten-espn check` "
             "names each layer with its cure, such as replace_pooling for max-pools"
         )
     for node in graph.nodes:
-        if node.op == "Relu":
+        if node.op == Relu.op:
             node.op = POLYNOMIAL_OP
             node.attributes = {
                 "numerators": list(polynomial.numerators),
                 "frac_bits": polynomial.frac_bits,
                 "interval": list(polynomial.interval),
             }
-
-
-def _linear_layers(graph: NetworkGraph) -> Iterator[Linear]:
-    for node in graph.nodes:
-        if node.op in _LINEAR:
-            weight = graph.constants[node.inputs[1]]
-            outputs = _elements(graph, node.output)
-            yield Linear(
-                layer_name(node),
-                _elements(graph, node.inputs[0]),
-                weight.size,
-                outputs,
-                outputs * weight.size // weight.shape[0],
-            )
-
-
-def _elements(graph: NetworkGraph, value: str) -> int:
-    return math.prod(graph.shapes[value][1:])

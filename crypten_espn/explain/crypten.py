@@ -4,22 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from crypten.encoder import FixedPointEncoder
 
 from ..convert import PrivateNetwork, nearest
-from ..errors import ConversionError
+from ..layers import Reals
 from ..masked.planning import layer_title
 from ..masked.planning.network import parameters_of
 from ..protocols import Settings
-from .shares import CHUNK, Draws, Reals, Shared, Shares, layer
+from .shares import CHUNK, Draws, Shared, Shares
 from .words import Explanation, Fault, LayerError
-
-# What only moves values around has no line of its own.
-_SILENT = ("Flatten", "Concat", "ConstantPad2d")
 
 
 @dataclass
@@ -39,23 +35,6 @@ class _Tally:
     failure: Fault | None = None
 
 
-def _order(private: PrivateNetwork) -> Iterator[str]:
-    """Node names, each after its inputs, as the parties compute them."""
-    done = set(private.input_names)
-    waiting = dict(private._graph)
-    while waiting:
-        before = len(waiting)
-        for name, inputs in list(waiting.items()):
-            if done.issuperset(inputs):
-                del waiting[name]
-                done.add(name)
-                yield name
-        if len(waiting) == before:
-            raise ConversionError(
-                f"{layer_title(next(iter(waiting)))}: nothing computes its input"
-            )
-
-
 def explain_shares(
     private: PrivateNetwork,
     x: torch.Tensor,
@@ -65,7 +44,6 @@ def explain_shares(
     draws: Draws,
 ) -> Explanation:
     a, reals = Shares(encoder, chosen, draws), Reals()
-    order = list(_order(private))
     real: dict[str, torch.Tensor] = {}
     held: dict[str, Shared] = {}
     for name, array in parameters_of(private).items():
@@ -73,19 +51,18 @@ def explain_shares(
         real[name] = tensor.double()
         held[name] = a.share(encoder.encode(nearest(tensor, frac_bits=a.bits)))
     tallies = {
-        name: _Tally(type(private._modules[name]).__name__)
-        for name in order
-        if name not in real
+        name: _Tally(type(private._modules[name]).__name__) for name in private.layers
     }
     logits, clear = [], []
     for start in range(0, len(x), CHUNK):
         part = x[start : start + CHUNK]
         logit, expected = _run(
-            private, part, start, runs, a, reals, real, held, order, tallies
+            private, part, start, runs, a, reals, real, held, tallies
         )
         logits.append(encoder.decode(logit))
         clear.append(expected)
-    kept = {n: t for n, t in tallies.items() if t.operation not in _SILENT}
+    # What only moves values around has no line of its own.
+    kept = {n: t for n, t in tallies.items() if not private.layers[n].moves}
     unit = 2.0**-a.bits
     layers = tuple(
         LayerError(
@@ -128,7 +105,6 @@ def _run(
     reals: Reals,
     real_parameters: dict[str, torch.Tensor],
     parameters: dict[str, Shared],
-    order: list[str],
     tallies: dict[str, _Tally],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One chunk through both networks; integers and real values of the output."""
@@ -140,26 +116,23 @@ def _run(
         source: a.share(encoded.repeat(runs, *[1] * (x.dim() - 1))),
     }
     unit = 2.0**-a.bits
-    last_use = {n: name for name in order for n in private._graph[name]}
-    for name in order:
-        if name in real_parameters:
-            continue
-        module, inputs = private._modules[name], private._graph[name]
-        real[name] = expected = layer(module, [real[i] for i in inputs], reals)
+    last_use = {n: name for name in private.layers for n in private._graph[name]}
+    for name, layer in private.layers.items():
+        inputs = private._graph[name]
+        real[name] = expected = layer.apply(reals, [real[i] for i in inputs])
         a.start()
-        held[name] = value = layer(module, [held[i] for i in inputs], a)
+        held[name] = value = layer.apply(a, [held[i] for i in inputs])
         tally = tallies[name]
         given = value.total[:batch].double() * unit
         # The same layer on what the parties really hold: the rest is its own error.
-        alone = layer(
-            module,
+        alone = layer.apply(
+            reals,
             [
                 real[i]
                 if i in real_parameters
                 else held[i].total[:batch].double() * unit
                 for i in inputs
             ],
-            reals,
         )
         error = (given - expected).abs()
         tally.count += error.numel()

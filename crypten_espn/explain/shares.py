@@ -1,4 +1,4 @@
-"""A network's layers in two arithmetics: float64, and CrypTen's on both shares.
+"""A network's layers as CrypTen computes them: an interpreter that holds both shares.
 
 Truncation works on shares, so it rounds as the parties' does; given the same draws, the
 result is theirs, bit for bit.
@@ -7,15 +7,15 @@ result is theirs, bit for bit.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from crypten.encoder import FixedPointEncoder
 
-from ..errors import ConversionError
-from ..polynomial import RING_BITS, RingForm, as_int64
+from ..layers.arithmetic import Arithmetic, Function
+from ..polynomial import RING_BITS, Polynomial, RingForm, as_int64
 from ..protocols import Settings
 from .words import Fault, fault_at
 
@@ -38,33 +38,12 @@ class Shared:
     total: torch.Tensor
     first: torch.Tensor
 
-
-class Reals:
-    """The network in float64."""
-
-    def product(self, function: Callable[..., Any], x: Any, weight: Any) -> Any:
-        return function(x, weight)
-
-    def add(self, x: Any, y: Any) -> Any:
-        return x + y
-
-    def linear(self, function: Callable[..., Any], values: list[Any]) -> Any:
-        return function(*values)
-
-    def scaled(self, x: Any, factor: Any) -> Any:
-        return x * factor
-
-    def divided(self, x: Any, count: int) -> Any:
-        return x / count
-
-    def compared(self, function: Callable[..., Any], x: Any) -> Any:
-        return function(x)
-
-    def polynomial(self, module: Any, x: Any) -> Any:
-        return module.polynomial(x)
+    @property
+    def shape(self) -> torch.Size:
+        return self.total.shape
 
 
-class Shares:
+class Shares(Arithmetic[Shared]):
     """The network as two CrypTen parties hold it.
 
     Attributes:
@@ -90,9 +69,7 @@ class Shares:
     def share(self, values: torch.Tensor) -> Shared:
         return Shared(values, self.draws.ring(values.shape))
 
-    def product(
-        self, function: Callable[..., Any], x: Shared, weight: Shared
-    ) -> Shared:
+    def product(self, function: Function, x: Shared, weight: Shared) -> Shared:
         total = function(x.total, weight.total)
         wide = function(x.total.double(), weight.total.double())
         return self._divide(self.share(total), self.encoder.scale, wide)
@@ -102,7 +79,7 @@ class Shares:
         self._room(total, x.total.double() + y.total.double(), 2.0**-self.bits, 63)
         return Shared(total, first)
 
-    def linear(self, function: Callable[..., Any], values: list[Shared]) -> Shared:
+    def local(self, function: Function, *values: Shared) -> Shared:
         """A sum of values, which each party computes on its shares."""
         return Shared(
             function(*[value.total for value in values]),
@@ -110,7 +87,8 @@ class Shares:
         )
 
     def scaled(self, x: Shared, factor: Any) -> Shared:
-        encoded = self.encoder.encode(factor)
+        # The module holds factors in float32.
+        encoded = self.encoder.encode(torch.as_tensor(factor, dtype=torch.float32))
         wide = x.total.double() * encoded.double()
         value = Shared(x.total * encoded, x.first * encoded)
         return self._divide(value, self.encoder.scale, wide)
@@ -118,12 +96,12 @@ class Shares:
     def divided(self, x: Shared, count: int) -> Shared:
         return self._divide(x, count, x.total.double())
 
-    def compared(self, function: Callable[..., Any], x: Shared) -> Shared:
+    def compared(self, function: Function, x: Shared) -> Shared:
         """Comparisons are exact, and their result is shared afresh."""
         return self.share(function(x.total))
 
-    def polynomial(self, module: Any, x: Shared) -> Shared:
-        form = self.chosen.form(module.polynomial, self.bits, 2)
+    def polynomial(self, polynomial: Polynomial, x: Shared) -> Shared:
+        form = self.chosen.form(polynomial, self.bits, 2)
         powers = Shared(x.total * form.factor, x.first * form.factor)
         if form.shift:
             wide = x.total.double() * form.factor
@@ -216,80 +194,3 @@ def _evaluate(form: RingForm, x: torch.Tensor, powers: torch.Tensor) -> torch.Te
     if form.degree >= 1:
         result = result + x * float(as_int64(form.coeffs[1]))
     return result + float(form.coeffs[0])
-
-
-def layer(module: Any, inputs: list[Any], a: Reals | Shares) -> Any:
-    """What one module of a converted network computes, in either arithmetic.
-
-    Raises:
-        ConversionError: a module that `convert` does not make.
-    """
-    function = torch.nn.functional
-    kind = type(module).__name__
-    if kind == "Conv":
-        options = {
-            "stride": module.stride,
-            "padding": module.padding,
-            "dilation": module.dilation,
-            "groups": module.groups,
-        }
-        y = a.product(
-            lambda x, w: function.conv2d(x, w, **options), inputs[0], inputs[1]
-        )
-        if len(inputs) == 2:
-            return y
-        return a.add(y, a.linear(lambda b: b.view(1, -1, 1, 1), [inputs[2]]))
-    if kind == "Gemm":
-        y = a.product(
-            lambda x, w: x @ (w.t() if module.trans_b else w), inputs[0], inputs[1]
-        )
-        y = a.scaled(y, module.alpha)
-        return a.add(y, a.scaled(inputs[2], module.beta))
-    if kind == "PolynomialActivation":
-        return a.polynomial(module, inputs[0])
-    if kind == "Add":
-        return a.add(inputs[0], inputs[1])
-    if kind == "AvgPool2d":
-        height, width = module.kernel_size
-        total = a.linear(
-            lambda x: function.avg_pool2d(
-                x, (height, width), module.stride, module.padding, divisor_override=1
-            ),
-            inputs,
-        )
-        return a.divided(total, height * width)
-    if kind == "GlobalAveragePool":
-        count: list[int] = []
-
-        def spatial_sum(x: torch.Tensor) -> torch.Tensor:
-            count.append(math.prod(x.shape[2:]))
-            return x.sum(tuple(range(2, x.dim())), keepdim=True)
-
-        total = a.linear(spatial_sum, inputs)
-        return a.divided(total, count[0])
-    if kind == "Flatten":
-        return a.linear(lambda x: x.flatten(module.axis), inputs)
-    if kind == "Concat":
-        return a.linear(lambda *x: torch.cat(x, module.dimension), inputs)
-    if kind == "ConstantPad2d":
-        return a.linear(lambda x: function.pad(x, module.padding), inputs)
-    if kind == "Scale":
-        return a.scaled(inputs[0], module.factor)
-    if kind == "ReLU":
-        return a.compared(lambda x: x.clamp(min=0), inputs[0])
-    if kind == "MaxPool2d":
-        return a.compared(lambda x: _max_pool(module, x), inputs[0])
-    raise ConversionError(
-        f"{kind} cannot be explained; explain() takes what convert() returned"
-    )
-
-
-def _max_pool(module: Any, x: torch.Tensor) -> torch.Tensor:
-    y = torch.nn.functional.max_pool2d(
-        x.double(),
-        module.kernel_size,
-        module.stride,
-        module.padding,
-        ceil_mode=module.ceil_mode,
-    )
-    return y.to(x.dtype)

@@ -41,7 +41,7 @@ class Operation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     @property
     def inputs(self) -> tuple[Expression, ...]:
         """The operations it reads."""
-        raise NotImplementedError
+        return ()
 
     def output_shape(self, inputs: Sequence[Shape]) -> Shape:
         """The shape of its value without the batch.
@@ -82,19 +82,24 @@ class Read(Operation, frozen=True, tag="read"):
     source: Annotated[int, Meta(ge=0, le=1 << 16)]
     multiplier: Annotated[int, Meta(ge=1, le=(1 << 62) - 1)] = 1
 
+
+class OfOne(Operation, frozen=True):
+    """An operation on one value."""
+
+    x: Expression
+
     @property
     def inputs(self) -> tuple[Expression, ...]:
-        return ()
+        return (self.x,)
 
 
-class Conv(Operation, frozen=True, tag="conv"):
+class Conv(OfOne, frozen=True, tag="conv"):
     """A convolution with secret weights; a linear layer when its input is flat.
 
     Args:
         weight: its number; a plan numbers them in the order of `walk`.
     """
 
-    x: Expression
     weight: Annotated[int, Meta(ge=0, le=1 << 16)]
     filters: Annotated[int, Meta(ge=1, le=1 << 24)]
     kernel: Pair = (1, 1)
@@ -102,10 +107,6 @@ class Conv(Operation, frozen=True, tag="conv"):
     dilation: Pair = (1, 1)
     pads: Pads = NO_PADS
     groups: Small = 1
-
-    @property
-    def inputs(self) -> tuple[Expression, ...]:
-        return (self.x,)
 
     def output_shape(self, inputs: Sequence[Shape]) -> Shape:
         (shape,) = inputs
@@ -178,17 +179,12 @@ class Concat(Operation, frozen=True, tag="concat"):
             start += value.shape[-1]
 
 
-class Pool(Operation, frozen=True, tag="pool"):
+class Pool(OfOne, frozen=True, tag="pool"):
     """Sums over windows; an average's division stands in the scale."""
 
-    x: Expression
     kernel: Pair
     stride: Pair
     pads: Pads = NO_PADS
-
-    @property
-    def inputs(self) -> tuple[Expression, ...]:
-        return (self.x,)
 
     def output_shape(self, inputs: Sequence[Shape]) -> Shape:
         (shape,) = inputs
@@ -201,15 +197,10 @@ class Pool(Operation, frozen=True, tag="pool"):
         )
 
 
-class Pad(Operation, frozen=True, tag="pad"):
+class Pad(OfOne, frozen=True, tag="pad"):
     """Zeros around an image."""
 
-    x: Expression
     pads: Pads
-
-    @property
-    def inputs(self) -> tuple[Expression, ...]:
-        return (self.x,)
 
     def output_shape(self, inputs: Sequence[Shape]) -> Shape:
         height, width, channels = _image(inputs[0])
@@ -220,19 +211,14 @@ class Pad(Operation, frozen=True, tag="pad"):
         out += kernels.pad(inputs[0], self.pads)
 
 
-class Scale(Operation, frozen=True, tag="scale"):
+class Scale(OfOne, frozen=True, tag="scale"):
     """Public factors by position: rows and columns of an image, alike in each channel.
 
     Average pools that count fewer elements at the border need it; the division stands
     in the scale.
     """
 
-    x: Expression
     factors: Annotated[tuple[Row, ...], Meta(min_length=1, max_length=1 << 12)]
-
-    @property
-    def inputs(self) -> tuple[Expression, ...]:
-        return (self.x,)
 
     def output_shape(self, inputs: Sequence[Shape]) -> Shape:
         height, width, _ = _image(inputs[0])
@@ -246,14 +232,8 @@ class Scale(Operation, frozen=True, tag="scale"):
         out += inputs[0] * np.array(self.factors, dtype=out.dtype)[:, :, None]
 
 
-class Flatten(Operation, frozen=True, tag="flatten"):
+class Flatten(OfOne, frozen=True, tag="flatten"):
     """An image as one row, in torch's order: channels, then rows, then columns."""
-
-    x: Expression
-
-    @property
-    def inputs(self) -> tuple[Expression, ...]:
-        return (self.x,)
 
     def output_shape(self, inputs: Sequence[Shape]) -> Shape:
         return (math.prod(inputs[0]),)

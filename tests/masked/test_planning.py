@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -13,6 +15,11 @@ from torch import nn
 
 import crypten_espn as espn
 from crypten_espn.errors import ConversionError, PlanError
+from crypten_espn.layers import Kind, Reals
+from crypten_espn.layers.arithmetic import Windows
+from crypten_espn.layers.compared import Relu
+from crypten_espn.layers.moves import Concat
+from crypten_espn.layers.pools import AveragePool
 from crypten_espn.masked.planning import make_plan, masked_model
 from crypten_espn.masked.planning.checking import check_plan
 from crypten_espn.masked.planning.precision import Effect, choose_truncations
@@ -46,16 +53,6 @@ def exact(network: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 def rms(values: torch.Tensor) -> float:
     return float(values.double().square().mean().sqrt())
-
-
-def graph_of(module: crypten_nn.Module, *constants: torch.Tensor):
-    """A crypten graph of one module whose constants follow its input."""
-    graph = crypten_nn.Graph(["input"], ["y"])
-    names = [f"constant{i}" for i in range(len(constants))]
-    for name, tensor in zip(names, constants, strict=True):
-        graph.add_module(name, crypten_nn.Parameter(tensor), [])
-    graph.add_module("y", module, ["input", *names])
-    return graph
 
 
 # ---------------------------------------------------------------- shapes
@@ -196,92 +193,105 @@ def test_pools_that_count_less_at_the_border_run_between_the_parties():
     assert {"Scale", "Pool", "Pad"} <= tags
 
 
-# ---------------------------------------------------------------- attributes
+# ---------------------------------------------------------------- layers
 
 
-def test_every_attribute_of_a_module_is_read_or_refused():
-    x, vector = images(), vectors()
-    weight, matrix = torch.randn(4, 3, 3, 3), torch.randn(5, 10)
-
-    def changed(module, **attributes):
-        for key, value in attributes.items():
-            setattr(module, key, value)
-        return module
-
-    def convolution():
-        return crypten_nn.Conv([1, 1], [0, 0], [1, 1])
-
-    pool = crypten_nn.AvgPool2d
-    zeros = torch.zeros(5)
-    refused = [
-        (changed(convolution(), auto_pad="SAME_UPPER"), x, (weight,), "auto_pad"),
-        (changed(convolution(), padding_mode="circular"), x, (weight,), "padding_mode"),
-        (changed(convolution(), padding=[-1, 0]), x, (weight,), "negative"),
-        (changed(convolution(), stride=[0, 1]), x, (weight,), "stride"),
-        (convolution(), x, (weight[0],), "weights of shape"),
-        (convolution(), x, (weight, torch.zeros(3)), "bias of shape"),
-        (changed(pool(2), dilation=2), x, (), "dilation"),
-        (changed(pool(2), divisor_override=3), x, (), "divisor_override"),
-        (changed(pool(3, 1, 1), count_include_pad=False), x, (), "count_include_pad"),
-        (changed(pool(3, 2), ceil_mode=True), x, (), "ceil_mode"),
-        (crypten_nn.AdaptiveAvgPool2d((3, 3)), x, (), "uneven windows"),
-        (crypten_nn.AdaptiveAvgPool2d(0), x, (), "output_size"),
-        (crypten_nn.Flatten(2), x, (), "axis=2"),
-        (crypten_nn.Flatten(0), x, (), "axis=0"),
-        (crypten_nn.Reshape((8, 4, 48)), x, (), "flattens"),
-        (crypten_nn.Reshape(), x, (), "not known"),
-        (crypten_nn.ConstantPad2d(1, 2.0), x, (), "value=2"),
-        (crypten_nn.ConstantPad2d(1, 0, mode="reflect"), x, (), "mode='reflect'"),
-        (crypten_nn.Gemm(alpha=2.0, trans_b=True), vector, (matrix, zeros), "alpha"),
-        (crypten_nn.Gemm(beta=0.5, trans_b=True), vector, (matrix, zeros), "beta"),
-        (
-            crypten_nn.Gemm(trans_a=True, trans_b=True),
-            vector,
-            (matrix, zeros),
-            "trans_a",
-        ),
-        (crypten_nn.Gemm(), vector, (matrix.T.contiguous(), zeros), "trans_b"),
-        (crypten_nn.Gemm(trans_b=True), vector, (torch.randn(5, 9), zeros), "^y: "),
-        (crypten_nn.Mul(), x, (weight,), "Mul is not supported"),
-    ]
-    for module, example, constants, words in refused:
-        with pytest.raises(PlanError, match=words):
-            make_plan(graph_of(module, *constants), example)
-    accepted = [
-        (convolution(), x, (weight,)),
-        (pool(2), x, ()),
-        (changed(pool(2), ceil_mode=True, count_include_pad=False), x, ()),
-        (crypten_nn.Reshape((8, -1)), x, ()),
-        (crypten_nn.Reshape(torch.tensor([-1, 192])), x, ()),
-        (crypten_nn.Dropout(), x, ()),
-        (crypten_nn.Gemm(trans_b=True), vector, (matrix, zeros)),
-    ]
-    for module, example, constants in accepted:
-        make_plan(graph_of(module, *constants), example)
-
-
-def test_several_inputs_and_outputs_are_refused():
-    x = images()
-    two = crypten_nn.Graph(["input", "other"], ["y"])
-    two.add_module("y", crypten_nn.Add(), ["input", "other"])
-    with pytest.raises(PlanError, match="2 inputs"):
-        make_plan(two, x)
-    outputs = crypten_nn.Graph(["input"], ["a", "b"])
-    for name in "ab":
-        outputs.add_module(name, crypten_nn.Flatten(), ["input"])
-    with pytest.raises(PlanError, match="2 outputs"):
-        make_plan(outputs, x)
+def test_only_a_converted_network_is_planned():
+    graph = crypten_nn.Graph(["input"], ["y"])
+    graph.add_module("y", crypten_nn.Flatten(), ["input"])
+    with pytest.raises(PlanError, match=r"a Graph was given.*convert\(\) returned"):
+        make_plan(graph, images())
 
 
 def test_nothing_but_a_plan_error_leaves_the_planner():
     """What nobody foresaw is named by its layer."""
-    graph = graph_of(crypten_nn.Conv("same", None, [1, 1]), torch.randn(4, 3, 3, 3))
-    with pytest.raises(PlanError, match=r"^y: "):
-        make_plan(graph, images())
-    graph = graph_of(crypten_nn.Concat(1))
-    graph._graph["y"] = ["input", "missing"]
-    with pytest.raises(PlanError, match=r"^y: "):
-        make_plan(graph, images())
+    x = images()
+    private = espn.convert(ready(nn.Sequential(conv(3, 4), nn.AvgPool2d(2))), x)
+    (name,) = (n for n, kind in private.layers.items() if kind.op == "AveragePool")
+
+    def planned_with(kind):
+        private.layers[name] = kind
+        make_plan(private, x)
+
+    with pytest.raises(PlanError, match=r"^output: cannot be planned"):
+        planned_with(AveragePool((99, 2), (1, 1)))
+    with pytest.raises(PlanError, match=r"^output: a concatenation along axis 2"):
+        planned_with(Concat(2))
+    with pytest.raises(PlanError, match=r"^output: AvgPool2d is not supported"):
+        planned_with(Relu())
+    private._graph[name] = ["missing"]
+    with pytest.raises(PlanError, match=r"^output: its input is missing"):
+        make_plan(private, x)
+
+
+@dataclass(frozen=True)
+class Composed(Kind):
+    """A layer written in any way."""
+
+    function: Any
+    op: ClassVar[str] = "Composed"
+
+    def apply(self, a, inputs):
+        return self.function(a, *inputs)
+
+    def module(self):
+        return crypten_nn.Flatten()
+
+
+def test_a_composed_layer_is_planned_or_refused_whole():
+    """No divisor, weight or operation of a layer is left out of its plan."""
+    torch.manual_seed(10)
+    x = images()
+    private = espn.convert(ready(nn.Sequential(act(), conv(3, 4))), x)
+    first, second = private.layers
+    unchanged = dict(private.layers)
+
+    def plan(name, function):
+        private.layers = {**unchanged, name: Composed(function)}
+        return masked_model(private, x)
+
+    def halves(a, x):
+        sums = a.pad(a.window_sums(x, (2, 2), (2, 2)), (2, 2, 2, 2))
+        return a.divided(a.add(x, sums), 2)
+
+    model = plan(first, halves)
+    logits, _ = evaluate(model.plan, model.weights, x)
+    weight, bias = (private._modules[n].data for n in private._graph[second][1:])
+    expected = functional.conv2d(halves(Reals(), x.double()), weight.double())
+    expected += bias.double().view(1, -1, 1, 1)
+    assert rms(logits - expected) <= 1.5 * model.report.logits_error
+
+    def window(x):
+        return functional.avg_pool2d(x, 2, 2)
+
+    one = Windows((1, 1), (0, 0), (1, 1), 1)
+    refused = {
+        "a function that has no operation": (first, lambda a, x: a.local(window, x)),
+        "a comparison": (first, lambda a, x: a.compared(window, x)),
+        "a factor": (first, lambda a, x: a.scaled(x, 0.5)),
+        "units that differ": (first, lambda a, x: a.add(a.divided(x, 2), x)),
+        "a polynomial of a mean": (
+            first, lambda a, x: a.polynomial(QUARTIC, a.divided(x, 2)),
+        ),
+        "a mean of a product": (
+            second, lambda a, x, w, b: a.divided(a.convolution(x, w, b, one), 4),
+        ),
+        "a product of a mean": (
+            second, lambda a, x, w, b: a.convolution(a.divided(x, 4), w, b, one),
+        ),
+        "two products": (
+            second,
+            lambda a, x, w, b: a.add(
+                a.convolution(x, w, b, one), a.convolution(x, w, b, one)
+            ),
+        ),
+        "a parameter as a value": (second, lambda a, x, w, b: w),
+        "no weight": (second, lambda a, x, w, b: x),
+    }  # fmt: skip
+    for words, (name, function) in refused.items():
+        with pytest.raises(PlanError, match=r"^(0|output): \w+ is not supported"):
+            plan(name, function)
+            pytest.fail(words)
 
 
 # ---------------------------------------------------------------- coefficients

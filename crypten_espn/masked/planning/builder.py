@@ -9,7 +9,7 @@ import numpy as np
 
 from ...errors import PlanError
 from ..checks import VERSION
-from ..linear import Add, Concat, Conv, Expression, Flatten, Pad, Pool, Read, Scale
+from ..linear import Expression, Read
 from ..model import PartReport, PlanReport
 from ..plan import INPUT, Plan
 from ..steps import VALUE_RING, Activation, Input, Output, Step
@@ -46,26 +46,14 @@ class Builder:
             return Read(source, multiplier)
         if layer.weighted:
             return self._write_weighted(layer, unit)
-        finer = Unit(unit.bits, unit.ratio / self.scales.divisor(layer))
-        children = tuple(self.write(child, finer) for child in layer.inputs)
-        if layer.kind == "pool":
-            here = layer.pool_windows(self.network.layers[layer.inputs[0]].shape)
-            return Pool(children[0], here.kernel, here.stride, here.pads)
-        if layer.kind == "scale":
-            assert layer.factors is not None
-            rows = layer.factors.integers.tolist()
-            return Scale(children[0], tuple(map(tuple, rows)))
-        if layer.kind == "pad":
-            assert layer.windows is not None
-            return Pad(children[0], layer.windows.pads)
-        if layer.kind == "flatten":
-            return Flatten(children[0])
-        return Add(children) if layer.kind == "add" else Concat(children)
+        finer = Unit(unit.bits, unit.ratio / layer.form.divisor)
+        children = [self.write(child, finer) for child in layer.inputs]
+        assert layer.form.write is not None
+        return layer.form.write(children, 0)
 
     def _write_weighted(self, layer: Layer, unit: Unit) -> Expression:
         below = self.scales.unit(layer.inputs[0])
         child = self.write(layer.inputs[0], below)
-        weight = self.network.parameters[layer.weight]
         factor = unit.factor / below.factor
         if layer.bias:
             bias = float(np.abs(self.network.parameters[layer.bias]).max())
@@ -78,19 +66,8 @@ class Builder:
         self.weights.append(
             Quantisation(layer.title, layer.weight, layer.bias, factor, unit.factor)
         )
-        if layer.windows is None:
-            return Conv(child, number, len(weight))
-        here = layer.windows
-        return Conv(
-            child,
-            number,
-            len(weight),
-            here.kernel,
-            here.stride,
-            here.dilation,
-            here.pads,
-            here.groups,
-        )
+        assert layer.form.write is not None
+        return layer.form.write([child], number)
 
     # -- the polynomial
 

@@ -31,12 +31,10 @@ class Calibration:
     def __init__(self, network: Network, x: torch.Tensor) -> None:
         self.network = network
         self.inputs = len(x)
-        self.network.layers[self.network.input] = Layer(self.network.input, "input", [])
         with torch.no_grad():
             values = self._run(x.to(torch.float64))
         for name, result in values.items():
             layer = self.network.layers[name]
-            layer.shape = tuple(result.shape[1:])
             layer.largest = float(result.abs().max())
             layer.mean_square = float(result.square().mean())
         del values
@@ -53,17 +51,17 @@ class Calibration:
 
         Raises: PlanError where one is not finite.
         """
-        values = {self.network.input: x}
-        for name in self.network.order:
-            layer = self.network.layers[name]
-            result = self.network.compute(layer, [values[i] for i in layer.inputs])
+
+        def checked(layer: Layer, inputs: list[torch.Tensor]) -> torch.Tensor:
+            result = self.network.compute(layer, inputs)
             if not bool(torch.isfinite(result).all()):
                 raise PlanError(
                     f"{layer.title}: the calibration data overflow here. The "
                     "activations leave the interval their polynomial was fitted on."
                 )
-            values[name] = result
-        return values
+            return result
+
+        return self.network.walk(x, self.network.layers, checked)
 
     def _differentiate(self, x: torch.Tensor) -> None:
         """Set every layer's effects, from the outputs' derivatives.

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from ...compare import own_rounding
 from ...errors import EspnError
-from ...graph.compare import own_rounding
 from ..model import MaskedModel
 from ..plan import channels_last
 from ..reference import evaluate

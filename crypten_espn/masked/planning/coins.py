@@ -10,6 +10,7 @@ import math
 
 import torch
 
+from .layers import Layer
 from .scales import Scales
 
 # Inputs, runs of each, and about how many values may be computed in all.
@@ -61,19 +62,13 @@ def largest_deviation(scales: Scales, average: float) -> float:
 
 def _run(scales: Scales, x: torch.Tensor, random: torch.Generator) -> torch.Tensor:
     network = scales.network
-    values = {network.input: x}
-    last = {n: name for name in network.order for n in network.layers[name].inputs}
-    for name in network.order:
-        layer = network.layers[name]
-        given = [values[i] for i in layer.inputs]
-        if layer.kind == "activation":
-            values[name] = _activated(scales, name, given[0], random)
-        else:
-            values[name] = network.compute(layer, given)
-        for used in set(layer.inputs):
-            if last[used] == name and used != network.output:
-                del values[used]
-    return values[network.output]
+
+    def compute(layer: Layer, inputs: list[torch.Tensor]) -> torch.Tensor:
+        if layer.polynomial is None:
+            return network.compute(layer, inputs)
+        return _activated(scales, layer.name, inputs[0], random)
+
+    return network.walk(x, [network.output], compute)[network.output]
 
 
 def _activated(

@@ -2,42 +2,17 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import numpy as np
-
 from ...errors import EspnError, PlanError
+from ...layers import Kind
 from ...polynomial import Polynomial
-from ..linear import NO_PADS, Pads, Pair
+from .forms import Form
 from .precision import NO_EFFECT, Effect
 
 RESCALED = ":rescaled"
-
-
-@dataclass(frozen=True)
-class Windows:
-    """Where a convolution or a pool looks; pads are (top, left, bottom, right)."""
-
-    kernel: Pair
-    stride: Pair
-    pads: Pads = NO_PADS
-    dilation: Pair = (1, 1)
-    groups: int = 1
-
-
-@dataclass(frozen=True)
-class Factors:
-    """Public factors by position: integers / divisor.
-
-    Args:
-        integers: (height, width), at least 0.
-    """
-
-    integers: np.ndarray
-    divisor: int
 
 
 @dataclass
@@ -45,15 +20,10 @@ class Layer:
     """A node of the converted network, and what calibration says of its result.
 
     Attributes:
-        kind: "conv", "gemm", "activation", "add", "concat", "pool", "scale",
-            "flatten", "pad", "same" or "input".
+        kind: None for the network's input.
+        inputs: names of the values it reads.
+        form: how the plan writes it.
         weight, bias: names of parameters; empty where there are none.
-        windows: of a convolution, of a pool, and the pads of a pad.
-        size: (rows, columns) that a pool leaves, where that decides its windows.
-        factors: of a scale.
-        ceil_mode: whether a pool adds a window that does not fit; it must not.
-        axis: of a concatenation, the batch counted.
-        target: the shape a reshape asks for, the batch included.
         largest, mean_square: of the result.
         effect: of errors of the result, as a function of an activation's input.
         weight_effect: the outputs' mean square error when every weight is off by 1,
@@ -61,18 +31,11 @@ class Layer:
     """
 
     name: str
-    kind: str
+    kind: Kind | None
     inputs: list[str]
-    shape: tuple[int, ...] = ()
+    form: Form
     weight: str = ""
     bias: str = ""
-    windows: Windows | None = None
-    size: Pair | None = None
-    factors: Factors | None = None
-    ceil_mode: bool = False
-    axis: int = 1
-    target: tuple[int, ...] | None = None
-    polynomial: Polynomial | None = None
     largest: float = 0.0
     mean_square: float = 0.0
     effect: Effect = NO_EFFECT
@@ -83,57 +46,18 @@ class Layer:
         return layer_title(self.name)
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the result, without the batch."""
+        return tuple(self.form.shape[1:])
+
+    @property
+    def polynomial(self) -> Polynomial | None:
+        """An activation's."""
+        return self.form.polynomial
+
+    @property
     def weighted(self) -> bool:
-        return self.kind in ("conv", "gemm")
-
-    def refused(self, found: str) -> PlanError:
-        """The error that names this layer."""
-        return PlanError(f"{self.title}: {found}")
-
-    def pool_windows(self, shape: Sequence[int]) -> Windows:
-        """A pool's windows over values of this shape, (channels, height, width)."""
-        if self.size is None:
-            assert self.windows is not None
-            return self._without_remainder(self.windows, shape)
-        height, width = self.image(shape)[1:]
-        rows, columns = self.size
-        if height % rows or width % columns:
-            raise self.refused(
-                f"adaptive pooling from {height}x{width} to {rows}x{columns} has "
-                "uneven windows. Resize the input so that they divide, or pool with "
-                "fixed windows."
-            )
-        kernel = (height // rows, width // columns)
-        return Windows(kernel, kernel)
-
-    def _without_remainder(self, windows: Windows, shape: Sequence[int]) -> Windows:
-        top, left, bottom, right = windows.pads
-        padded = (shape[1] + top + bottom, shape[2] + left + right)
-        rest = [
-            (size - k) % s
-            for size, k, s in zip(padded, windows.kernel, windows.stride, strict=True)
-        ]
-        if self.ceil_mode and any(rest):
-            raise self.refused(
-                f"ceil_mode=True over {padded[0]}x{padded[1]} adds windows that leave "
-                "the image; use ceil_mode=False, or pad the image so that they fit."
-            )
-        return windows
-
-    def divisor(self, shape: Sequence[int]) -> int:
-        """What a pool or a scale divides its sums by, for inputs of this shape."""
-        if self.factors is not None:
-            return self.factors.divisor
-        return math.prod(self.pool_windows(shape).kernel)
-
-    def image(self, shape: Sequence[int]) -> tuple[int, int, int]:
-        """(channels, height, width) of an input that has to be an image."""
-        if len(shape) != 3:
-            raise self.refused(
-                f"values of {len(shape) + 1} dimensions; this layer takes (batch, "
-                "channels, height, width)."
-            )
-        return shape[0], shape[1], shape[2]
+        return self.form.weighted
 
 
 def layer_title(name: str) -> str:

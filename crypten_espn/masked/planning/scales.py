@@ -59,7 +59,7 @@ class Scales:
         self.source_of = {network.input: INPUT}
         self.ends = network.ends
         for name in network.order:
-            if network.layers[name].kind == "activation":
+            if network.layers[name].polynomial:
                 self.source_of[name] = len(self.source_of)
         self._names = list(self.source_of)
         self._naturals: dict[str, Natural] = {}
@@ -90,12 +90,6 @@ class Scales:
         act = self.activation(index)
         return "output" if act is None else act.title
 
-    def divisor(self, layer: Layer) -> int:
-        """What a pool or a scale divides by; 1 for other layers."""
-        if layer.kind not in ("pool", "scale"):
-            return 1
-        return layer.divisor(self.network.layers[layer.inputs[0]].shape)
-
     def natural(self, name: str) -> Natural:
         """The unit of a public value."""
         if name not in self._naturals:
@@ -107,7 +101,7 @@ class Scales:
             return Natural(1, {self.source_of[name]: 0})
         layer = self.network.layers[name]
         below = [self.natural(child) for child in layer.inputs]
-        divisor = self.divisor(layer)
+        divisor = layer.form.divisor
         twos = (divisor & -divisor).bit_length() - 1
         offsets: dict[int, int] = {}
         for child in below:
@@ -140,7 +134,7 @@ class Scales:
             self.readings.weighings.append(weighing)
             return
         for child in layer.inputs:
-            self._visit(child, index, divisor * self.divisor(layer))
+            self._visit(child, index, divisor * layer.form.divisor)
 
     # -- parts
 
@@ -277,7 +271,7 @@ class Scales:
     def largest_source(self, name: str) -> float:
         """What a source may reach when its polynomial's input reaches its bound."""
         layer = self.network.layers[name]
-        if layer.kind == "input":
+        if layer.kind is None:
             # Public, so rounded up: the largest image is nobody's business.
             return 2.0 ** math.ceil(math.log2(self.headroom * max(layer.largest, 0.5)))
         assert layer.polynomial is not None

@@ -9,12 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from .network import NetworkGraph, Node, layer_name
-from .reals import run
-from .trace import as_it_was
+from .graph import NetworkGraph, Node, layer_name
+from .graph.passes.constants import evaluate
+from .graph.trace import as_it_was
+from .layers import KINDS, Reals
 
 _RELATIVE, _ROUNDING = 1e-3, 30.0
 # What a network's own arithmetic may be off, in units of its type's last place.
@@ -60,6 +62,42 @@ class Probe:
         if off <= relative * largest + _ROUNDING * rounding + 1e-6:
             return ""
         return f"on {self.words} it is off by {off:.3g} of {largest:.3g}"
+
+
+def run(graph: NetworkGraph, x: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Every value of a graph in floating point, for one batch of any size.
+
+    Layers that conversion knows are torch's; any other node is ONNX's own evaluator's,
+    which is slow and covers what a graph holds before its passes.
+
+    Args:
+        graph: with or without its passes run.
+        x: (batch, ...) as the graph's input.
+        dtype: what real numbers are computed in.
+
+    Returns:
+        name to value; the graph's output among them.
+    """
+
+    def real(array: Tensor) -> Tensor:
+        return array.to(dtype) if array.is_floating_point() else array
+
+    values = {
+        name: real(torch.from_numpy(np.array(array)))
+        for name, array in graph.constants.items()
+    }
+    values[graph.input] = real(x.detach())
+    for node in graph.nodes:
+        given = [name for name in node.inputs if name]
+        layer = KINDS[node.op].read(node) if node.op in KINDS else None
+        if layer is not None:
+            values[node.output] = layer.apply(Reals(), [values[name] for name in given])
+            continue
+        arrays = {name: values[name].numpy() for name in given}
+        outputs = evaluate(node, arrays, graph.opset)
+        for name, output in zip([node.output, *node.others], outputs, strict=True):
+            values[name] = real(torch.from_numpy(np.array(output)))
+    return values
 
 
 def probes(
