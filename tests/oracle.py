@@ -38,9 +38,11 @@ def polynomial(form: RingForm, x: list[int], p: list[int]) -> list[int]:
 
 
 def run_graph(graph: NetworkGraph, x: torch.Tensor) -> torch.Tensor:
-    """A simplified graph in float32 through torch's own functions."""
+    """A simplified graph, in the type of x, through torch's own functions."""
     functional = torch.nn.functional
-    values = {k: torch.from_numpy(np.array(v)) for k, v in graph.constants.items()}
+    values = {
+        k: torch.from_numpy(np.array(v)).to(x.dtype) for k, v in graph.constants.items()
+    }
     values[graph.input] = x
     for node in graph.nodes:
         inputs: Any = [values[name] for name in node.inputs]

@@ -169,8 +169,9 @@ def torchvision_network(name):
 )
 def test_torchvision_networks(name, size):
     example = torch.randn(2, 3, size, size)
-    model = torchvision_network(name)
-    graph = compare(settle(model, example), example)
+    model = settle(torchvision_network(name), example)
+    # In float32 a deep network amplifies its own rounding beyond any fixed tolerance.
+    graph = compare(model.double(), example.double())
     kinds = {node.op for node in graph.nodes}
     assert "Relu" not in kinds and "Clip" not in kinds and "MaxPool" not in kinds
 
