@@ -6,13 +6,14 @@ trace froze, or a pass took from the example's batch, shows.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .errors import ConversionError
 from .graph import NetworkGraph, Node, layer_name
 from .graph.passes.constants import evaluate
 from .graph.trace import as_it_was
@@ -125,15 +126,27 @@ def probes(
             if not found:
                 raise
             continue  # the network takes no other batch size
-        if torch.is_tensor(expected):
-            found.append(Probe(x, expected.detach(), words))
+        found.append(Probe(x, expected.detach(), words))
     return found
 
 
-def in_evaluation(model: torch.nn.Module, x: Tensor) -> Any:
-    """What a module computes in evaluation mode; nothing of it is changed."""
+def in_evaluation(model: torch.nn.Module, x: Tensor) -> Tensor:
+    """What a module computes in evaluation mode; nothing of it is changed.
+
+    Raises:
+        ConversionError: it does not return one tensor, alone or in a container.
+    """
     with as_it_was(model), torch.no_grad():
-        return model.eval()(x.clone())
+        returned = result = model.eval()(x.clone())
+    while not torch.is_tensor(result):
+        held = list(result.values()) if isinstance(result, Mapping) else result
+        if not isinstance(held, (list, tuple)) or len(held) != 1:
+            raise ConversionError(
+                f"the network returns a {type(returned).__name__}, not one tensor; "
+                "wrap it in a module of one tensor in, one out"
+            )
+        (result,) = held
+    return result
 
 
 def _itself(model: torch.nn.Module | None, raw: NetworkGraph, x: Tensor) -> Tensor:

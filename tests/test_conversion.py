@@ -5,6 +5,9 @@ from __future__ import annotations
 import copy
 import itertools
 import re
+import warnings
+from collections.abc import Callable
+from typing import Any
 
 import crypten
 import numpy as np
@@ -539,3 +542,42 @@ def test_activations_beside_constants_keep_their_meaning():
 def test_shapes_that_do_not_fit_are_named():
     with pytest.raises(ShapeError, match="wants"):
         espn.check(export(nn.Linear(4, 2), torch.randn(1, 4)), torch.randn(1, 5))
+
+
+class _Returns(nn.Module):
+    """A network whose result stands in a container."""
+
+    def __init__(self, contain: Callable[[torch.Tensor], Any]) -> None:
+        super().__init__()
+        self.head = nn.Linear(4, 3)
+        self.contain = contain
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.contain(self.head(x))
+
+
+@pytest.mark.parametrize("contain", [lambda y: (y,), lambda y: {"logits": [y]}])
+def test_one_tensor_in_a_container_is_compared_and_converted(contain):
+    network, x = _Returns(contain).eval(), torch.randn(2, 4)
+    found = espn.check(network, x)
+    assert found.ok and found.masked is None
+    logits, _ = espn.simulate(espn.convert(network, x), x)
+    torch.testing.assert_close(logits, network.head(x).detach(), atol=1e-2, rtol=0)
+
+
+def test_several_results_are_refused_by_name():
+    with pytest.raises(ConversionError, match="one tensor"):
+        espn.check(_Returns(lambda y: {"a": y, "b": y}).eval(), torch.randn(2, 4))
+
+
+@pytest.mark.parametrize("script", [torch.jit.script, None])
+def test_torchscript_modules_are_converted_and_left_alone(script):
+    plain, x = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)).eval(), torch.randn(2, 4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        network = script(plain) if script else torch.jit.trace(plain, x)
+    before = {name: p.clone() for name, p in network.named_parameters()}
+    assert espn.check(network, x).ok
+    logits, _ = espn.simulate(espn.convert(network, x), x)
+    torch.testing.assert_close(logits, plain(x).detach(), atol=1e-2, rtol=0)
+    assert all(torch.equal(p, before[n]) for n, p in network.named_parameters())

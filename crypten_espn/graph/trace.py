@@ -102,6 +102,7 @@ def as_it_was(model: torch.nn.Module) -> Iterator[None]:
         (found, dict(found))
         for module in modes
         for found in (module._parameters, module._buffers)
+        if isinstance(found, dict)  # a TorchScript module's stand in C++
     ]
     buffers = [(b, b._version, b.detach().clone()) for b in model.buffers()]
     try:

@@ -226,8 +226,14 @@ class Host:
             if connection.ended is None and not isinstance(error, EspnError):
                 self._log.error("connection %d: %s", connection.number, traced(error))
             else:
-                said = printable(reason)
-                self._log.warning("connection %d: ended: %s", connection.number, said)
+                # Whoever is still here when a host closes is no cause for worry.
+                level = logging.INFO if self._closed.is_set() else logging.WARNING
+                self._log.log(
+                    level,
+                    "connection %d: ended: %s",
+                    connection.number,
+                    printable(reason),
+                )
             connection.tell(reason)
         finally:
             self._forget(connection)
