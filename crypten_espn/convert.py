@@ -104,7 +104,8 @@ class PrivateNetwork(crypten_nn.Graph):
                     if isinstance(module, crypten_nn.Parameter):
                         rounded = nearest(module.data, frac_bits=frac_bits)
                         module.set_parameter("data", rounded)
-            return super().encrypt(mode=mode, src=src)
+            super().encrypt(mode=mode, src=src)
+            return self
         if src != 0:
             raise ProtocolError(
                 f"src={src}: with protocol 'masked' rank 0 owns the weights; start the "
@@ -138,7 +139,7 @@ class PrivateNetwork(crypten_nn.Graph):
             )
         self._composed.prepare(count, batch=batch)
 
-    def batch(self, x: Any) -> torch.Tensor:
+    def batch(self, x: object) -> torch.Tensor:
         """An input batch as real numbers, checked.
 
         Args:
@@ -223,7 +224,7 @@ def nearest(values: torch.Tensor, *, frac_bits: int) -> torch.Tensor:
     return rounded.requires_grad_(values.requires_grad)
 
 
-def check(model: Source, example: Any) -> Report:
+def check(model: Source, example: object) -> Report:
     """Name every problem of a network at once, with its cure. Nothing is changed.
 
     1. Trace or read the network, and simplify it.
@@ -253,7 +254,7 @@ def check(model: Source, example: Any) -> Report:
 
 def convert(
     model: Source,
-    example: Any,
+    example: object,
     *,
     protocol: str | None = None,
     truncation: str | None = None,
@@ -304,7 +305,7 @@ def convert(
     return private
 
 
-def _example(source: Source, given: Any) -> torch.Tensor:
+def _example(source: Source, given: object) -> torch.Tensor:
     """The example as the network takes it: of the type of its parameters.
 
     Integers stay what they are where the network itself computes with them.
@@ -356,7 +357,7 @@ def _compared(
 def _planned(
     graph: NetworkGraph,
     example: torch.Tensor,
-    reference: Callable[[torch.Tensor], Any] | None,
+    reference: Callable[[torch.Tensor], object] | None,
 ) -> str | None:
     """Why the masked engine cannot run a graph that can be converted."""
     private = PrivateNetwork(graph, example=example, engine=None)

@@ -57,8 +57,8 @@ def run_parties(
     function: Callable[..., Any],
     *,
     world_size: int,
-    args: Sequence[Any] = (),
-    kwargs: Mapping[str, Any] | None = None,
+    args: Sequence[object] = (),
+    kwargs: Mapping[str, object] | None = None,
     timeout: float | None = None,
 ) -> list[Any]:
     """Run a function in world_size CrypTen processes and return their values by rank.

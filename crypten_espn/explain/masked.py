@@ -6,6 +6,7 @@ import dataclasses
 import math
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..convert import PrivateNetwork
@@ -103,7 +104,7 @@ def _values(
 def _coins(plan: Plan, draws: Draws) -> Roundings:
     """Coins as the parties' masks and the dealer would give them."""
 
-    def coins(number: int, z: Any) -> Rounding:
+    def coins(number: int, z: np.ndarray) -> Rounding:
         act = plan.steps[number].activation
         first = [
             draws.ring(z.shape).numpy() & ((1 << 62) - 1) for _ in range(act.masks)

@@ -6,10 +6,11 @@ import hmac
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from ..errors import MaterialError
-from ..wire.channel import HEADER_BYTES, Channel
+from ..wire.channel import Channel
+from ..wire.frames import HEADER_BYTES
 from ..wire.packing import pack, packed_bytes, unpack
 from .messages import Compare, Protocol, Receive, Send, Tell
 
@@ -42,7 +43,7 @@ def over(part: Protocol[T], channels: Mapping[str, Channel], *, tag: int = 0) ->
                 told = channels[event.of].receive_bytes(limit=TOLD_BYTES, tag=tag)
                 _compare(event, told)
     except StopIteration as end:
-        return end.value
+        return cast(T, end.value)
     finally:
         part.close()
 

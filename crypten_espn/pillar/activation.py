@@ -54,7 +54,9 @@ class PolynomialActivation(nn.Module):
             y = _Evaluate.apply(seen, self.polynomial, True, False)
             self._record(seen, y)
             return x.copy_(y) if self.inplace else y
-        return _Evaluate.apply(x, self.polynomial, self.training, self.inplace)
+        out: Tensor
+        out = _Evaluate.apply(x, self.polynomial, self.training, self.inplace)
+        return out
 
     def take_recorded(self) -> list[Tensor]:
         """Return the inputs since the last call or backward pass, and forget them."""

@@ -84,7 +84,9 @@ def blending(
     if recipe.cutmix:
         kinds.append(v2.CutMix(alpha=recipe.cutmix, num_classes=classes))
     if kinds:
-        return v2.RandomChoice(kinds)
+        blend: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+        blend = v2.RandomChoice(kinds)
+        return blend
     return lambda images, labels: (
         images,
         functional.one_hot(labels, classes).float(),

@@ -265,9 +265,12 @@ class Call(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return what the function returns."""
+        y: Tensor
         if isinstance(self.target, str):
-            return getattr(x, self.target)(*self.args, **self.kwargs)
-        return self.target(x, *self.args, **self.kwargs)
+            y = getattr(x, self.target)(*self.args, **self.kwargs)
+        else:
+            y = self.target(x, *self.args, **self.kwargs)
+        return y
 
     def extra_repr(self) -> str:
         """Return the function's name, for print(model)."""

@@ -55,7 +55,8 @@ def own_method(module: nn.Module, name: str) -> types.FunctionType:
     """
     here = vars(module).get(name)
     if here is None:
-        return getattr(type(module), name)
+        method: types.FunctionType = getattr(type(module), name)
+        return method
     if isinstance(here, PatchedMethod):
         return here.function
     if isinstance(here, types.MethodType) and here.__self__ is module:

@@ -145,7 +145,7 @@ class Client:
             seconds=time.perf_counter() - began,
         )
 
-    def predict(self, x: Any) -> torch.Tensor:
+    def predict(self, x: object) -> torch.Tensor:
         """Logits of a batch; the server learns neither input nor logits.
 
         Args:
@@ -228,7 +228,7 @@ class Client:
             self._greet(channel, self.plan)
         return channel
 
-    def _predict(self, channel: Channel, x: Any) -> torch.Tensor:
+    def _predict(self, channel: Channel, x: object) -> torch.Tensor:
         encoded = self.plan.encode(x)
         batch = len(encoded)
         if self.remaining == 0:
