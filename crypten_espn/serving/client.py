@@ -194,7 +194,12 @@ class Client:
             self.prepare(missing, batch=len(inputs[0]))
         while len(self._others) < min(in_flight, len(inputs)) - 1:
             self._others.append(self._another())
-        channels = [self._channel, *self._others][:in_flight]
+        return self._over(inputs, [self._channel, *self._others][:in_flight])
+
+    def _over(
+        self, inputs: Sequence[Any], channels: Sequence[Channel]
+    ) -> list[torch.Tensor]:
+        """The logits of every input; a channel that is free takes the next one."""
         results: list[torch.Tensor | None] = [None] * len(inputs)
         failures: list[BaseException] = []
         waiting = iter(range(len(inputs)))
