@@ -28,6 +28,7 @@ def explain_masked(
     runs: int,
     draws: Draws,
 ) -> Explanation:
+    """The errors of a masked plan, with coins as its dealer would draw them."""
     network = Network(private)
     network.cut()
     ends = network.ends

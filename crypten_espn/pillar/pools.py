@@ -12,6 +12,8 @@ from .spellings import SPELLINGS
 
 
 class PoolSurgeon(Operation):
+    """Puts average pooling where there was max pooling."""
+
     def sought(self) -> set[str]:
         return {"max_pool2d", "adaptive_max_pool2d"}
 

@@ -92,6 +92,11 @@ class _Readable(torch.utils.data.Dataset[tuple[Tensor, int]]):
 def imagenet(
     directory: Path, held_out: int | None, train_size: int, test_size: int
 ) -> Dataset:
+    """Return ImageNet from the folders train and val of a folder.
+
+    Raises:
+        DataError: a folder is missing.
+    """
     # Late: beside a CPU-only torch it loads only once crypten_espn has been imported.
     from torchvision.datasets import ImageFolder
     from torchvision.transforms import v2

@@ -91,6 +91,7 @@ def checked(
 
 
 def conv(inputs: int, outputs: int, *, kernel: int = 3, stride: int = 1) -> nn.Conv2d:
+    """Return a convolution without bias that keeps the size at stride 1."""
     return nn.Conv2d(
         inputs,
         outputs,
