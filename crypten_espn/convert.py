@@ -312,17 +312,17 @@ def _example(source: Source, given: object) -> torch.Tensor:
     """
     numbers = real_tensor(given, "the example", finite=True)
     exact = given.detach() if torch.is_tensor(given) else number_tensor(given)
-    module = isinstance(source, torch.nn.Module)
-    if not exact.is_floating_point() and (not module or _takes(source, exact)):
-        return exact
+    whole = not exact.is_floating_point()
     if not isinstance(source, torch.nn.Module):
-        return numbers.float()
+        return exact if whole else numbers.float()
+    if whole and _takes(source, exact):
+        return exact
     held = (*source.parameters(), *source.buffers())
     types = [tensor.dtype for tensor in held if tensor.is_floating_point()]
     return numbers.to(types[0] if types else torch.float32)
 
 
-def _takes(model: Any, x: torch.Tensor) -> bool:
+def _takes(model: torch.nn.Module, x: torch.Tensor) -> bool:
     try:
         in_evaluation(model, x)
     except Exception:

@@ -16,7 +16,6 @@ dealer and so knows every mask: for tests and benchmarks only.
 from __future__ import annotations
 
 import logging
-from typing import Any
 
 import crypten
 import crypten.communicator as comm
@@ -353,7 +352,11 @@ class Dealer(TTPServer):
 
 
 def _ttp_request(
-    self: Any, func_name: str, device: Any, *args: Any, **kwargs: Any
+    self: TTPClient,
+    func_name: str,
+    device: torch.device | str | None,
+    *args: object,
+    **kwargs: object,
 ) -> torch.Tensor:
     """CrypTen's `TTPClient.ttp_request`, which also hears a refusal.
 

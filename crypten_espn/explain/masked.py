@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
 
 import numpy as np
 import torch
@@ -33,7 +32,7 @@ def explain_masked(
     network.cut()
     ends = network.ends
     clear, exact = [], []
-    results: list[list[Any]] = [[] for _ in range(runs)]
+    results: list[list[list[torch.Tensor]]] = [[] for _ in range(runs)]
     logits = []
     for part in x.split(CHUNK):
         real = network.run(part, ends)

@@ -81,7 +81,7 @@ def _to_words(data: bytes) -> torch.Tensor:
 def _run(part: Protocol[T], deal: _Deal | None = None) -> T:
     """Run one party's part of a protocol through CrypTen's communicator."""
     peer = 1 - comm.get().get_rank()
-    answer: Any = None
+    answer: list[np.ndarray] | None = None
     try:
         while True:
             event = part.send(answer)

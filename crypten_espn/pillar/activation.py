@@ -93,10 +93,10 @@ class PolynomialActivation(nn.Module):
                 "its inplace to False"
             )
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_recorded": {}, "_hidden": False}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         # A module pickled before these existed.
         super().__setstate__({"inplace": False, "_hidden": False, **state})
 

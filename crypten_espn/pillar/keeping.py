@@ -12,9 +12,9 @@ from torch import nn
 
 
 @contextmanager
-def kept(module: nn.Module) -> Iterator[dict[str, Any]]:
+def kept(module: nn.Module) -> Iterator[dict[str, object]]:
     """Put back what the body changes in a module and below; yields what that was."""
-    changed: dict[str, Any] = {}
+    changed: dict[str, object] = {}
     before = [(part, _state(part)) for part in module.modules()]
     generator = torch.random.get_rng_state()
     try:

@@ -63,7 +63,7 @@ class PoolSurgeon(Operation):
         return None
 
 
-def _check_indices(name: str, return_indices: Any) -> None:
+def _check_indices(name: str, return_indices: object) -> None:
     if return_indices:
         raise ConversionError(
             f"{name}: a max pool that returns indices has no average twin; "

@@ -135,7 +135,7 @@ class _Surgeon(Operation):
         self.select = select
         self.patterns: dict[str, Polynomial] = {}
         self.types: dict[type[nn.Module], Polynomial] = {}
-        self.calls: dict[Callable[..., Any] | str, Polynomial] = {}
+        self.calls: dict[Callable[..., object] | str, Polynomial] = {}
         self.asked = list(mapping)
         self.matched: set[str] = set()
         # The kinds and places of every activation, asked for or not.

@@ -7,10 +7,9 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -166,7 +165,7 @@ class Client:
         return self._predict(self._channel, x)
 
     def predict_many(
-        self, inputs: Sequence[Any], *, in_flight: int = 8
+        self, inputs: Sequence[Sized], *, in_flight: int = 8
     ) -> list[torch.Tensor]:
         """`predict` for each input, several at once over as many connections.
 
@@ -197,7 +196,7 @@ class Client:
         return self._over(inputs, [self._channel, *self._others][:in_flight])
 
     def _over(
-        self, inputs: Sequence[Any], channels: Sequence[Channel]
+        self, inputs: Sequence[object], channels: Sequence[Channel]
     ) -> list[torch.Tensor]:
         """The logits of every input; a channel that is free takes the next one."""
         results: list[torch.Tensor | None] = [None] * len(inputs)

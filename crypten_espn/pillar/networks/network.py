@@ -54,7 +54,7 @@ class Network(nn.Module):
 
     architecture: Architecture
     normalization: Normalization | None = None
-    notes: dict[str, Any] | None = None
+    notes: dict[str, object] | None = None
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
