@@ -6,7 +6,6 @@ import functools
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import crypten
 import crypten.communicator as comm
@@ -169,7 +168,9 @@ class PrivateNetwork(crypten_nn.Graph):
                 "the input, or convert again with an example of the right size"
             )
 
-    def forward(self, x: Any) -> Any:
+    def forward(
+        self, x: crypten.CrypTensor | torch.Tensor
+    ) -> crypten.CrypTensor | torch.Tensor:
         """Logits for a batch, encrypted once `.encrypt(src=0)` was called.
 
         Raises:

@@ -258,7 +258,10 @@ class Call(nn.Module):
     """
 
     def __init__(
-        self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        target: Callable[..., Tensor] | str,
+        args: tuple[object, ...],
+        kwargs: Mapping[str, object],
     ) -> None:
         super().__init__()
         self.target, self.args, self.kwargs = target, args, kwargs

@@ -308,7 +308,7 @@ class OutdatedMethod:
         )
 
 
-def _named(value: Any) -> Any:
+def _named(value: object) -> object:
     """A module or function by its name where pickle would not find it itself."""
     if isinstance(value, types.ModuleType):
         return _Reference(value.__name__, "")
