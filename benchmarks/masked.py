@@ -22,8 +22,9 @@ from crypten_espn.masked.messages import DEALER, Protocol, Receive, Send
 from crypten_espn.masked.plan import Plan
 from crypten_espn.masked.planning import masked_model
 from crypten_espn.masked.preparing import ClientPreparation, ServerPreparation
-from crypten_espn.wire.channel import HEADER_BYTES, Channel
+from crypten_espn.wire.channel import Channel
 from crypten_espn.wire.connect import Listener, connect_channel, parse_address
+from crypten_espn.wire.frames import HEADER_BYTES
 
 from .party import Control, Result
 

@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import TypeVar, cast
 
 from numba import njit
+from numba.core.dispatcher import Dispatcher
 
-_kernels: list[Any] = []
+F = TypeVar("F", bound=Callable[..., object])
+
+_kernels: list[Dispatcher] = []
 _heaters: list[Callable[[], None]] = []
 _lock = threading.Lock()
 
 
-def compiled(function: Callable[..., Any]) -> Any:
+def compiled(function: F) -> F:
     """Compile with an on-disk cache where one can be written, without it elsewhere.
 
     Additions may be reordered, so that sums use vectors; NaN and infinity keep their
@@ -34,7 +37,7 @@ def compiled(function: Callable[..., Any]) -> Any:
     except RuntimeError:  # numba: no writable place for the cache
         kernel = njit(**options)(function)
     _kernels.append(kernel)
-    return kernel
+    return cast(F, kernel)
 
 
 def heats(calls: Callable[[], None]) -> Callable[[], None]:

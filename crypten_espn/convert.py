@@ -6,7 +6,6 @@ import functools
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import crypten
 import crypten.communicator as comm
@@ -104,7 +103,8 @@ class PrivateNetwork(crypten_nn.Graph):
                     if isinstance(module, crypten_nn.Parameter):
                         rounded = nearest(module.data, frac_bits=frac_bits)
                         module.set_parameter("data", rounded)
-            return super().encrypt(mode=mode, src=src)
+            super().encrypt(mode=mode, src=src)
+            return self
         if src != 0:
             raise ProtocolError(
                 f"src={src}: with protocol 'masked' rank 0 owns the weights; start the "
@@ -138,7 +138,7 @@ class PrivateNetwork(crypten_nn.Graph):
             )
         self._composed.prepare(count, batch=batch)
 
-    def batch(self, x: Any) -> torch.Tensor:
+    def batch(self, x: object) -> torch.Tensor:
         """An input batch as real numbers, checked.
 
         Args:
@@ -168,7 +168,9 @@ class PrivateNetwork(crypten_nn.Graph):
                 "the input, or convert again with an example of the right size"
             )
 
-    def forward(self, x: Any) -> Any:
+    def forward(
+        self, x: crypten.CrypTensor | torch.Tensor
+    ) -> crypten.CrypTensor | torch.Tensor:
         """Logits for a batch, encrypted once `.encrypt(src=0)` was called.
 
         Raises:
@@ -223,7 +225,7 @@ def nearest(values: torch.Tensor, *, frac_bits: int) -> torch.Tensor:
     return rounded.requires_grad_(values.requires_grad)
 
 
-def check(model: Source, example: Any) -> Report:
+def check(model: Source, example: object) -> Report:
     """Name every problem of a network at once, with its cure. Nothing is changed.
 
     1. Trace or read the network, and simplify it.
@@ -253,7 +255,7 @@ def check(model: Source, example: Any) -> Report:
 
 def convert(
     model: Source,
-    example: Any,
+    example: object,
     *,
     protocol: str | None = None,
     truncation: str | None = None,
@@ -304,24 +306,24 @@ def convert(
     return private
 
 
-def _example(source: Source, given: Any) -> torch.Tensor:
+def _example(source: Source, given: object) -> torch.Tensor:
     """The example as the network takes it: of the type of its parameters.
 
     Integers stay what they are where the network itself computes with them.
     """
     numbers = real_tensor(given, "the example", finite=True)
     exact = given.detach() if torch.is_tensor(given) else number_tensor(given)
-    module = isinstance(source, torch.nn.Module)
-    if not exact.is_floating_point() and (not module or _takes(source, exact)):
-        return exact
+    whole = not exact.is_floating_point()
     if not isinstance(source, torch.nn.Module):
-        return numbers.float()
+        return exact if whole else numbers.float()
+    if whole and _takes(source, exact):
+        return exact
     held = (*source.parameters(), *source.buffers())
     types = [tensor.dtype for tensor in held if tensor.is_floating_point()]
     return numbers.to(types[0] if types else torch.float32)
 
 
-def _takes(model: Any, x: torch.Tensor) -> bool:
+def _takes(model: torch.nn.Module, x: torch.Tensor) -> bool:
     try:
         in_evaluation(model, x)
     except Exception:
@@ -356,7 +358,7 @@ def _compared(
 def _planned(
     graph: NetworkGraph,
     example: torch.Tensor,
-    reference: Callable[[torch.Tensor], Any] | None,
+    reference: Callable[[torch.Tensor], object] | None,
 ) -> str | None:
     """Why the masked engine cannot run a graph that can be converted."""
     private = PrivateNetwork(graph, example=example, engine=None)

@@ -16,7 +16,6 @@ dealer and so knows every mask: for tests and benchmarks only.
 from __future__ import annotations
 
 import logging
-from typing import Any
 
 import crypten
 import crypten.communicator as comm
@@ -60,7 +59,9 @@ def one_sided_products(
 
     Cost: 1 correction of 8 bytes for each element of size; no online communication.
     """
-    return _provider().one_sided_products(torch.Size(size), terms)
+    pair: tuple[torch.Tensor, torch.Tensor]
+    pair = _provider().one_sided_products(torch.Size(size), terms)
+    return pair
 
 
 def powers(size: torch.Size, degree: int) -> torch.Tensor:
@@ -80,7 +81,8 @@ def powers(size: torch.Size, degree: int) -> torch.Tensor:
             f"powers up to degree {degree}: at least 2 is needed; a linear polynomial "
             "takes no randomness"
         )
-    return _provider().powers(torch.Size(size), degree)
+    stack: torch.Tensor = _provider().powers(torch.Size(size), degree)
+    return stack
 
 
 def rescaling(size: torch.Size, shift: int, *, ring_bits: int = 64) -> torch.Tensor:
@@ -96,7 +98,8 @@ def rescaling(size: torch.Size, shift: int, *, ring_bits: int = 64) -> torch.Ten
 
     Cost: 2 corrections for each element of size.
     """
-    return _provider().rescaling(torch.Size(size), shift, ring_bits)
+    stack: torch.Tensor = _provider().rescaling(torch.Size(size), shift, ring_bits)
+    return stack
 
 
 def logical_shift(value: torch.Tensor, bits: int) -> torch.Tensor:
@@ -129,6 +132,12 @@ def _rescaling_stack(r: torch.Tensor, shift: int, ring_bits: int) -> torch.Tenso
     return torch.stack([r, -logical, -arithmetic])
 
 
+def _shared(value: torch.Tensor) -> torch.Tensor:
+    """This party's share of what rank 0 gives."""
+    share: torch.Tensor = ArithmeticSharedTensor(value, precision=0, src=0).share
+    return share
+
+
 # Rank 0 plays the dealer: it can undo the sharing of zero, so it knows party 1's part.
 
 
@@ -141,12 +150,12 @@ def _tfp_products(
         product = (mask * -zero).sum(0)
     else:
         mask, product = zero, torch.zeros(size, dtype=torch.long)
-    return mask, ArithmeticSharedTensor(product, precision=0, src=0).share
+    return mask, _shared(product)
 
 
 def _tfp_powers(self: TrustedFirstParty, size: torch.Size, degree: int) -> torch.Tensor:
     r = rng.generate_random_ring_element(size)
-    return ArithmeticSharedTensor(_power_stack(r, degree), precision=0, src=0).share
+    return _shared(_power_stack(r, degree))
 
 
 def _tfp_rescaling(
@@ -154,7 +163,7 @@ def _tfp_rescaling(
 ) -> torch.Tensor:
     r = rng.generate_random_ring_element(size)
     stack = _rescaling_stack(r, shift, ring_bits)
-    return ArithmeticSharedTensor(stack, precision=0, src=0).share
+    return _shared(stack)
 
 
 # Parties expand their own seeds; rank 0 asks the dealer for the corrections.
@@ -269,7 +278,7 @@ class Dealer(TTPServer):
                 f"the dealer is out of step with the parties since an earlier request "
                 f"failed ({self._failure}): start all parties again"
             )
-        keys: dict[str, Any] = {
+        keys: dict[str, type | tuple[type, ...]] = {
             "function": str, "device": (str, type(None)), "args": tuple, "kwargs": dict,
         }  # fmt: skip
         if not (
@@ -289,14 +298,21 @@ class Dealer(TTPServer):
             )
         self.device = message["device"]
         try:
-            return getattr(self, name)(*message["args"], **message["kwargs"])
+            dealt: torch.Tensor
+            dealt = getattr(self, name)(*message["args"], **message["kwargs"])
+            return dealt
         except Exception as error:
             self._failure = f"{name}: {type(error).__name__}: {error}"
             _log.exception("a request failed")
             raise RandomnessError(f"the dealer failed at {self._failure}") from error
 
     def additive(
-        self, size0: tuple, size1: tuple, op: str, *args: Any, **kwargs: Any
+        self,
+        size0: tuple[int, ...],
+        size1: tuple[int, ...],
+        op: str,
+        *args: object,
+        **kwargs: object,
     ) -> torch.Tensor:
         """CrypTen's triples, for its products only: op names a function of torch."""
         if op not in _PRODUCTS:
@@ -304,14 +320,16 @@ class Dealer(TTPServer):
                 f"triples of {op!r} were asked for; there are those of "
                 f"{', '.join(sorted(_PRODUCTS))}"
             )
-        return super().additive(size0, size1, op, *args, **kwargs)
+        triple: torch.Tensor = super().additive(size0, size1, op, *args, **kwargs)
+        return triple
 
     def one_sided_products(self, size: tuple[int, ...], terms: int) -> torch.Tensor:
         a, b = (
             rng.generate_random_ring_element((terms, *size), generator=g)
             for g in self._get_generators(device="cpu")
         )
-        return (a * b).sum(0) - self._others(size)
+        products: torch.Tensor = (a * b).sum(0)
+        return products - self._others(size)
 
     def powers(self, size: tuple[int, ...], degree: int) -> torch.Tensor:
         stack = _power_stack(self._get_additive_PRSS((1, *size))[0], degree)[1:]
@@ -334,7 +352,11 @@ class Dealer(TTPServer):
 
 
 def _ttp_request(
-    self: Any, func_name: str, device: Any, *args: Any, **kwargs: Any
+    self: TTPClient,
+    func_name: str,
+    device: torch.device | str | None,
+    *args: object,
+    **kwargs: object,
 ) -> torch.Tensor:
     """CrypTen's `TTPClient.ttp_request`, which also hears a refusal.
 

@@ -255,7 +255,7 @@ def _table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _machine() -> dict[str, Any]:
+def _machine() -> dict[str, object]:
     return {
         "processor": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),

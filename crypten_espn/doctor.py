@@ -186,4 +186,4 @@ def _product() -> float:
 
     x = crypten.cryptensor(torch.tensor(1.5), src=0)
     y = crypten.cryptensor(torch.tensor(4.0), src=1)
-    return (x * y).get_plain_text().item()
+    return float((x * y).get_plain_text())

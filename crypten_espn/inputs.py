@@ -8,8 +8,6 @@ keeps integers exact.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -35,7 +33,7 @@ _SMALL = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.uint16)
 _ALLOWED = "give real numbers as a torch tensor or numpy array"
 
 
-def real_tensor(x: Any, what: str = "the input", *, finite: bool = False) -> Tensor:
+def real_tensor(x: object, what: str = "the input", *, finite: bool = False) -> Tensor:
     """A torch tensor of the real numbers in x, as precise as x itself.
 
     Args:
@@ -79,7 +77,7 @@ def refuse_not_finite(numbers: Tensor, what: str) -> None:
         )
 
 
-def number_tensor(x: Any, what: str = "the input") -> Tensor:
+def number_tensor(x: object, what: str = "the input") -> Tensor:
     """A torch tensor of the numbers in x: int64, float32 or float64, exactly x's.
 
     Args:
@@ -176,7 +174,7 @@ def _from_number(x: float, what: str) -> Tensor:
         ) from error
 
 
-def _from_list(x: list[Any] | tuple[Any, ...], what: str) -> Tensor:
+def _from_list(x: list[object] | tuple[object, ...], what: str) -> Tensor:
     if not x:
         return torch.empty(0)
     if all(isinstance(part, bool | int | float) for part in x):
@@ -193,7 +191,7 @@ def _from_list(x: list[Any] | tuple[Any, ...], what: str) -> Tensor:
     return torch.stack([part.cpu() for part in parts])
 
 
-def _complex(what: str, dtype: Any) -> str:
+def _complex(what: str, dtype: object) -> str:
     return (
         f"{what} is complex ({dtype}); networks take real numbers, such as x.real or "
         "torch.view_as_real(x)"

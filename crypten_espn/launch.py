@@ -25,12 +25,14 @@ from dataclasses import dataclass
 from multiprocessing import connection
 from multiprocessing.context import ForkServerProcess
 from types import ModuleType
-from typing import Any
+from typing import Any, ParamSpec
 
 import cloudpickle
 import torch
 
 from .errors import EspnError, PeerError
+
+P = ParamSpec("P")
 
 #: Seconds a run may take before its parties are stopped; None sets no limit.
 timeout_s: float | None = float(os.environ.get("CRYPTEN_ESPN_TIMEOUT", "0")) or None
@@ -54,11 +56,11 @@ _main_lock = threading.Lock()
 
 
 def run_parties(
-    function: Callable[..., Any],
+    function: Callable[..., object],
     *,
     world_size: int,
-    args: Sequence[Any] = (),
-    kwargs: Mapping[str, Any] | None = None,
+    args: Sequence[object] = (),
+    kwargs: Mapping[str, object] | None = None,
     timeout: float | None = None,
 ) -> list[Any]:
     """Run a function in world_size CrypTen processes and return their values by rank.
@@ -125,7 +127,7 @@ def run_parties(
 
 def run_multiprocess(
     world_size: int, maxsize: int | None = None
-) -> Callable[[Callable[..., Any]], Callable[..., list[Any]]]:
+) -> Callable[[Callable[P, object]], Callable[P, list[Any]]]:
     """Decorator: a call runs in world_size processes and returns their values by rank.
 
     Args:
@@ -136,9 +138,9 @@ def run_multiprocess(
         PeerError: at the call, as `run_parties` does.
     """
 
-    def decorator(function: Callable[..., Any]) -> Callable[..., list[Any]]:
+    def decorator(function: Callable[P, object]) -> Callable[P, list[Any]]:
         @functools.wraps(function)
-        def wrapper(*args: Any, **kwargs: Any) -> list[Any]:
+        def wrapper(*args: P.args, **kwargs: P.kwargs) -> list[Any]:
             return run_parties(
                 function, world_size=world_size, args=args, kwargs=kwargs
             )
@@ -155,7 +157,7 @@ class _Job:
     call: bytes | None  # None: the dealer
     environment: Mapping[str, str]
     directory: str
-    config: Any
+    config: object
     rng_state: bytes
     threads: int
 
@@ -341,7 +343,7 @@ def _party(job: _Job, rank: int, reply: connection.Connection) -> None:
         rest = rest[os.write(reply.fileno(), rest) :]
 
 
-def _run(job: _Job, rank: int) -> Any:
+def _run(job: _Job, rank: int) -> object:
     import crypten
     from omegaconf import OmegaConf
 

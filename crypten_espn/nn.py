@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from crypten import gradients
+from crypten.cryptensor import AutogradContext
 from crypten.mpc import MPCTensor
 from crypten.nn import Module, onnx_converter
 
@@ -44,7 +45,7 @@ class PolynomialActivation(Module):
         self.protocol = protocol
         self.truncation = truncation
 
-    def forward(self, x: Any) -> Any:
+    def forward(self, x: MPCTensor | torch.Tensor) -> MPCTensor | torch.Tensor:
         """p(x): encrypted for an MPCTensor (see `polyval`), plain for a tensor."""
         if torch.is_tensor(x):
             return self.polynomial(x)
@@ -90,7 +91,7 @@ class Scale(Module):
         super().__init__()
         self.factor = factor
 
-    def forward(self, x: Any) -> Any:
+    def forward(self, x: MPCTensor | torch.Tensor) -> MPCTensor | torch.Tensor:
         """x times the factors; no communication, one local truncation if shared."""
         return x.mul(self.factor)
 
@@ -100,12 +101,14 @@ class AutogradPolyval(gradients.AutogradFunction):
     """Gradient of `polyval`: the derivative is a polynomial, so it costs the same."""
 
     @staticmethod
-    def forward(ctx: Any, input: MPCTensor, polynomial: Polynomial) -> MPCTensor:
+    def forward(
+        ctx: AutogradContext, input: MPCTensor, polynomial: Polynomial
+    ) -> MPCTensor:
         ctx.save_multiple_for_backward((input, polynomial))
         return input.polyval(polynomial)
 
     @staticmethod
-    def backward(ctx: Any, grad_output: MPCTensor) -> MPCTensor:
+    def backward(ctx: AutogradContext, grad_output: MPCTensor) -> MPCTensor:
         input, polynomial = ctx.saved_tensors
         return grad_output.mul(input.polyval(polynomial.derivative()))
 

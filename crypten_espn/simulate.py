@@ -74,7 +74,7 @@ def simulate(
     return simulate_model(model, x)
 
 
-def simulate_model(model: MaskedModel, x: Any) -> tuple[torch.Tensor, SessionCost]:
+def simulate_model(model: MaskedModel, x: object) -> tuple[torch.Tensor, SessionCost]:
     """`simulate` a planned model."""
     plan = model.plan
     encoded = plan.encode(x)
@@ -132,5 +132,6 @@ def _simulate_crypten(
             logits = network(data).get_plain_text(dst=1)
         return logits, measured.cost
 
-    results = run_parties(party, world_size=2, timeout=max(timeout, 600.0))
-    return results[1]
+    result: tuple[torch.Tensor, Cost]
+    _, result = run_parties(party, world_size=2, timeout=max(timeout, 600.0))
+    return result

@@ -18,7 +18,7 @@ import crypten_espn as espn
 from benchmarks import costmodel
 from benchmarks.rows import Results
 from crypten_espn import cli
-from crypten_espn.cost import GLOO_DELAYS
+from crypten_espn.cost import GLOO_DELAYS, SessionCost
 from crypten_espn.errors import ConversionError, EspnError, ShapeError
 from crypten_espn.estimate.deployment import Deployment, capacities, per_million
 from crypten_espn.estimate.engines import engine_costs
@@ -30,7 +30,6 @@ from crypten_espn.masked.inference import online_bytes
 from crypten_espn.masked.planning import make_plan
 from crypten_espn.pillar import networks
 from crypten_espn.pillar.storage import save_network
-from crypten_espn.simulate import SessionCost
 
 POLYNOMIAL = espn.Polynomial.fit(torch.relu, degree=4)
 WAN = Deployment(rtt_s=0.1, bits_per_second=100e6)

@@ -11,6 +11,7 @@ from typing import Annotated, Any, TypeVar
 import torch
 import typer
 from typer.core import TyperCommand, TyperOption
+from typer.models import ArgumentInfo, OptionInfo
 
 from ..pillar.storage import network_file
 
@@ -52,14 +53,16 @@ class Command(TyperCommand):
         return super().parse_args(ctx, words + rest)
 
 
-def argument(help: str, metavar: str) -> Any:
+def argument(help: str, metavar: str) -> ArgumentInfo:
     """What stands without a name."""
-    return typer.Argument(metavar=metavar, help=help)
+    made: ArgumentInfo = typer.Argument(metavar=metavar, help=help)
+    return made
 
 
-def option(help: str, metavar: str | None = None, *names: str) -> Any:
+def option(help: str, metavar: str | None = None, *names: str) -> OptionInfo:
     """Any text or path; a flag by its names alone."""
-    return typer.Option(*names, metavar=metavar, help=help)
+    made: OptionInfo = typer.Option(*names, metavar=metavar, help=help)
+    return made
 
 
 def checked(
@@ -68,7 +71,7 @@ def checked(
     read: Callable[[str], T],
     good: Callable[[T], bool],
     refusal: str,
-) -> Any:
+) -> OptionInfo:
     """Text that `read` takes without a ValueError to a good value, or a refusal."""
 
     def parse(text: object) -> T:
@@ -80,35 +83,36 @@ def checked(
             pass
         raise typer.BadParameter(f"{str(text)!r} {refusal}")
 
-    return typer.Option(parser=parse, metavar=metavar, help=help)
+    made: OptionInfo = typer.Option(parser=parse, metavar=metavar, help=help)
+    return made
 
 
-def choice(help: str, *allowed: str, several: bool = False) -> Any:
+def choice(help: str, *allowed: str, several: bool = False) -> OptionInfo:
     """One of the words allowed, or several."""
     metavar = "|".join(allowed) + ("..." if several else "")
     refusal = f"was given; choose from {', '.join(allowed)}"
     return checked(help, metavar, str, allowed.__contains__, refusal)
 
 
-def whole(help: str, least: int = 1) -> Any:
+def whole(help: str, least: int = 1) -> OptionInfo:
     """A whole number."""
     refusal = f"was given; give a whole number from {least} on"
     return checked(help, "INT", _integer, lambda value: value >= least, refusal)
 
 
-def positive(help: str) -> Any:
+def positive(help: str) -> OptionInfo:
     """A number above 0."""
     refusal = "was given; give a number above 0"
     return checked(help, "FLOAT", float, lambda value: 0 < value < math.inf, refusal)
 
 
-def not_negative(help: str) -> Any:
+def not_negative(help: str) -> OptionInfo:
     """A number from 0 on."""
     refusal = "was given; give a number from 0 on"
     return checked(help, "FLOAT", float, lambda value: 0 <= value < math.inf, refusal)
 
 
-def input_shape(help: str) -> Any:
+def input_shape(help: str) -> OptionInfo:
     """One input's shape, without the batch."""
     return checked(
         f"one input's shape without the batch, such as 3,32,32 ({help})",

@@ -62,7 +62,6 @@ class Counts(Reals):
         Raises:
             ConversionError: a layer whose cost is not known.
         """
-
         values = {
             name: torch.empty(()).expand(array.shape)
             for name, array in graph.constants.items()

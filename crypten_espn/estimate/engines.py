@@ -60,7 +60,7 @@ class Load:
     def seconds(self, processor: Processor) -> float:
         """Seconds on one core."""
         names = [f.name for f in fields(self)]
-        return sum(getattr(self, n) / getattr(processor, n) for n in names)
+        return float(sum(getattr(self, n) / getattr(processor, n) for n in names))
 
 
 @dataclass(frozen=True)

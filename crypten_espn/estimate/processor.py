@@ -213,7 +213,7 @@ def _openings() -> _Task:
         second = (pairs & 5) * 6
         sent = torch.stack([first ^ a, second ^ b])
         epsilon, delta = sent ^ sent.clone()
-        update = (b & epsilon) ^ (a & delta) ^ (epsilon & delta) ^ c
+        update: torch.Tensor = (b & epsilon) ^ (a & delta) ^ (epsilon & delta) ^ c
         return pairs ^ update
 
     return run, 4 * _MANY

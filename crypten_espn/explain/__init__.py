@@ -14,7 +14,6 @@ holds what is found and says it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from crypten.encoder import FixedPointEncoder
@@ -43,7 +42,7 @@ __all__ = [
 
 def explain(
     private: PrivateNetwork,
-    x: Any,
+    x: object,
     *,
     precision_bits: int | None = None,
     precision: str | int | None = None,
@@ -118,7 +117,7 @@ def explain(
 
 def compare_precisions(
     private: PrivateNetwork,
-    x: Any,
+    x: object,
     *,
     precision_bits: Sequence[int] = (8, 12, 16, 20, 24),
     precision: Sequence[str | int] = ("fast", "high"),

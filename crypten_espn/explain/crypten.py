@@ -43,6 +43,7 @@ def explain_shares(
     runs: int,
     draws: Draws,
 ) -> Explanation:
+    """The errors of a network on shares, drawn as CrypTen draws them."""
     a, reals = Shares(encoder, chosen, draws), Reals()
     real: dict[str, torch.Tensor] = {}
     held: dict[str, Shared] = {}

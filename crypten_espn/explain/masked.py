@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
 
+import numpy as np
 import torch
 
 from ..convert import PrivateNetwork
@@ -27,11 +27,12 @@ def explain_masked(
     runs: int,
     draws: Draws,
 ) -> Explanation:
+    """The errors of a masked plan, with coins as its dealer would draw them."""
     network = Network(private)
     network.cut()
     ends = network.ends
     clear, exact = [], []
-    results: list[list[Any]] = [[] for _ in range(runs)]
+    results: list[list[list[torch.Tensor]]] = [[] for _ in range(runs)]
     logits = []
     for part in x.split(CHUNK):
         real = network.run(part, ends)
@@ -103,7 +104,7 @@ def _values(
 def _coins(plan: Plan, draws: Draws) -> Roundings:
     """Coins as the parties' masks and the dealer would give them."""
 
-    def coins(number: int, z: Any) -> Rounding:
+    def coins(number: int, z: np.ndarray) -> Rounding:
         act = plan.steps[number].activation
         first = [
             draws.ring(z.shape).numpy() & ((1 << 62) - 1) for _ in range(act.masks)

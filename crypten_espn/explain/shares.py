@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from crypten.encoder import FixedPointEncoder
@@ -86,7 +86,7 @@ class Shares(Arithmetic[Shared]):
             function(*[value.first for value in values]),
         )
 
-    def scaled(self, x: Shared, factor: Any) -> Shared:
+    def scaled(self, x: Shared, factor: torch.Tensor | float) -> Shared:
         # The module holds factors in float32.
         encoded = self.encoder.encode(torch.as_tensor(factor, dtype=torch.float32))
         wide = x.total.double() * encoded.double()

@@ -20,7 +20,7 @@ READ: Rule = (lambda value: True, "anything")
 IGNORED: Rule = (lambda value: True, "anything, inference does not use it")
 
 
-def _only(*values: Any) -> Rule:
+def _only(*values: object) -> Rule:
     allowed = " or ".join(
         str(v.decode() if isinstance(v, bytes) else v) for v in values
     )

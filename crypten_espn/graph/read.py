@@ -154,14 +154,14 @@ def _check_names(proto: onnx.GraphProto, network_input: str) -> None:
 
 def _array(tensor: onnx.TensorProto) -> np.ndarray:
     """A constant; bfloat16 and narrower, which numpy lacks, as float32."""
-    array = numpy_helper.to_array(tensor)
+    array: np.ndarray = numpy_helper.to_array(tensor)
     own = array.dtype.isbuiltin == 2  # a type that a package adds to numpy
     return array.astype(np.float32) if own else array
 
 
 def _opset(model: onnx.ModelProto) -> int:
     versions = {o.version for o in model.opset_import if o.domain in _DOMAINS} or {1}
-    version = max(versions)
+    version = int(max(versions))
     if len(versions) > 1 or version not in OPSETS:
         raise ConversionError(
             f"the file uses version {' and '.join(map(str, sorted(versions)))} of "

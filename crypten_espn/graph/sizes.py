@@ -120,5 +120,5 @@ def _products(graph: NetworkGraph, node: Node) -> int:
         if weight is not None and node.op == "Conv" and weight.ndim:
             return int(weight.size // max(weight.shape[0], 1))
         if weight is not None and weight.ndim:
-            return max(weight.shape[-2:])  # of (out, in) and (in, out) alike
+            return int(max(weight.shape[-2:]))  # of (out, in) and (in, out) alike
     return 1

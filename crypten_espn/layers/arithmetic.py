@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -54,7 +54,7 @@ class Arithmetic(Generic[V]):
         """Sums of elements, and moves, that each party computes on its shares."""
         raise NotImplementedError
 
-    def scaled(self, x: V, factor: Any) -> V:
+    def scaled(self, x: V, factor: Tensor | float) -> V:
         """A product with public factors: a number, or a tensor (height, width)."""
         raise NotImplementedError
 
@@ -120,7 +120,7 @@ class Reals(Arithmetic[Tensor]):
     def local(self, function: Function, *values: Tensor) -> Tensor:
         return function(*values)
 
-    def scaled(self, x: Tensor, factor: Any) -> Tensor:
+    def scaled(self, x: Tensor, factor: Tensor | float) -> Tensor:
         return x * (factor.to(x) if torch.is_tensor(factor) else factor)
 
     def divided(self, x: Tensor, count: int) -> Tensor:

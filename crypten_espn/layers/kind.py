@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from crypten.nn import module as crypten_nn
 
@@ -61,7 +61,7 @@ def shape_of(node: Node, graph: NetworkGraph) -> tuple[int, ...]:
     return graph.shapes.get(node.inputs[0], ()) if node.inputs else ()
 
 
-def pair(values: Sequence[Any]) -> tuple[int, int]:
+def pair(values: Sequence[int]) -> tuple[int, int]:
     """Two whole numbers, (rows, columns), of an ONNX attribute."""
     first, second = values
     return int(first), int(second)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
 
+from crypten import CrypTensor
 from crypten.nn import module as crypten_nn
 
 from ..graph import Node
@@ -32,7 +32,7 @@ class Sum(Kind):
 class SumOfValues(crypten_nn.Module):
     """CrypTen's own Add takes two values."""
 
-    def forward(self, given: Any) -> Any:
+    def forward(self, given: CrypTensor | Sequence[CrypTensor]) -> CrypTensor:
         """The sum of a list of values; a value alone is its own."""
         values = given if isinstance(given, (list, tuple)) else [given]
         return functools.reduce(lambda x, y: x.add(y), values)

@@ -1,5 +1,4 @@
-"""Nothing in a plan is believed: its bounds, and what its numbers have to do with each
-other."""
+"""What a plan says is checked: its bounds, and how its numbers belong together."""
 
 from __future__ import annotations
 

@@ -6,10 +6,13 @@ import hmac
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
+
+import numpy as np
 
 from ..errors import MaterialError
-from ..wire.channel import HEADER_BYTES, Channel
+from ..wire.channel import Channel
+from ..wire.frames import HEADER_BYTES
 from ..wire.packing import pack, packed_bytes, unpack
 from .messages import Compare, Protocol, Receive, Send, Tell
 
@@ -28,7 +31,7 @@ def over(part: Protocol[T], channels: Mapping[str, Channel], *, tag: int = 0) ->
     Raises: PeerError as the channels do; MaterialError if the parties' digests differ,
         on both sides.
     """
-    answer: Any = None
+    answer: list[np.ndarray] | None = None
     try:
         while True:
             event, answer = part.send(answer), None
@@ -42,7 +45,7 @@ def over(part: Protocol[T], channels: Mapping[str, Channel], *, tag: int = 0) ->
                 told = channels[event.of].receive_bytes(limit=TOLD_BYTES, tag=tag)
                 _compare(event, told)
     except StopIteration as end:
-        return end.value
+        return cast(T, end.value)
     finally:
         part.close()
 
@@ -99,7 +102,7 @@ def together(
         for name, part in list(running.items()):
             event = waiting[name]
             while True:
-                answer: Any = None
+                answer: list[np.ndarray] | None = None
                 if event is not None:
                     queue = queues.get((event.of, name))
                     if not queue:
@@ -141,7 +144,7 @@ def _post(
     queue.append(data)
 
 
-def _take(event: Receive | Compare, message: Any) -> Any:
+def _take(event: Receive | Compare, message: Any) -> list[np.ndarray] | None:
     """What a waiting part gets from a message, checked as a channel would."""
     if isinstance(event, Compare):
         _compare(event, message)

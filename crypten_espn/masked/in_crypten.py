@@ -22,7 +22,7 @@ results to rank 1 alone, and few of them.
 from __future__ import annotations
 
 import secrets
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import crypten
 import crypten.communicator as comm
@@ -81,7 +81,7 @@ def _to_words(data: bytes) -> torch.Tensor:
 def _run(part: Protocol[T], deal: _Deal | None = None) -> T:
     """Run one party's part of a protocol through CrypTen's communicator."""
     peer = 1 - comm.get().get_rank()
-    answer: Any = None
+    answer: list[np.ndarray] | None = None
     try:
         while True:
             event = part.send(answer)
@@ -96,7 +96,7 @@ def _run(part: Protocol[T], deal: _Deal | None = None) -> T:
                 empty = torch.empty((size + 7) // 8, dtype=torch.long)
                 answer = _Deal(comm.get().recv(empty, src=peer)).read(event)
     except StopIteration as end:
-        return end.value
+        return cast(T, end.value)
 
 
 class ComposedEngine:
@@ -209,7 +209,7 @@ class ComposedEngine:
 
 
 def _seed_from(generator: torch.Generator) -> bytes:
-    words = rng.generate_random_ring_element((2,), generator=generator)
+    words: torch.Tensor = rng.generate_random_ring_element((2,), generator=generator)
     return words.numpy().tobytes()
 
 
@@ -251,9 +251,10 @@ class _ProcessDeals:
     def deal(self, pairing: Pairing) -> torch.Tensor | None:
         if self._rank == 1:
             return None
-        return TTPClient.get().ttp_request(
+        dealt: torch.Tensor = TTPClient.get().ttp_request(
             "masked_deal", None, pairing.session.hex(), pairing.index, pairing.batch
         )
+        return dealt
 
 
 class MaskedDealer(TupleDealer):

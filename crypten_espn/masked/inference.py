@@ -218,7 +218,8 @@ def client(plan: Plan, material: ClientMaterial, x: np.ndarray) -> Protocol[np.n
     yield Tell(SERVER, digest)
     yield Compare(SERVER, digest)
     (theirs,) = yield receive(SERVER, share.size, plan.output.ring)
-    return theirs.reshape(share.shape) + share
+    logits: np.ndarray = theirs.reshape(share.shape) + share
+    return logits
 
 
 def client_layers(plan: Plan, material: ClientMaterial) -> Protocol[np.ndarray]:

@@ -81,6 +81,7 @@ class Journal:
         """
         data = os.pread(self.handle, ENTRY_BYTES, self.position)
         if len(data) == ENTRY_BYTES:
+            index: int
             (index, _) = _ENTRY.unpack(data)
             within = self.indices.start <= index <= self.indices.stop
             if within and data == self.entry(index):

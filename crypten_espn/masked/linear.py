@@ -348,4 +348,6 @@ def _fit(node: Read, dtype: np.dtype) -> np.signedinteger:
     """The multiplier as the congruent number of a type."""
     bits = 8 * dtype.itemsize
     value = node.multiplier & ((1 << bits) - 1)
-    return dtype.type(value - (1 << bits) if value >> (bits - 1) else value)
+    fitted: np.signedinteger
+    fitted = dtype.type(value - (1 << bits) if value >> (bits - 1) else value)
+    return fitted

@@ -23,7 +23,7 @@ import hashlib
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Annotated, Any
+from typing import Annotated
 
 import msgspec
 import numpy as np
@@ -256,7 +256,7 @@ class Plan(Strict, frozen=True, dict=True):
 
     # -- the input
 
-    def encode(self, x: Any) -> np.ndarray:
+    def encode(self, x: object) -> np.ndarray:
         """Integers of an input batch, channels last, at the input's scale.
 
         Args:

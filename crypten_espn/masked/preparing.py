@@ -103,7 +103,8 @@ def _noise(plan: Plan, like: np.ndarray) -> np.ndarray:
     if bits == 0:
         return np.zeros_like(like)
     drawn = draw(Keystream(), like.shape, bits=bits).astype(like.dtype, copy=False)
-    return drawn - like.dtype.type(1 << (bits - 1))
+    centred: np.ndarray = drawn - like.dtype.type(1 << (bits - 1))
+    return centred
 
 
 class ClientPreparation:

@@ -88,7 +88,8 @@ def activate(step: Step, z: np.ndarray, coins: Rounding | None) -> np.ndarray:
             power *= base
     if coins is None:
         return _truncated(y, act.drop, None)
-    return (y + coins.second) >> act.drop
+    rounded: np.ndarray = y + coins.second
+    return rounded >> act.drop
 
 
 def _truncated(z: np.ndarray, shift: int, coin: np.ndarray | None) -> np.ndarray:

@@ -54,7 +54,9 @@ class PolynomialActivation(nn.Module):
             y = _Evaluate.apply(seen, self.polynomial, True, False)
             self._record(seen, y)
             return x.copy_(y) if self.inplace else y
-        return _Evaluate.apply(x, self.polynomial, self.training, self.inplace)
+        out: Tensor
+        out = _Evaluate.apply(x, self.polynomial, self.training, self.inplace)
+        return out
 
     def take_recorded(self) -> list[Tensor]:
         """Return the inputs since the last call or backward pass, and forget them."""
@@ -91,10 +93,10 @@ class PolynomialActivation(nn.Module):
                 "its inplace to False"
             )
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_recorded": {}, "_hidden": False}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         # A module pickled before these existed.
         super().__setstate__({"inplace": False, "_hidden": False, **state})
 

@@ -25,7 +25,7 @@ COLUMNS = (
 )
 
 
-def write_state(folder: Path, state: Mapping[str, Any]) -> None:
+def write_state(folder: Path, state: Mapping[str, object]) -> None:
     """Write state.pt; the disk has it when this returns."""
     temporary = folder / "state.pt.part"
     with open(temporary, "wb") as file:
@@ -52,7 +52,7 @@ def read_state(
     if not path.exists():
         return None
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
+        state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
         found = state["identity"]
     except Exception as error:  # torch.load raises many kinds
         raise CheckpointError(

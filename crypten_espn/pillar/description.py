@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Annotated, Any
+from typing import Annotated
 
 import msgspec
 from torch import nn
@@ -52,7 +52,7 @@ class Description:
     architecture: Architecture
     polynomials: Mapping[str, Polynomial]
     normalization: Normalization | None
-    notes: dict[str, Any]
+    notes: dict[str, object]
 
     def to_metadata(self) -> dict[str, str]:
         """The texts a file keeps."""

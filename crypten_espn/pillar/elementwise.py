@@ -9,10 +9,11 @@ float64 for a float64 tensor. Nothing here knows gradients.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+from numba import types
 from numba.extending import overload
 from torch import Tensor
 
@@ -156,21 +157,21 @@ def _horner(coeffs: Sequence[float], x: Tensor) -> Tensor:
     return result
 
 
-def _read(part, bits):
+def _read(part: np.ndarray, bits: np.ndarray) -> None:
     """Put a block of elements, widened to float32, into the memory of bits."""
 
 
-@overload(_read)
-def _(part, bits):
+@overload(_read, strict=False)  # the loops are annotated as what they get
+def _(part: types.Array, bits: types.Array) -> Callable[[np.ndarray, np.ndarray], None]:
     if part.dtype.name == "uint16":
 
-        def read(part, bits):
+        def read(part: np.ndarray, bits: np.ndarray) -> None:
             for k in range(part.size):
                 bits[k] = np.uint32(part[k]) << np.uint32(16)
 
     else:
 
-        def read(part, bits):
+        def read(part: np.ndarray, bits: np.ndarray) -> None:
             value = bits.view(np.float32)
             for k in range(part.size):
                 value[k] = part[k]
@@ -178,15 +179,15 @@ def _(part, bits):
     return read
 
 
-def _write(bits, part):
+def _write(bits: np.ndarray, part: np.ndarray) -> None:
     """Put float32 values into a block of elements, rounded to nearest, ties even."""
 
 
-@overload(_write)
-def _(bits, part):
+@overload(_write, strict=False)
+def _(bits: types.Array, part: types.Array) -> Callable[[np.ndarray, np.ndarray], None]:
     if part.dtype.name == "uint16":
 
-        def write(bits, part):
+        def write(bits: np.ndarray, part: np.ndarray) -> None:
             for k in range(part.size):
                 odd = (bits[k] >> np.uint32(16)) & np.uint32(1)
                 part[k] = np.uint16(
@@ -195,7 +196,7 @@ def _(bits, part):
 
     else:
 
-        def write(bits, part):
+        def write(bits: np.ndarray, part: np.ndarray) -> None:
             value = bits.view(np.float32)
             for k in range(part.size):
                 part[k] = value[k]
@@ -204,7 +205,9 @@ def _(bits, part):
 
 
 @compiled
-def _horner_block(total, value, coeffs, count):
+def _horner_block(
+    total: np.ndarray, value: np.ndarray, coeffs: np.ndarray, count: int
+) -> None:
     total[:count] = coeffs[-1]
     for power in range(coeffs.size - 2, -1, -1):
         coeff = coeffs[power]  # the compiler cannot know that it stays the same
@@ -213,7 +216,13 @@ def _horner_block(total, value, coeffs, count):
 
 
 @compiled
-def _polynomial(x, out, coeffs, low, high):
+def _polynomial(
+    x: np.ndarray,
+    out: np.ndarray,
+    coeffs: np.ndarray,
+    low: np.float32,
+    high: np.float32,
+) -> None:
     bits, sums = np.empty(_BLOCK, np.uint32), np.empty(_BLOCK, np.uint32)
     value, total = bits.view(np.float32), sums.view(np.float32)
     for start in range(0, x.size, _BLOCK):
@@ -228,7 +237,14 @@ def _polynomial(x, out, coeffs, low, high):
 
 
 @compiled
-def _slope(x, gradient, out, coeffs, low, high):
+def _slope(
+    x: np.ndarray,
+    gradient: np.ndarray,
+    out: np.ndarray,
+    coeffs: np.ndarray,
+    low: np.float32,
+    high: np.float32,
+) -> None:
     bits, sums = np.empty(_BLOCK, np.uint32), np.empty(_BLOCK, np.uint32)
     incoming = np.empty(_BLOCK, np.uint32)
     value, total = bits.view(np.float32), sums.view(np.float32)
@@ -245,7 +261,7 @@ def _slope(x, gradient, out, coeffs, low, high):
 
 
 @compiled
-def _power_sum(x, half):
+def _power_sum(x: np.ndarray, half: int) -> float:
     bits, products = np.empty(_BLOCK, np.uint32), np.empty(_BLOCK, np.float32)
     value = bits.view(np.float32)
     total = 0.0
@@ -264,7 +280,7 @@ def _power_sum(x, half):
 
 
 @compiled
-def _power_slope(x, out, half, scale):
+def _power_slope(x: np.ndarray, out: np.ndarray, half: int, scale: np.float32) -> None:
     bits, sums = np.empty(_BLOCK, np.uint32), np.empty(_BLOCK, np.uint32)
     value, product = bits.view(np.float32), sums.view(np.float32)
     for start in range(0, x.size, _BLOCK):
@@ -279,7 +295,9 @@ def _power_slope(x, out, half, scale):
 
 
 @compiled
-def _excess_sum(x, centre, inverse, margin):
+def _excess_sum(
+    x: np.ndarray, centre: np.float32, inverse: np.float32, margin: np.float32
+) -> float:
     bits = np.empty(_BLOCK, np.uint32)
     value = bits.view(np.float32)
     total = 0.0
@@ -296,7 +314,14 @@ def _excess_sum(x, centre, inverse, margin):
 
 
 @compiled
-def _excess_slope(x, out, centre, inverse, margin, scale):
+def _excess_slope(
+    x: np.ndarray,
+    out: np.ndarray,
+    centre: np.float32,
+    inverse: np.float32,
+    margin: np.float32,
+    scale: np.float32,
+) -> None:
     bits = np.empty(_BLOCK, np.uint32)
     value = bits.view(np.float32)
     for start in range(0, x.size, _BLOCK):

@@ -12,9 +12,9 @@ from torch import nn
 
 
 @contextmanager
-def kept(module: nn.Module) -> Iterator[dict[str, Any]]:
+def kept(module: nn.Module) -> Iterator[dict[str, object]]:
     """Put back what the body changes in a module and below; yields what that was."""
-    changed: dict[str, Any] = {}
+    changed: dict[str, object] = {}
     before = [(part, _state(part)) for part in module.modules()]
     generator = torch.random.get_rng_state()
     try:
@@ -53,7 +53,7 @@ def _state(part: nn.Module) -> list[tuple[Any, tuple[Any, Any]]]:
 _MODULE_STATE = frozenset(vars(nn.Module()))
 
 
-def _elements(value: Any) -> Any:
+def _elements(value: list[object] | dict[object, object] | set[object]) -> list[_Same]:
     """The contents of a container, compared by identity."""
     if isinstance(value, dict):
         return [_Same(part) for pair in value.items() for part in pair]
@@ -62,7 +62,7 @@ def _elements(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class _Same:
-    value: Any
+    value: object
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Same) and other.value is self.value

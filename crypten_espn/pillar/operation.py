@@ -146,7 +146,7 @@ class Operation:
         targets = {}
         for node in found:
             targets[node] = _fresh(f"{node.name}_module", taken)
-        methods: dict[str, Any] = {}
+        methods: dict[str, PatchedMethod | OutdatedMethod] = {}
         used = {method for node in targets for method in trace.methods[node]}
         for method in sorted(used - {"forward"}):
             here = [node for node in candidates if method in trace.methods[node]]

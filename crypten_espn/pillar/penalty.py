@@ -11,6 +11,7 @@ clip, warm-up); the boundary form after arXiv 2505.11589.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import RangeError, TrainingError
+from ..polynomial import Polynomial
 from . import elementwise
 from .surgery import activations
 
@@ -133,7 +135,9 @@ def boundary_penalty(
     )
 
 
-def _mean_over_layers(model: nn.Module, reduction: str, penalty: Any) -> Tensor:
+def _mean_over_layers(
+    model: nn.Module, reduction: str, penalty: Callable[[Tensor, Polynomial], Tensor]
+) -> Tensor:
     if reduction not in ("sum", "mean"):
         raise RangeError(
             f"a penalty was given reduction={reduction!r}; it is 'sum' or 'mean'"

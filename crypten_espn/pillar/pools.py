@@ -12,6 +12,8 @@ from .spellings import SPELLINGS
 
 
 class PoolSurgeon(Operation):
+    """Puts average pooling where there was max pooling."""
+
     def sought(self) -> set[str]:
         return {"max_pool2d", "adaptive_max_pool2d"}
 
@@ -61,7 +63,7 @@ class PoolSurgeon(Operation):
         return None
 
 
-def _check_indices(name: str, return_indices: Any) -> None:
+def _check_indices(name: str, return_indices: object) -> None:
     if return_indices:
         raise ConversionError(
             f"{name}: a max pool that returns indices has no average twin; "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional
@@ -37,13 +36,16 @@ def fresh_network(built: Architecture, start: str | Path | None) -> Network:
     return network
 
 
-def parameter_groups(recipe: Recipe, model: nn.Module) -> list[dict[str, Any]]:
+def parameter_groups(
+    recipe: Recipe, model: nn.Module
+) -> list[dict[str, list[nn.Parameter] | float]]:
     """Return the parameters that decay, and apart from them those that do not."""
     decayed: list[nn.Parameter] = []
     kept: list[nn.Parameter] = []
     for parameter in model.parameters():
         spared = parameter.dim() <= 1 and not recipe.decay_norm
         (kept if spared else decayed).append(parameter)
+    groups: list[dict[str, list[nn.Parameter] | float]]
     groups = [{"params": decayed, "weight_decay": recipe.weight_decay}]
     if kept:
         groups.append({"params": kept, "weight_decay": 0.0})
@@ -84,7 +86,9 @@ def blending(
     if recipe.cutmix:
         kinds.append(v2.CutMix(alpha=recipe.cutmix, num_classes=classes))
     if kinds:
-        return v2.RandomChoice(kinds)
+        blend: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+        blend = v2.RandomChoice(kinds)
+        return blend
     return lambda images, labels: (
         images,
         functional.one_hot(labels, classes).float(),

@@ -9,7 +9,6 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
@@ -173,7 +172,7 @@ class Run:
         whole = {"recipe": asdict(self.recipe), "start": self.started_from}
         return json.dumps({**whole, "format": STATE_FORMAT}, sort_keys=True)
 
-    def _state(self) -> dict[str, Any]:
+    def _state(self) -> dict[str, object]:
         return {
             "identity": self._identity(),
             "epoch": self.epoch,

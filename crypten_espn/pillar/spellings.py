@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
 
 # The functions and tensor methods that stand for a module type.
-SPELLINGS: dict[type[nn.Module], tuple[Callable[..., Any] | str, ...]] = {
+SPELLINGS: dict[type[nn.Module], tuple[Callable[..., object] | str, ...]] = {
     nn.ReLU: (
         torch.relu,
         torch.relu_,

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -69,7 +68,7 @@ def save_network(
     path: str | Path,
     *,
     normalization: Normalization | None = None,
-    notes: dict[str, Any] | None = None,
+    notes: dict[str, object] | None = None,
 ) -> None:
     """Write a network of `networks.NETWORKS` with its polynomials to one file.
 

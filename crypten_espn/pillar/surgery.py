@@ -135,7 +135,7 @@ class _Surgeon(Operation):
         self.select = select
         self.patterns: dict[str, Polynomial] = {}
         self.types: dict[type[nn.Module], Polynomial] = {}
-        self.calls: dict[Callable[..., Any] | str, Polynomial] = {}
+        self.calls: dict[Callable[..., object] | str, Polynomial] = {}
         self.asked = list(mapping)
         self.matched: set[str] = set()
         # The kinds and places of every activation, asked for or not.
@@ -258,16 +258,22 @@ class Call(nn.Module):
     """
 
     def __init__(
-        self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        target: Callable[..., Tensor] | str,
+        args: tuple[object, ...],
+        kwargs: Mapping[str, object],
     ) -> None:
         super().__init__()
         self.target, self.args, self.kwargs = target, args, kwargs
 
     def forward(self, x: Tensor) -> Tensor:
         """Return what the function returns."""
+        y: Tensor
         if isinstance(self.target, str):
-            return getattr(x, self.target)(*self.args, **self.kwargs)
-        return self.target(x, *self.args, **self.kwargs)
+            y = getattr(x, self.target)(*self.args, **self.kwargs)
+        else:
+            y = self.target(x, *self.args, **self.kwargs)
+        return y
 
     def extra_repr(self) -> str:
         """Return the function's name, for print(model)."""

@@ -55,7 +55,8 @@ def own_method(module: nn.Module, name: str) -> types.FunctionType:
     """
     here = vars(module).get(name)
     if here is None:
-        return getattr(type(module), name)
+        method: types.FunctionType = getattr(type(module), name)
+        return method
     if isinstance(here, PatchedMethod):
         return here.function
     if isinstance(here, types.MethodType) and here.__self__ is module:
@@ -181,7 +182,7 @@ class _Shallow(fx.Tracer):
                 self.contexts.add(f"it runs {node.name} under torch.{name}")
 
 
-def _contexts() -> dict[str, Any]:
+def _contexts() -> dict[str, object]:
     return {
         "no_grad or enable_grad": torch.is_grad_enabled(),
         "inference_mode": torch.is_inference_mode_enabled(),
@@ -201,7 +202,7 @@ def _same(these: dict[str, Tensor], those: dict[str, Tensor]) -> bool:
     )
 
 
-def _steps(trace: Trace) -> list[tuple[str, Any]]:
+def _steps(trace: Trace) -> list[tuple[str, object]]:
     skipped = ("placeholder", "output", "get_attr")
     return [(n.op, n.target) for n in trace.graph.nodes if n.op not in skipped]
 
@@ -278,11 +279,11 @@ class PatchedMethod:
                 )
         return self.function(self.module, *args, **kwargs)
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         made = ("function", "__signature__")
         return {key: value for key, value in vars(self).items() if key not in made}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
         self._build()
 
@@ -307,7 +308,7 @@ class OutdatedMethod:
         )
 
 
-def _named(value: Any) -> Any:
+def _named(value: object) -> object:
     """A module or function by its name where pickle would not find it itself."""
     if isinstance(value, types.ModuleType):
         return _Reference(value.__name__, "")

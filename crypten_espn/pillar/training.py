@@ -13,8 +13,8 @@ from __future__ import annotations
 import math
 import os
 import time
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
@@ -194,15 +194,16 @@ def _not_finite(run: Run, images: Tensor) -> EspnError:
     return run.watch.diagnosis(run.model, images, epoch=run.epoch, step=run.step)
 
 
-def _bar(run: Run) -> Any:
+def _bar(run: Run) -> Iterable[tuple[Tensor, Tensor]]:
     if not run.progress:
         return run.batches()
     from tqdm import tqdm
 
-    return tqdm(
+    shown: Iterable[tuple[Tensor, Tensor]] = tqdm(
         run.batches(),
         total=run.steps_per_epoch,
         desc=f"epoch {run.epoch + 1}/{run.recipe.epochs}",
         leave=False,
         dynamic_ncols=True,
     )
+    return shown

@@ -15,6 +15,10 @@ GRID_POINTS = 1001
 
 
 def checked_interval(interval: tuple[float, float]) -> tuple[float, float]:
+    """The ends as floats.
+
+    Raises: PolynomialError unless they are finite and in order.
+    """
     values = tuple(interval)
     if len(values) != 2 or not all(
         isinstance(v, (int, float)) and math.isfinite(v) for v in values
@@ -31,6 +35,10 @@ def checked_interval(interval: tuple[float, float]) -> tuple[float, float]:
 def sample(
     function: Callable[[torch.Tensor], torch.Tensor], low: float, high: float
 ) -> tuple[np.ndarray, np.ndarray]:
+    """Points all over the interval, and a function's values there, in float64.
+
+    Raises: PolynomialError if the function gives another shape, NaN or infinity.
+    """
     points = np.linspace(low, high, GRID_POINTS)
     values = torch.as_tensor(function(torch.from_numpy(points)))
     if values.shape != (GRID_POINTS,) or not bool(torch.isfinite(values).all()):
@@ -43,6 +51,7 @@ def sample(
 
 
 def max_abs(coeffs: Sequence[float], low: float, high: float) -> float:
+    """The largest absolute value on the interval: at an end, or where p' is 0."""
     polynomial = np.polynomial.Polynomial(np.asarray(coeffs, dtype=np.float64))
     roots = np.asarray(polynomial.deriv().roots(), dtype=np.complex128)
     real = roots.real[np.abs(roots.imag) < 1e-9]

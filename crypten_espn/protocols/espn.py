@@ -69,7 +69,7 @@ def evaluate(x: torch.Tensor, p: torch.Tensor, form: RingForm) -> torch.Tensor:
     mask, product = one_sided_products(x.size(), n - 1)
     sent = values - mask.to(values.device)
     # One all_reduce is one exchange: what the other sent is the sum less our own.
-    received = comm.get().all_reduce(sent) - sent
+    received: torch.Tensor = comm.get().all_reduce(sent) - sent
     factor = values if rank == 0 else mask.to(values.device)
     return result + (factor * received).sum(0) + product.to(values.device)
 

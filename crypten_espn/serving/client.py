@@ -7,10 +7,9 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -145,7 +144,7 @@ class Client:
             seconds=time.perf_counter() - began,
         )
 
-    def predict(self, x: Any) -> torch.Tensor:
+    def predict(self, x: object) -> torch.Tensor:
         """Logits of a batch; the server learns neither input nor logits.
 
         Args:
@@ -166,7 +165,7 @@ class Client:
         return self._predict(self._channel, x)
 
     def predict_many(
-        self, inputs: Sequence[Any], *, in_flight: int = 8
+        self, inputs: Sequence[Sized], *, in_flight: int = 8
     ) -> list[torch.Tensor]:
         """`predict` for each input, several at once over as many connections.
 
@@ -194,7 +193,12 @@ class Client:
             self.prepare(missing, batch=len(inputs[0]))
         while len(self._others) < min(in_flight, len(inputs)) - 1:
             self._others.append(self._another())
-        channels = [self._channel, *self._others][:in_flight]
+        return self._over(inputs, [self._channel, *self._others][:in_flight])
+
+    def _over(
+        self, inputs: Sequence[object], channels: Sequence[Channel]
+    ) -> list[torch.Tensor]:
+        """The logits of every input; a channel that is free takes the next one."""
         results: list[torch.Tensor | None] = [None] * len(inputs)
         failures: list[BaseException] = []
         waiting = iter(range(len(inputs)))
@@ -228,7 +232,7 @@ class Client:
             self._greet(channel, self.plan)
         return channel
 
-    def _predict(self, channel: Channel, x: Any) -> torch.Tensor:
+    def _predict(self, channel: Channel, x: object) -> torch.Tensor:
         encoded = self.plan.encode(x)
         batch = len(encoded)
         if self.remaining == 0:

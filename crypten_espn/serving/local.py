@@ -14,7 +14,7 @@ from ..masked.inference import message_sizes
 from ..masked.messages import SERVER
 from ..masked.model import MaskedModel
 from ..masked.plan import Plan
-from ..wire.channel import HEADER_BYTES
+from ..wire.frames import HEADER_BYTES
 from .client import connect
 from .dealer import DealerServer
 from .link import TIMEOUT_S

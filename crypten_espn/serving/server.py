@@ -9,10 +9,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from ..convert import PrivateNetwork
 from ..errors import EspnError, MaterialError, PeerError
 from ..masked.drivers import over
 from ..masked.inference import server as inference
@@ -308,7 +308,7 @@ def _write_owner(folder: Path, owner: str) -> None:
 
 
 def serve(
-    private: Any,
+    private: PrivateNetwork | MaskedModel,
     address: str,
     *,
     example: torch.Tensor | None = None,

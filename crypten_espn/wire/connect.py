@@ -211,7 +211,11 @@ def connect_channel(
 
 
 # A name's addresses, as getaddrinfo gives them.
-_Found = list[tuple[socket.AddressFamily, socket.SocketKind, int, str, tuple]]
+_Found = list[
+    tuple[
+        socket.AddressFamily, socket.SocketKind, int, str, tuple[str | int | bytes, ...]
+    ]
+]
 
 
 def _resolve(host: str, port: int, what: str) -> _Found:

@@ -5,9 +5,14 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
+import torch
+from crypten import communicator as comm
+from crypten.communicator.communicator import _logging
+from crypten.communicator.distributed_communicator import DistributedCommunicator
+from torch import Tensor
+from torch.distributed import ProcessGroup, ReduceOp
 
 from ..errors import EspnError, PeerError
 from .channel import Channel
@@ -15,8 +20,8 @@ from .connect import Listener, connect_channel, host_port, parse_address
 from .tls import TLS
 
 
-def direct_communicator(channel: Channel, base: Any) -> Any:
-    """CrypTen's two-party communicator with its collectives over `channel`.
+class DirectCommunicator(DistributedCommunicator):
+    """CrypTen's two-party communicator with its collectives over a channel.
 
     Everything between the two parties goes through the channel; the group that holds
     the trusted third party keeps gloo. Openings merge: a batched all_reduce is one
@@ -26,148 +31,177 @@ def direct_communicator(channel: Channel, base: Any) -> Any:
         channel: connected to the other party.
         base: CrypTen's initialised DistributedCommunicator.
     """
-    import torch
-    from crypten.communicator.communicator import _logging
-    from crypten.communicator.distributed_communicator import DistributedCommunicator
-    from torch.distributed import ReduceOp
 
-    def to_array(tensor: torch.Tensor) -> np.ndarray:
-        flat = tensor.detach().contiguous().cpu().reshape(-1)
-        return flat.view(torch.uint8).numpy().view(np.uint8)
+    def __init__(self, channel: Channel, base: DistributedCommunicator) -> None:
+        self.__dict__.update(base.__dict__)
+        self.channel = channel
+        self._base = base
 
-    def combine(mine: torch.Tensor, theirs: torch.Tensor, op: object) -> torch.Tensor:
-        if op == ReduceOp.SUM:
-            return mine + theirs
-        if op == ReduceOp.BXOR:
-            return mine ^ theirs
-        if op == ReduceOp.MAX:
-            return torch.maximum(mine, theirs)
-        if op == ReduceOp.MIN:
-            return torch.minimum(mine, theirs)
-        if op == ReduceOp.PRODUCT:
-            return mine * theirs
-        if op == ReduceOp.BAND:
-            return mine & theirs
-        if op == ReduceOp.BOR:
-            return mine | theirs
-        raise ValueError(f"Reduction {op} is not supported over a direct channel.")
+    # -- raw transfers
 
-    class DirectCommunicator(DistributedCommunicator):
-        def __init__(self) -> None:
-            self.__dict__.update(base.__dict__)
-            self.channel = channel
+    def _swap(self, tensors: list[Tensor]) -> list[Tensor]:
+        mine = [_to_array(tensor) for tensor in tensors]
+        data = np.concatenate(mine) if len(mine) != 1 else mine[0]
+        return _split(self.channel.exchange_packed(data.data), tensors)
 
-        # -- raw transfers
+    def _push(self, tensors: list[Tensor]) -> None:
+        data = np.concatenate([_to_array(tensor) for tensor in tensors])
+        self.channel.send_packed(data.data)
 
-        def _swap(self, tensors: list) -> list:
-            mine = [to_array(tensor) for tensor in tensors]
-            data = np.concatenate(mine) if len(mine) != 1 else mine[0]
-            return self._split(channel.exchange_packed(data.data), tensors)
+    def _pull(self, like: list[Tensor]) -> list[Tensor]:
+        size = sum(tensor.numel() * tensor.element_size() for tensor in like)
+        return _split(self.channel.receive_packed(size), like)
 
-        def _push(self, tensors: list) -> None:
-            data = np.concatenate([to_array(tensor) for tensor in tensors])
-            channel.send_packed(data.data)
+    # -- CrypTen's interface
 
-        def _pull(self, like: list) -> list:
-            size = sum(tensor.numel() * tensor.element_size() for tensor in like)
-            return self._split(channel.receive_packed(size), like)
+    @_logging
+    def send(self, tensor: Tensor, dst: int) -> None:
+        self._push([tensor.data])
 
-        @staticmethod
-        def _split(raw: memoryview, like: list) -> list:
-            result, start = [], 0
-            array = np.frombuffer(raw, dtype=np.uint8)
-            for tensor in like:
-                size = tensor.numel() * tensor.element_size()
-                part = torch.from_numpy(array[start : start + size].copy())
-                part = part.view(tensor.dtype).reshape(tensor.shape)
-                result.append(part.to(tensor.device))
-                start += size
-            return result
+    @_logging
+    def recv(self, tensor: Tensor, src: int | None = None) -> Tensor:
+        return self._pull([tensor.data])[0]
 
-        # -- CrypTen's interface
+    @_logging
+    def isend(self, tensor: Tensor, dst: int) -> _Done:
+        self._push([tensor.data])
+        return _Done()
 
-        @_logging
-        def send(self, tensor, dst):
+    @_logging
+    def irecv(self, tensor: Tensor, src: int | None = None) -> _Done:
+        tensor.data.copy_(self._pull([tensor.data])[0])
+        return _Done()
+
+    @_logging
+    def scatter(
+        self,
+        scatter_list: list[Tensor],
+        src: int,
+        size: torch.Size | None = None,
+        device: torch.device | None = None,
+    ) -> Tensor:
+        if src == self.get_rank():
+            self._push([scatter_list[1 - src].data])
+            return scatter_list[src].data
+        if size is None:
+            size = scatter_list[self.get_rank()].size()
+        like = torch.empty(size, dtype=torch.long, device=device)
+        return self._pull([like])[0]
+
+    @_logging
+    def reduce(
+        self,
+        input: Tensor | list[Tensor],
+        dst: int,
+        op: object = ReduceOp.SUM,
+        batched: bool = False,
+    ) -> Tensor | list[Tensor] | None:
+        inputs = _data(input)
+        if dst != self.get_rank():
+            self._push(inputs)
+            return None
+        theirs = self._pull(inputs)
+        result = [_combine(a, b, op) for a, b in zip(inputs, theirs, strict=True)]
+        return result if batched else result[0]
+
+    @_logging
+    def all_reduce(
+        self,
+        input: Tensor | list[Tensor],
+        op: object = ReduceOp.SUM,
+        batched: bool = False,
+    ) -> Tensor | list[Tensor]:
+        inputs = _data(input)
+        theirs = self._swap(inputs)
+        result = [_combine(a, b, op) for a, b in zip(inputs, theirs, strict=True)]
+        return result if batched else result[0]
+
+    @_logging
+    def gather(self, tensor: Tensor, dst: int) -> list[Tensor] | list[None]:
+        if self.get_rank() != dst:
             self._push([tensor.data])
+            return [None]
+        result = [tensor.data.clone(), self._pull([tensor.data])[0]]
+        return result if dst == 0 else result[::-1]
 
-        @_logging
-        def recv(self, tensor, src=None):
-            return self._pull([tensor.data])[0]
+    @_logging
+    def all_gather(self, tensor: Tensor) -> list[Tensor]:
+        result = [tensor.data.clone(), self._swap([tensor.data])[0]]
+        return result if self.get_rank() == 0 else result[::-1]
 
-        @_logging
-        def isend(self, tensor, dst):
-            self._push([tensor.data])
-            return _Done()
-
-        @_logging
-        def irecv(self, tensor, src=None):
-            tensor.data.copy_(self._pull([tensor.data])[0])
-            return _Done()
-
-        @_logging
-        def scatter(self, scatter_list, src, size=None, device=None):
-            if src == self.get_rank():
-                self._push([scatter_list[1 - src].data])
-                return scatter_list[src].data
-            if size is None:
-                size = scatter_list[self.get_rank()].size()
-            like = torch.empty(size, dtype=torch.long, device=device)
-            return self._pull([like])[0]
-
-        @_logging
-        def reduce(self, input, dst, op=ReduceOp.SUM, batched=False):
-            inputs = [x.data for x in input] if batched else [input.data]
-            if dst != self.get_rank():
-                self._push(inputs)
-                return None
-            theirs = self._pull(inputs)
-            result = [combine(a, b, op) for a, b in zip(inputs, theirs, strict=True)]
-            return result if batched else result[0]
-
-        @_logging
-        def all_reduce(self, input, op=ReduceOp.SUM, batched=False):
-            inputs = [x.data for x in input] if batched else [input.data]
-            theirs = self._swap(inputs)
-            result = [combine(a, b, op) for a, b in zip(inputs, theirs, strict=True)]
-            return result if batched else result[0]
-
-        @_logging
-        def gather(self, tensor, dst):
-            if self.get_rank() != dst:
-                self._push([tensor.data])
-                return [None]
-            result = [tensor.data.clone(), self._pull([tensor.data])[0]]
-            return result if dst == 0 else result[::-1]
-
-        @_logging
-        def all_gather(self, tensor):
-            result = [tensor.data.clone(), self._swap([tensor.data])[0]]
-            return result if self.get_rank() == 0 else result[::-1]
-
-        @_logging
-        def broadcast(self, input, src, group=None, batched=False):
-            if group is not None and group is not self.main_group:
-                return base.broadcast(input, src, group=group, batched=batched)
-            inputs = [x.data for x in input] if batched else [input.data]
-            if self.get_rank() == src:
-                self._push(inputs)
-            else:
-                for target, value in zip(inputs, self._pull(inputs), strict=True):
-                    target.copy_(value)
+    @_logging
+    def broadcast(
+        self,
+        input: Tensor | list[Tensor],
+        src: int,
+        group: ProcessGroup | None = None,
+        batched: bool = False,
+    ) -> Tensor | list[Tensor]:
+        if group is not None and group is not self.main_group:
+            self._base.broadcast(input, src, group=group, batched=batched)
             return input
+        inputs = _data(input)
+        if self.get_rank() == src:
+            self._push(inputs)
+        else:
+            for target, value in zip(inputs, self._pull(inputs), strict=True):
+                target.copy_(value)
+        return input
 
-        @_logging
-        def barrier(self):
-            self._swap([torch.zeros(1, dtype=torch.uint8)])
+    @_logging
+    def barrier(self) -> None:
+        self._swap([torch.zeros(1, dtype=torch.uint8)])
 
-    class _Done:
-        def wait(self) -> bool:
-            return True
 
-        def is_completed(self) -> bool:
-            return True
+class _Done:
+    """What CrypTen waits for after a transfer that is already over."""
 
-    return DirectCommunicator()
+    def wait(self) -> bool:
+        return True
+
+    def is_completed(self) -> bool:
+        return True
+
+
+def _data(input: Tensor | list[Tensor]) -> list[Tensor]:
+    """One tensor, or the several of a batched call."""
+    return [x.data for x in input] if isinstance(input, list) else [input.data]
+
+
+def _to_array(tensor: Tensor) -> np.ndarray:
+    flat = tensor.detach().contiguous().cpu().reshape(-1)
+    return flat.view(torch.uint8).numpy().view(np.uint8)
+
+
+def _split(raw: memoryview, like: list[Tensor]) -> list[Tensor]:
+    """The bytes as tensors of the types, shapes and devices of `like`."""
+    result, start = [], 0
+    array = np.frombuffer(raw, dtype=np.uint8)
+    for tensor in like:
+        size = tensor.numel() * tensor.element_size()
+        part = torch.from_numpy(array[start : start + size].copy())
+        part = part.view(tensor.dtype).reshape(tensor.shape)
+        result.append(part.to(tensor.device))
+        start += size
+    return result
+
+
+def _combine(mine: Tensor, theirs: Tensor, op: object) -> Tensor:
+    if op == ReduceOp.SUM:
+        return mine + theirs
+    if op == ReduceOp.BXOR:
+        return mine ^ theirs
+    if op == ReduceOp.MAX:
+        return torch.maximum(mine, theirs)
+    if op == ReduceOp.MIN:
+        return torch.minimum(mine, theirs)
+    if op == ReduceOp.PRODUCT:
+        return mine * theirs
+    if op == ReduceOp.BAND:
+        return mine & theirs
+    if op == ReduceOp.BOR:
+        return mine | theirs
+    raise ValueError(f"Reduction {op} is not supported over a direct channel.")
 
 
 @contextlib.contextmanager
@@ -204,10 +238,6 @@ def use_direct_channel(
             each other.
         TransportError: as `Listener` and `connect_channel`.
     """
-    import torch
-    from crypten import communicator as comm
-    from crypten.communicator.distributed_communicator import DistributedCommunicator
-
     base = DistributedCommunicator.instance
     if not DistributedCommunicator.is_initialized() or comm.get() is not base:
         raise PeerError(
@@ -249,7 +279,7 @@ def use_direct_channel(
     try:
         channel.handshake(digest=digest)
         channel.reset_counters()
-        direct = direct_communicator(channel, base)
+        direct = DirectCommunicator(channel, base)
         DistributedCommunicator.instance = direct
         try:
             yield channel

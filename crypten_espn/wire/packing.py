@@ -8,7 +8,7 @@ from ..compiled import compiled, heats
 
 
 @compiled
-def _pack(values, bits, out):
+def _pack(values: np.ndarray, bits: int, out: np.ndarray) -> None:
     mask = (np.uint64(1) << np.uint64(bits)) - np.uint64(1)
     word = np.uint64(0)
     filled = 0
@@ -28,7 +28,7 @@ def _pack(values, bits, out):
 
 
 @compiled
-def _unpack(words, bits, out):
+def _unpack(words: np.ndarray, bits: int, out: np.ndarray) -> None:
     mask = (np.uint64(1) << np.uint64(bits)) - np.uint64(1)
     position = 0
     used = 0

@@ -214,32 +214,15 @@ class Stream:
             self._check_ending()
             moved = events = 0
             if queue:
-                try:
-                    moved = self._write(queue)
-                    looked += moved
-                except (BlockingIOError, ssl.SSLWantWriteError):
-                    events = select.POLLOUT
-                except ssl.SSLWantReadError:
-                    events = select.POLLIN
-                except OSError as error:
-                    raise self._lost(error, reader) from None
+                moved, events = self._try_to_write(queue, reader)
+                looked += moved
             ahead = bool(queue) and (not moved or looked >= _LOOK)
             room = len(self._inbox) < INBOX_BYTES
             if reader.target is not None or (ahead and room):
                 looked = 0
-                try:
-                    got = self._read(reader)
-                except (BlockingIOError, ssl.SSLWantReadError):
-                    events |= select.POLLIN
-                except ssl.SSLWantWriteError:
-                    events |= select.POLLOUT
-                except OSError as error:
-                    raise self._lost(error, reader) from None
-                else:
-                    if got == 0:
-                        raise self._lost(None, reader)
-                    moved += got
-                    self._arrived(reader, got)
+                got, awaited = self._try_to_read(reader)
+                moved += got
+                events |= awaited
             now = time.monotonic()
             if moved:
                 deadline.progress(moved, now)
@@ -249,6 +232,34 @@ class Stream:
             if not moved:
                 self._poll(events, left)
         return reader.value
+
+    def _try_to_write(
+        self, queue: list[memoryview], reader: _Reader[T]
+    ) -> tuple[int, int]:
+        """How many bytes went, and what to wait for if none could."""
+        try:
+            return self._write(queue), 0
+        except (BlockingIOError, ssl.SSLWantWriteError):
+            return 0, select.POLLOUT
+        except ssl.SSLWantReadError:
+            return 0, select.POLLIN
+        except OSError as error:
+            raise self._lost(error, reader) from None
+
+    def _try_to_read(self, reader: _Reader[T]) -> tuple[int, int]:
+        """How many bytes came, and what to wait for if none could."""
+        try:
+            got = self._read(reader)
+        except (BlockingIOError, ssl.SSLWantReadError):
+            return 0, select.POLLIN
+        except ssl.SSLWantWriteError:
+            return 0, select.POLLOUT
+        except OSError as error:
+            raise self._lost(error, reader) from None
+        if got == 0:
+            raise self._lost(None, reader)
+        self._arrived(reader, got)
+        return got, 0
 
     def _write(self, queue: list[memoryview]) -> int:
         # A TLS record may be half written when send() says that it would block.

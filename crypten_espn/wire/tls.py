@@ -17,7 +17,7 @@ import socket
 import ssl
 import stat
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -199,7 +199,7 @@ def describe(error: OSError) -> str:
     return error.strerror or str(error) or type(error).__name__
 
 
-def _matches(names: Any, host: str) -> bool:
+def _matches(names: Iterable[tuple[str, str]], host: str) -> bool:
     """Whether a certificate is for a host: by exact name, or by address."""
     try:
         address = ipaddress.ip_address(host)

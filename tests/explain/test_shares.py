@@ -73,6 +73,7 @@ def recorded(network, x):
     """A real run that notes every share as it is drawn, in the order of use."""
     from crypten.mpc.primitives import beaver
 
+    from crypten_espn.correlated import rescaling
     from crypten_espn.protocols import PROTOCOLS, truncation
 
     drawn = []
@@ -85,7 +86,6 @@ def recorded(network, x):
 
         return noted
 
-    rescaling = truncation.rescaling
     network.encrypt(src=0)
     shared = crypten.cryptensor(x, src=1)
     for module in network._modules.values():
@@ -94,7 +94,8 @@ def recorded(network, x):
     drawn.append((shared.share, False))
     for name in ("conv2d", "matmul"):
         setattr(beaver, name, noting(getattr(beaver, name), lambda y: y.share))
-    truncation.rescaling = noting(rescaling, lambda stack: stack[0])
+    patched: Any = truncation
+    patched.rescaling = noting(rescaling, lambda stack: stack[0])
     truncation.exact = noting(truncation.exact, lambda y: y)
     for name, protocol in PROTOCOLS.items():
         nonlinear = dataclasses.replace(

@@ -15,7 +15,8 @@ import crypten_espn as espn
 from crypten_espn.errors import PlanError
 from crypten_espn.graph import export
 from crypten_espn.launch import run_parties
-from crypten_espn.masked.planning import masked_model, parameters_of
+from crypten_espn.masked.planning import masked_model
+from crypten_espn.masked.planning.network import parameters_of
 from crypten_espn.masked.reference import evaluate
 
 from ..masked import oracle

@@ -19,7 +19,7 @@ from crypten_espn.masked.inference import (
     server,
 )
 from crypten_espn.masked.plan import Plan
-from crypten_espn.masked.planning import parameters_of
+from crypten_espn.masked.planning.network import parameters_of
 from crypten_espn.masked.reference import evaluate
 
 from . import oracle

@@ -19,10 +19,9 @@ from crypten_espn.masked.planning import (
     HEADROOM,
     make_plan,
     masked_model,
-    parameters_of,
 )
 from crypten_espn.masked.planning.calibration import Calibration
-from crypten_espn.masked.planning.network import Network
+from crypten_espn.masked.planning.network import Network, parameters_of
 from crypten_espn.masked.planning.precision import Effect, choose_truncations
 from crypten_espn.masked.reference import Rounding, evaluate
 from crypten_espn.masked.steps import RING_LIMITS, Step

@@ -220,8 +220,6 @@ def test_a_key_that_everybody_may_read_is_refused(tls, tmp_path, caplog):
 def test_several_roles_are_none(tmp_path, monkeypatch):
     from cryptography import x509
 
-    from crypten_espn import keys
-
     real = x509.SubjectAlternativeName
 
     def several(names):
@@ -229,7 +227,7 @@ def test_several_roles_are_none(tmp_path, monkeypatch):
         return real([*names, extra])
 
     with monkeypatch.context() as patch:
-        patch.setattr(keys.x509, "SubjectAlternativeName", several)
+        patch.setattr(x509, "SubjectAlternativeName", several)
         (made,) = make_keys(tmp_path / "keys", clients=["alice"])
     with pytest.raises(TransportError, match="has no role"):
         TLS(made.certificate, made.key, made.authority)

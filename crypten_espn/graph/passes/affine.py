@@ -21,6 +21,18 @@ def fold_affine(graph: NetworkGraph) -> None:
         _difference(graph, node)
     for node in graph.each("Add", "Sub", "Mul", "Div", "Neg", "BatchNormalization"):
         _to_affine(graph, node)
+    folded = _fold(graph)
+    alone = _make_layers(graph)
+    for kind in ("batch-norms", "constants"):
+        where = "the layer before" if kind == "batch-norms" else "the layers beside"
+        if folded[kind]:
+            graph.changes.append(f"{folded[kind]} {kind} folded into {where}")
+        if alone[kind]:
+            graph.changes.append(f"{alone[kind]} {kind} turned into depthwise layers")
+
+
+def _fold(graph: NetworkGraph) -> dict[str, int]:
+    """Fold until nothing moves any more; how many of each kind went into a layer."""
     folded = {"batch-norms": 0, "constants": 0}
     changed = True
     while changed:
@@ -36,6 +48,11 @@ def fold_affine(graph: NetworkGraph) -> None:
             elif not _past(graph, node):
                 continue
             changed = True
+    return folded
+
+
+def _make_layers(graph: NetworkGraph) -> dict[str, int]:
+    """Make layers of the Affine nodes that are left; how many of each kind."""
     alone = {"batch-norms": 0, "constants": 0}
     for node in graph.each("Affine"):
         alone[node.attributes.get("kind", "constants")] += 1
@@ -43,12 +60,7 @@ def fold_affine(graph: NetworkGraph) -> None:
         _to_layer(graph, node)
         if node.problem:
             node.op = written
-    for kind in ("batch-norms", "constants"):
-        where = "the layer before" if kind == "batch-norms" else "the layers beside"
-        if folded[kind]:
-            graph.changes.append(f"{folded[kind]} {kind} folded into {where}")
-        if alone[kind]:
-            graph.changes.append(f"{alone[kind]} {kind} turned into depthwise layers")
+    return alone
 
 
 # From operations to factor and offset, whose axes are the value's without the batch.

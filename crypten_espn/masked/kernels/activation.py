@@ -18,7 +18,9 @@ BLOCK = 1024  # elements a polynomial pass keeps in the first-level cache
 
 
 @compiled
-def _shifted_openings(c, deltas, bits, shifts, out):
+def _shifted_openings(
+    c: np.ndarray, deltas: np.ndarray, bits: int, shifts: np.ndarray, out: np.ndarray
+) -> None:
     mask = np.int64(-1) if bits == 64 else (np.int64(1) << bits) - 1
     for k in range(out.shape[0]):
         line = out[k]
@@ -34,8 +36,16 @@ def _shifted_openings(c, deltas, bits, shifts, out):
 
 @compiled
 def _polynomial_share(
-    opened, widths, degrees, values, public, constant, first_element, step, out
-):
+    opened: np.ndarray,
+    widths: np.ndarray,
+    degrees: np.ndarray,
+    values: np.ndarray,
+    public: np.ndarray,
+    constant: np.int64,
+    first_element: int,
+    step: int,
+    out: np.ndarray,
+) -> None:
     reduced = np.empty(BLOCK, np.int64)
     top = np.empty(BLOCK, np.int64)
     acc = np.empty(BLOCK, np.int64)
@@ -84,7 +94,9 @@ def _polynomial_share(
 
 
 @compiled
-def _add_linear(c, bits, shift, coefficient, out):
+def _add_linear(
+    c: np.ndarray, bits: int, shift: int, coefficient: np.int64, out: np.ndarray
+) -> None:
     mask = np.int64(-1) if bits == 64 else (np.int64(1) << bits) - 1
     offset = np.int64(1) << (bits - 2 - shift)
     for i in range(out.shape[0]):
@@ -93,8 +105,17 @@ def _add_linear(c, bits, shift, coefficient, out):
 
 @compiled
 def _deal_polynomial(
-    masks, bits, shifts, degrees, table, linear, linear_shift, rounding, taken, out
-):
+    masks: np.ndarray,
+    bits: int,
+    shifts: np.ndarray,
+    degrees: np.ndarray,
+    table: np.ndarray,
+    linear: np.int64,
+    linear_shift: int,
+    rounding: np.ndarray,
+    taken: np.ndarray,
+    out: np.ndarray,
+) -> None:
     mask = np.int64(-1) if bits == 64 else (np.int64(1) << bits) - 1
     sign = 64 - bits
     limit = table.shape[1]
@@ -158,7 +179,14 @@ def _deal_polynomial(
 
 
 @compiled
-def _truncate(mine, theirs, bits, drop, step, out):
+def _truncate(
+    mine: np.ndarray,
+    theirs: np.ndarray,
+    bits: int,
+    drop: int,
+    step: int,
+    out: np.ndarray,
+) -> None:
     mask = np.int64(-1) if bits == 64 else (np.int64(1) << bits) - 1
     offset = np.int64(1) << (bits - 2)
     keep = (np.int64(1) << (bits - drop)) - 1

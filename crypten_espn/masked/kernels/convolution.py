@@ -7,11 +7,15 @@ channels. Kernels run on one thread and release the GIL.
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import cast
 
 import numpy as np
 from llvmlite import binding, ir
 from numba import types
+from numba.core.base import BaseContext
+from numba.core.typing.context import BaseContext as Context
+from numba.core.typing.templates import Signature
 from numba.extending import intrinsic
 
 from ...compiled import compiled, heats
@@ -34,7 +38,7 @@ _DEPTH = 64  # input channels per visit to a tile: their weights stay in the cac
 _STRIP = 96  # output pixels that share them; a multiple of PIXELS
 
 
-def _tile(pixels: int, vectors: int) -> Any:
+def _tile(pixels: int, vectors: int) -> Callable[..., None]:
     """An intrinsic: out[p, v] += sum over c of x[p, c] * weight[c, v], in registers.
 
     LLVM does not keep an accumulator array in registers by itself, so the tile is
@@ -46,7 +50,17 @@ def _tile(pixels: int, vectors: int) -> Any:
     """
 
     @intrinsic
-    def tile(context, like, x, offsets, weight, row, out, step, count):
+    def tile(
+        context: Context,
+        like: types.Array,
+        x: types.Type,
+        offsets: types.Type,
+        weight: types.Type,
+        row: types.Type,
+        out: types.Type,
+        step: types.Type,
+        count: types.Type,
+    ) -> tuple[Signature, Callable[..., ir.Value]]:
         """Addresses and strides in bytes; offsets holds each pixel's place in x.
 
         `like` is any array of the elements' type, in which the sums wrap.
@@ -54,19 +68,24 @@ def _tile(pixels: int, vectors: int) -> Any:
         bits = like.dtype.bitwidth
         lanes, size = VECTOR * 8 // bits, bits // 8
 
-        def emit(context, builder, signature, arguments):
+        def emit(
+            context: BaseContext,
+            builder: ir.IRBuilder,
+            signature: Signature,
+            arguments: Sequence[ir.Value],
+        ) -> ir.Value:
             index, element = ir.IntType(64), ir.IntType(bits)
             vector = ir.VectorType(element, lanes)
             half = ir.IntType(32)
             _, x, offsets, weight, row, out, step, count = arguments
 
-            def constant(value):
+            def constant(value: int) -> ir.Constant:
                 return ir.Constant(index, value)
 
-            def pointer(address, kind):
+            def pointer(address: ir.Value, kind: ir.Type) -> ir.Instruction:
                 return builder.inttoptr(address, kind.as_pointer())
 
-            def load(address, kind):
+            def load(address: ir.Value, kind: ir.Type) -> ir.Instruction:
                 value = builder.load(pointer(address, kind))
                 value.align = size
                 return value
@@ -106,7 +125,7 @@ def _tile(pixels: int, vectors: int) -> Any:
             away = builder.mul(c, constant(size))
             nothing = ir.Constant(vector, ir.Undefined)
             first = ir.Constant(ir.VectorType(half, lanes), [0] * lanes)
-            results: list[list[Any]] = []
+            results: list[list[ir.Instruction]] = []
             for place, phis in zip(places, sums, strict=True):
                 one = load(builder.add(place, away), element)
                 many = builder.shuffle_vector(
@@ -135,7 +154,7 @@ def _tile(pixels: int, vectors: int) -> Any:
 
         return types.void(like, *[types.intp] * 7), emit
 
-    return tile
+    return cast(Callable[..., None], tile)
 
 
 # Numba keys its on-disk cache by what a closure holds, and an intrinsic has no stable
@@ -146,7 +165,18 @@ _WIDE1, _PAIR1, _ONE1 = (_tile(pixels, 1) for pixels in (PIXELS, 2, 1))
 
 
 @compiled
-def _strip4(like, x, offsets, weight, row, out, step, count, start, stop):
+def _strip4(
+    like: np.ndarray,
+    x: int,
+    offsets: int,
+    weight: int,
+    row: int,
+    out: int,
+    step: int,
+    count: int,
+    start: int,
+    stop: int,
+) -> None:
     """One strip of pixels against 4 vectors of filters, tile by tile."""
     p = start
     while p + PIXELS <= stop:
@@ -160,7 +190,18 @@ def _strip4(like, x, offsets, weight, row, out, step, count, start, stop):
 
 
 @compiled
-def _strip2(like, x, offsets, weight, row, out, step, count, start, stop):
+def _strip2(
+    like: np.ndarray,
+    x: int,
+    offsets: int,
+    weight: int,
+    row: int,
+    out: int,
+    step: int,
+    count: int,
+    start: int,
+    stop: int,
+) -> None:
     """One strip of pixels against 2 vectors of filters, tile by tile."""
     p = start
     while p + PIXELS <= stop:
@@ -174,7 +215,18 @@ def _strip2(like, x, offsets, weight, row, out, step, count, start, stop):
 
 
 @compiled
-def _strip1(like, x, offsets, weight, row, out, step, count, start, stop):
+def _strip1(
+    like: np.ndarray,
+    x: int,
+    offsets: int,
+    weight: int,
+    row: int,
+    out: int,
+    step: int,
+    count: int,
+    start: int,
+    stop: int,
+) -> None:
     """One strip of pixels against 1 vector of filters, tile by tile."""
     p = start
     while p + PIXELS <= stop:
@@ -188,7 +240,15 @@ def _strip1(like, x, offsets, weight, row, out, step, count, start, stop):
 
 
 @compiled
-def _convolve_rest(x, weight, out, stride, dilation, group, first):
+def _convolve_rest(
+    x: np.ndarray,
+    weight: np.ndarray,
+    out: np.ndarray,
+    stride: tuple[int, int],
+    dilation: tuple[int, int],
+    group: int,
+    first: int,
+) -> None:
     """The filters of a group that fill no vector, from `first` on."""
     batch, height, width, _ = out.shape
     _, kernel_h, kernel_w, depth, filters = weight.shape
@@ -209,7 +269,14 @@ def _convolve_rest(x, weight, out, stride, dilation, group, first):
 
 
 @compiled
-def _convolve(x, weight, out, stride, dilation, offsets):
+def _convolve(
+    x: np.ndarray,
+    weight: np.ndarray,
+    out: np.ndarray,
+    stride: tuple[int, int],
+    dilation: tuple[int, int],
+    offsets: np.ndarray,
+) -> None:
     """out += conv(x, weight); x is padded, weight (groups, kh, kw, c, o)."""
     batch, height, width, total = out.shape
     _, rows, columns, channels = x.shape
@@ -256,7 +323,13 @@ def _convolve(x, weight, out, stride, dilation, offsets):
 
 
 @compiled
-def _convolve_depthwise(x, weight, out, stride, dilation):
+def _convolve_depthwise(
+    x: np.ndarray,
+    weight: np.ndarray,
+    out: np.ndarray,
+    stride: tuple[int, int],
+    dilation: tuple[int, int],
+) -> None:
     """out += one filter per channel; weight (kh, kw, channels)."""
     batch, height, width, channels = out.shape
     for n in range(batch):
@@ -276,7 +349,9 @@ def _convolve_depthwise(x, weight, out, stride, dilation):
 
 
 @compiled
-def _pool_sum(x, kernel, stride, out):
+def _pool_sum(
+    x: np.ndarray, kernel: tuple[int, int], stride: tuple[int, int], out: np.ndarray
+) -> None:
     """out += sums over windows; x is padded."""
     batch, height, width, channels = out.shape
     for n in range(batch):
@@ -319,14 +394,22 @@ def windows(
     return rows // stride[0] + 1, columns // stride[1] + 1
 
 
-def _require_convolution(x, weight, out, stride, dilation, pads):
+def _require_convolution(
+    x: np.ndarray,
+    weight: np.ndarray,
+    out: np.ndarray,
+    stride: tuple[int, int],
+    dilation: tuple[int, int],
+    pads: tuple[int, int, int, int],
+) -> None:
     fits = x.ndim == out.ndim == 4 and same_ring(x, weight, out)
     fits = fits and min(pads) >= 0 and min(*stride, *dilation) >= 1
     if fits and weight.ndim == 3:
         kernel = weight.shape[:2]
         fits = x.shape[3] == out.shape[3] == weight.shape[2]
     elif fits and weight.ndim == 5:
-        groups, *kernel, depth, filters = weight.shape
+        groups, *_, depth, filters = weight.shape
+        kernel = weight.shape[1:3]
         fits = x.shape[3] == groups * depth and out.shape[3] == groups * filters
     else:
         fits = False

@@ -15,9 +15,9 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
+from crypten import nn as crypten_nn
 
 from ...errors import DataError, PlanError
 from ...inputs import number_tensor
@@ -61,8 +61,8 @@ def ring_bits(precision: str | int, headroom: float) -> int:
 
 
 def make_plan(
-    graph: Any,
-    example: Any,
+    graph: crypten_nn.Graph,
+    example: object,
     *,
     precision: str | int = "fast",
     headroom: float = HEADROOM,
@@ -87,7 +87,7 @@ def make_plan(
         return _narrowest(calibration, ring, headroom)
 
 
-def _calibrating(graph: Any, example: Any) -> torch.Tensor:
+def _calibrating(graph: crypten_nn.Graph, example: object) -> torch.Tensor:
     """Calibration inputs, checked.
 
     Raises: PlanError with what was given and what is allowed.
@@ -153,7 +153,7 @@ def _narrowest(
 
 
 def masked_model(
-    private: Any,
+    private: crypten_nn.Graph | MaskedModel,
     example: torch.Tensor | None = None,
     *,
     precision: str | int | None = None,
@@ -172,14 +172,15 @@ def masked_model(
     """
     if isinstance(private, MaskedModel):
         return private
-    engine: Any = private.engine
+    engine: object = private.engine
     if precision is None:
         precision = getattr(engine, "precision", "fast")
     if headroom is None:
         headroom = float(getattr(engine, "headroom", HEADROOM))
     key = (precision, headroom)
     if example is None and key in private.models:
-        return private.models[key]
+        made: MaskedModel = private.models[key]
+        return made
     calibration = private.example if example is None else example
     plan, report = make_plan(
         private, calibration, precision=precision, headroom=headroom

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import numpy as np
 import torch
+from crypten import nn as crypten_nn
 
 from ...compare import own_rounding
 from ...errors import EspnError
@@ -25,10 +25,10 @@ _ROWS = 2
 
 
 def check_plan(
-    private: Any,
+    private: crypten_nn.Graph,
     example: torch.Tensor,
     *,
-    reference: Callable[[torch.Tensor], Any] | None = None,
+    reference: Callable[[torch.Tensor], object] | None = None,
 ) -> str | None:
     """Plan a network, run the plan in the clear and compare it with the network.
 
@@ -62,13 +62,13 @@ def _difference(
     network: Network,
     model: MaskedModel,
     example: torch.Tensor,
-    reference: Callable[[torch.Tensor], Any] | None,
+    reference: Callable[[torch.Tensor], object] | None,
 ) -> str | None:
     ends = network.ends
     inputs = _inputs(network, model, example.detach().cpu())
     for (x, values), allowed in zip(inputs, _ALLOWED, strict=True):
         logits, trace = evaluate(model.plan, model.weights, x)
-        wanted = values[ends[-1]]
+        wanted: object = values[ends[-1]]
         if reference is not None:
             try:
                 wanted = reference(x.to(example.dtype).clone())

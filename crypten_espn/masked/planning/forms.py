@@ -99,7 +99,7 @@ class Forms(Arithmetic[Form]):
     def local(self, function: Function, *values: Form) -> Form:
         return Form(function(*[value.like for value in values]))
 
-    def scaled(self, x: Form, factor: Any) -> Form:
+    def scaled(self, x: Form, factor: torch.Tensor | float) -> Form:
         if not torch.is_tensor(factor):
             raise self.unsupported()
         integers, divisor = self._factors(factor.numpy())

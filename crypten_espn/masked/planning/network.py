@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +17,7 @@ from .layers import RESCALED, Layer, layer_title, naming
 from .precision import Effect
 
 
-def parameters_of(graph: Any) -> dict[str, np.ndarray]:
+def parameters_of(graph: crypten_nn.Graph) -> dict[str, np.ndarray]:
     """The real parameters of a converted, unencrypted crypten.nn.Graph, by name.
 
     Raises: PlanError if the network is encrypted.
@@ -44,7 +43,7 @@ class Network:
     Raises: PlanError naming the layer that the masked engine does not compute.
     """
 
-    def __init__(self, private: Any) -> None:
+    def __init__(self, private: crypten_nn.Graph) -> None:
         kinds = getattr(private, "layers", None)
         if kinds is None:
             raise PlanError(

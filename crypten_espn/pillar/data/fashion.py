@@ -55,6 +55,11 @@ def fashion_sample() -> Images:
 
 
 def fashion_mnist(directory: Path, held_out: int | None) -> Dataset:
+    """Return Fashion-MNIST from a folder, or from where the system keeps it.
+
+    Raises:
+        DataError: it is in none of them, or its files are not what they should be.
+    """
     places = [
         directory,
         directory / "FashionMNIST" / "raw",

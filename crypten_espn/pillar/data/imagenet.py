@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from .splits import (
     Normalization,
     held_out_of,
 )
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 _IMAGENET_NORMALIZATION = Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
@@ -32,8 +35,8 @@ class ImageFiles:
     """
 
     files: tuple[tuple[str, int], ...]
-    training: Callable[[Any], Tensor]
-    evaluation: Callable[[Any], Tensor]
+    training: Callable[[Image], Tensor]
+    evaluation: Callable[[Image], Tensor]
     workers: int = 8
 
     def __len__(self) -> int:
@@ -68,7 +71,7 @@ class _Readable(torch.utils.data.Dataset[tuple[Tensor, int]]):
     def __init__(
         self,
         files: tuple[tuple[str, int], ...],
-        transform: Callable[[Any], Tensor],
+        transform: Callable[[Image], Tensor],
     ) -> None:
         self.files = files
         self.transform = transform
@@ -92,6 +95,11 @@ class _Readable(torch.utils.data.Dataset[tuple[Tensor, int]]):
 def imagenet(
     directory: Path, held_out: int | None, train_size: int, test_size: int
 ) -> Dataset:
+    """Return ImageNet from the folders train and val of a folder.
+
+    Raises:
+        DataError: a folder is missing.
+    """
     # Late: beside a CPU-only torch it loads only once crypten_espn has been imported.
     from torchvision.datasets import ImageFolder
     from torchvision.transforms import v2

@@ -160,6 +160,7 @@ def in_memory(
     held_out: int,
     test: Callable[[], Images],
 ) -> Dataset:
+    """Return a data set of images in memory; the test images are read when asked."""
     training, validation = held_out_of(len(whole), held_out, name)
     channels, size = whole.images.shape[1], whole.images.shape[2]
     return Dataset(
@@ -193,6 +194,11 @@ def held_out_of(count: int, held_out: int, name: str) -> tuple[Tensor, Tensor]:
 
 
 def checked_labels(labels: Tensor, classes: int, name: str) -> Tensor:
+    """Return labels as int64.
+
+    Raises:
+        DataError: one is of no class.
+    """
     labels = labels.long()
     if int(labels.max()) >= classes:
         raise DataError(
@@ -205,6 +211,11 @@ def checked_labels(labels: Tensor, classes: int, name: str) -> Tensor:
 def first_with(
     places: Sequence[Path], files: Sequence[str], what: str, command: str
 ) -> Path:
+    """Return the first of the folders that holds one of the files.
+
+    Raises:
+        DataError: none does; names the command that fetches them.
+    """
     for place in places:
         if any((place / file).exists() for file in files):
             return place

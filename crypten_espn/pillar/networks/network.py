@@ -54,7 +54,7 @@ class Network(nn.Module):
 
     architecture: Architecture
     normalization: Normalization | None = None
-    notes: dict[str, Any] | None = None
+    notes: dict[str, object] | None = None
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
@@ -91,6 +91,7 @@ def checked(
 
 
 def conv(inputs: int, outputs: int, *, kernel: int = 3, stride: int = 1) -> nn.Conv2d:
+    """Return a convolution without bias that keeps the size at stride 1."""
     return nn.Conv2d(
         inputs,
         outputs,

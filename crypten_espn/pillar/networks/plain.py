@@ -17,7 +17,8 @@ class _Sequential(Network):
         self.classifier = classifier
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.classifier(torch.flatten(self.features(x), 1))
+        logits: Tensor = self.classifier(torch.flatten(self.features(x), 1))
+        return logits
 
 
 def mini_onn(*, classes: int = 10, in_channels: int = 3, size: int = 32) -> Network:

@@ -25,7 +25,9 @@ class _BasicBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.bn2(self.conv2(self.relu1(self.bn1(self.conv1(x)))))
-        return self.relu2(out + (x if self.downsample is None else self.downsample(x)))
+        out = out + (x if self.downsample is None else self.downsample(x))
+        activated: Tensor = self.relu2(out)
+        return activated
 
 
 class _Bottleneck(nn.Module):
@@ -49,7 +51,9 @@ class _Bottleneck(nn.Module):
         out = self.relu1(self.bn1(self.conv1(x)))
         out = self.relu2(self.bn2(self.conv2(out)))
         out = self.bn3(self.conv3(out))
-        return self.relu3(out + (x if self.downsample is None else self.downsample(x)))
+        out = out + (x if self.downsample is None else self.downsample(x))
+        activated: Tensor = self.relu3(out)
+        return activated
 
 
 def _shortcut(inputs: int, outputs: int, stride: int) -> nn.Module | None:
@@ -96,7 +100,8 @@ class _ResNet(Network):
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.stages(self.relu(self.bn1(self.conv1(x))))
-        return self.fc(torch.flatten(self.avgpool(out), 1))
+        logits: Tensor = self.fc(torch.flatten(self.avgpool(out), 1))
+        return logits
 
 
 def _cifar_resnet(
@@ -207,7 +212,8 @@ class _ResNet50(Network):
     def forward(self, x: Tensor) -> Tensor:
         out = self.pool(self.relu(self.bn1(self.conv1(x))))
         out = self.layer4(self.layer3(self.layer2(self.layer1(out))))
-        return self.fc(torch.flatten(self.avgpool(out), 1))
+        logits: Tensor = self.fc(torch.flatten(self.avgpool(out), 1))
+        return logits
 
 
 def resnet50(*, classes: int = 1000, in_channels: int = 3, size: int = 224) -> Network:
