@@ -358,7 +358,7 @@ def _compared(
 def _planned(
     graph: NetworkGraph,
     example: torch.Tensor,
-    reference: Callable[[torch.Tensor], object] | None,
+    reference: Callable[[torch.Tensor], torch.Tensor] | None,
 ) -> str | None:
     """Why the masked engine cannot run a graph that can be converted."""
     private = PrivateNetwork(graph, example=example, engine=None)

@@ -28,7 +28,7 @@ def check_plan(
     private: crypten_nn.Graph,
     example: torch.Tensor,
     *,
-    reference: Callable[[torch.Tensor], object] | None = None,
+    reference: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> str | None:
     """Plan a network, run the plan in the clear and compare it with the network.
 
@@ -62,13 +62,13 @@ def _difference(
     network: Network,
     model: MaskedModel,
     example: torch.Tensor,
-    reference: Callable[[torch.Tensor], object] | None,
+    reference: Callable[[torch.Tensor], torch.Tensor] | None,
 ) -> str | None:
     ends = network.ends
     inputs = _inputs(network, model, example.detach().cpu())
     for (x, values), allowed in zip(inputs, _ALLOWED, strict=True):
         logits, trace = evaluate(model.plan, model.weights, x)
-        wanted: object = values[ends[-1]]
+        wanted = values[ends[-1]]
         if reference is not None:
             try:
                 wanted = reference(x.to(example.dtype).clone())
