@@ -16,7 +16,7 @@ import torch
 from numpy.lib import format as npy
 from torch import Tensor
 
-from .errors import DataError, ShapeError
+from .errors import DataError
 from .inputs import real_tensor, refuse_not_finite
 
 _SAVE = "numpy.save(path, array) writes one"
@@ -87,32 +87,6 @@ def load_array(path: Path) -> Tensor:
     refuse_not_finite(numbers, str(path))
     _refuse_pixels(array, path)
     return numbers
-
-
-def check_batch(numbers: Tensor, shape: tuple[int, ...], what: str, whose: str) -> None:
-    """Raise ShapeError unless numbers are (batch, *shape); the message has the cure.
-
-    Args:
-        numbers: what was given.
-        shape: of one input.
-        what, whose: names of the two for the message.
-    """
-    given = tuple(numbers.shape)
-    if given[1:] == shape:
-        return
-    sizes = ", ".join(map(str, shape))
-    cure = "resize the inputs as in training"
-    if given == shape:
-        cure = "a single input needs its batch too: array[None]"
-    elif len(given) == 4 and (given[3], given[1], given[2]) == shape:
-        cure = "channels come first: array.transpose(0, 3, 1, 2)"
-    elif (
-        len(given) == 3 and len(shape) == 3 and shape[0] == 1 and given[1:] == shape[1:]
-    ):
-        cure = "the channel is missing: array[:, None]"
-    raise ShapeError(
-        f"{what} has shape {given}, {whose} takes (batch, {sizes}); {cure}"
-    )
 
 
 def _header(file: BinaryIO, path: Path) -> tuple[tuple[int, ...], bool, np.dtype]:

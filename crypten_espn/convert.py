@@ -20,12 +20,11 @@ from .errors import (
     ConversionError,
     EspnError,
     ProtocolError,
-    ShapeError,
     WorldSizeError,
 )
 from .findings import NOT_YET, Finding, Report, report
 from .graph import NetworkGraph, read, simplify
-from .inputs import number_tensor, real_tensor
+from .inputs import check_batch, number_tensor, real_tensor
 from .layers import kind_of
 from .masked.in_crypten import ComposedEngine
 from .masked.model import MaskedModel
@@ -138,36 +137,6 @@ class PrivateNetwork(crypten_nn.Graph):
             )
         self._composed.prepare(count, batch=batch)
 
-    def batch(self, x: object) -> torch.Tensor:
-        """An input batch as real numbers, checked.
-
-        Args:
-            x: (batch, *input_shape), of any kind that `inputs` takes.
-
-        Raises:
-            DataError: it holds no real numbers.
-            ShapeError: another shape, or no rows.
-            RangeError: NaN or infinity.
-        """
-        numbers = number_tensor(x)
-        self.check_shape(tuple(numbers.shape))
-        if not len(numbers):
-            raise ShapeError("the input has no rows; give at least one")
-        return real_tensor(numbers, finite=True)
-
-    def check_shape(self, shape: tuple[int, ...]) -> None:
-        """Refuse an input that is not (batch, *input_shape).
-
-        Raises:
-            ShapeError: with both shapes and the cure.
-        """
-        if shape[1:] != self.input_shape or len(shape) != len(self.input_shape) + 1:
-            raise ShapeError(
-                f"the input has shape {shape}, the network takes "
-                f"(batch, {', '.join(map(str, self.input_shape))}); reshape or resize "
-                "the input, or convert again with an example of the right size"
-            )
-
     def forward(
         self, x: crypten.CrypTensor | torch.Tensor
     ) -> crypten.CrypTensor | torch.Tensor:
@@ -179,7 +148,7 @@ class PrivateNetwork(crypten_nn.Graph):
             ProtocolError: plain tensors with protocol "masked".
             All before anything is sent.
         """
-        self.check_shape(tuple(x.size()))
+        check_batch(x, self.input_shape, "the input", "the network")
         if isinstance(self.engine, Masked):
             if self._composed is None:
                 raise ProtocolError(
@@ -271,9 +240,9 @@ def convert(
 
     Args:
         model: torch module (its own weights are not touched), .onnx path, or bytes.
-        example: one input batch of any kind that `inputs` takes; fixes the input
-            shape, not the batch size. With
-            protocol "masked" it also bounds every layer: give real inputs.
+        example: one input batch of any kind that `inputs` takes; fixes the input shape,
+            not the batch size. With protocol "masked" it also bounds every layer: give
+            real inputs.
         protocol: "espn", "opened_mask", "beaver" or "masked". When None,
             crypten.cfg.espn decides for CrypTen tensors, and sessions use the masked
             engine.

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .errors import DataError, RangeError
+from .errors import DataError, RangeError, ShapeError
 
 # What holds every value of a type exactly.
 _EXACT = {
@@ -63,6 +63,51 @@ def real_tensor(x: object, what: str = "the input", *, finite: bool = False) -> 
     if finite:
         refuse_not_finite(numbers, what)
     return numbers
+
+
+def input_batch(x: object, shape: tuple[int, ...]) -> Tensor:
+    """The real numbers of a batch of a network's inputs, checked.
+
+    Args:
+        x: (batch, *shape), as `real_tensor` takes it.
+        shape: of one input.
+
+    Raises:
+        DataError: as `real_tensor`.
+        ShapeError: another shape, or no rows; with the cure.
+        RangeError: NaN or infinity.
+    """
+    numbers = number_tensor(x)
+    check_batch(numbers, shape, "the input", "the network")
+    if not len(numbers):
+        raise ShapeError("the input has no rows; give at least one")
+    return real_tensor(numbers, finite=True)
+
+
+def check_batch(numbers: Tensor, shape: tuple[int, ...], what: str, whose: str) -> None:
+    """Raise ShapeError unless numbers are (batch, *shape); the message has the cure.
+
+    Args:
+        numbers: what was given.
+        shape: of one input.
+        what, whose: names of the two for the message.
+    """
+    given = tuple(numbers.shape)
+    if given[1:] == shape:
+        return
+    sizes = ", ".join(map(str, shape))
+    cure = "resize the inputs as in training"
+    if given == shape:
+        cure = "a single input needs its batch too: array[None]"
+    elif len(given) == 4 and (given[3], given[1], given[2]) == shape:
+        cure = "channels come first: array.transpose(0, 3, 1, 2)"
+    elif (
+        len(given) == 3 and len(shape) == 3 and shape[0] == 1 and given[1:] == shape[1:]
+    ):
+        cure = "the channel is missing: array[:, None]"
+    raise ShapeError(
+        f"{what} has shape {given}, {whose} takes (batch, {sizes}); {cure}"
+    )
 
 
 def refuse_not_finite(numbers: Tensor, what: str) -> None:

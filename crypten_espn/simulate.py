@@ -12,6 +12,7 @@ from .convert import PrivateNetwork
 from .cost import Cost, SessionCost
 from .engines import CrypTen
 from .errors import ProtocolError
+from .inputs import input_batch
 from .launch import run_parties
 from .masked.dealing import Dealing
 from .masked.drivers import Transcript, together
@@ -67,7 +68,8 @@ def simulate(
             f"{type(private).__name__} cannot be simulated; give what convert() made."
         )
     if isinstance(private, PrivateNetwork) and isinstance(private.engine, CrypTen):
-        return _simulate_crypten(private, private.batch(x), timeout)
+        numbers = input_batch(x, private.input_shape)
+        return _simulate_crypten(private, numbers, timeout)
     model = masked_model(private, example, precision=precision, headroom=headroom)
     if processes:
         return run_session(model, [x], timeout=timeout)[0]

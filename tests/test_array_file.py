@@ -11,8 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from crypten_espn.array_file import check_batch, load_array, one_input
+from crypten_espn.array_file import load_array, one_input
 from crypten_espn.errors import DataError, RangeError, ShapeError
+from crypten_espn.inputs import check_batch
 
 
 @pytest.mark.parametrize("kind", ["f2", "f4", ">f4", "f8", "i1", "i8", "?"])

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import torch
 
-from ..array_file import check_batch, load_array, one_input
+from ..array_file import load_array, one_input
 from ..convert import check as check_network
 from ..convert import convert
 from ..engines import MASKED
@@ -18,6 +18,7 @@ from ..estimate.engines import engines as engine_names
 from ..estimate.workload import ALIASES, workload
 from ..explain import compare_precisions
 from ..explain import explain as explain_network
+from ..inputs import check_batch
 from ..masked.model import MaskedModel
 from ..masked.planning import masked_model
 from ..pillar.networks import NETWORKS, Network

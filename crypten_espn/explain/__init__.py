@@ -21,6 +21,7 @@ from crypten.encoder import FixedPointEncoder
 from ..convert import PrivateNetwork
 from ..engines import CrypTen
 from ..errors import ConversionError, ProtocolError
+from ..inputs import input_batch
 from ..masked.planning import masked_model
 from ..protocols import settings
 from ..randomness import SEED_BYTES, Keystream
@@ -92,7 +93,7 @@ def explain(
         )
     if runs < 1:
         raise ProtocolError(f"runs={runs}: at least one run is simulated")
-    x = private.batch(x)
+    x = input_batch(x, private.input_shape)
     if draws is None:
         draws = Keystream(bytes(SEED_BYTES))
     with torch.no_grad():

@@ -30,8 +30,8 @@ import numpy as np
 import torch
 from msgspec import Meta
 
-from ..errors import PlanError, RangeError, ShapeError
-from ..inputs import number_tensor, real_tensor
+from ..errors import PlanError, RangeError
+from ..inputs import input_batch
 from ..wire.packing import packed_bytes
 from . import kernels
 from .checks import MAX_TEXT, Checked
@@ -268,14 +268,7 @@ class Plan(Strict, frozen=True, dict=True):
             RangeError for values that are not finite or exceed `input.bound`. Nothing
             has been sent by then.
         """
-        shape = self.input.shape
-        x = number_tensor(x)
-        if tuple(x.shape[1:]) != shape or x.dim() < 2 or x.shape[0] < 1:
-            raise ShapeError(
-                f"Input of shape {tuple(x.shape)}; this network takes (batch, "
-                f"{', '.join(map(str, shape))})."
-            )
-        x = real_tensor(x, finite=True)
+        x = input_batch(x, self.input.shape)
         largest = float(x.abs().max())
         if largest > self.input.bound:
             raise RangeError(
