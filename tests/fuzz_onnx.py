@@ -5,8 +5,6 @@ python -m tests.fuzz_onnx SEED FIRST COUNT < files.json
 
 from __future__ import annotations
 
-import base64
-import json
 import random
 import sys
 import tempfile
@@ -360,16 +358,12 @@ def attempt(data: bytes, path: Path) -> str:
 
 def run(given: Sequence[bytes], *, seed: int, count: int) -> Outcome:
     """Try `count` mutants in child processes, one after the other."""
-    texts = json.dumps([base64.b64encode(data).decode() for data in given])
-    return fuzzing.run(__name__, seed, given=texts, count=count)
+    return fuzzing.run(__name__, given, seed=seed, count=count)
 
 
 def main() -> None:
     """Try a range of mutants of the files on standard input."""
-    given = [base64.b64decode(text) for text in json.load(sys.stdin)]
-    seed = int(sys.argv[1])
-    import crypten_espn  # noqa: F401 - CrypTen cannot be imported before its patches
-
+    given, seed = fuzzing.taken()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "networks"
         folder.mkdir()

@@ -6,6 +6,7 @@ number; `run` starts it, and again where a signal ended it.
 
 from __future__ import annotations
 
+import base64
 import copy
 import json
 import random
@@ -16,7 +17,7 @@ import sys
 import tempfile
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -131,6 +132,11 @@ def damaged(data: bytes, toss: random.Random, *, within: int | None = None) -> b
 # ---------------------------------------------------------------- trying them
 
 
+def taken() -> tuple[list[bytes], int]:
+    """In a child: the files that `run` gave, and its seed."""
+    return [base64.b64decode(text) for text in json.load(sys.stdin)], int(sys.argv[1])
+
+
 def serve(attempt: Callable[[int], str], *, memory: int) -> None:
     """In a child: try the mutants of a range, each one's number first, its result next.
 
@@ -142,10 +148,12 @@ def serve(attempt: Callable[[int], str], *, memory: int) -> None:
     """
     import torch
 
+    import crypten_espn  # noqa: F401 - CrypTen cannot be imported before its patches
+
     torch.set_num_threads(1)
     first, count = map(int, sys.argv[-2:])
-    taken = int(Path("/proc/self/statm").read_text().split()[0])
-    limit = memory + taken * resource.getpagesize()
+    used = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = memory + used * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     for number in range(first, first + count):
         print(number, end=" ", flush=True)
@@ -170,22 +178,23 @@ class Outcome:
     faults: list[tuple[int, str]] = field(default_factory=list)
 
 
-def run(module: str, *arguments: object, given: str, count: int) -> Outcome:
+def run(module: str, given: Sequence[bytes], *, seed: int, count: int) -> Outcome:
     """Try `count` mutants of a module in child processes, one after the other.
 
     Args:
         module: one that calls `serve`.
-        arguments: of its command, before the range.
-        given: its standard input.
+        given: the files that are mutated.
+        seed: of the mutations.
         count: how many.
     """
     outcome, following = Outcome(), 0
+    texts = json.dumps([base64.b64encode(data).decode() for data in given])
     while following < count:
         with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile() as errors:
             child = subprocess.run(
-                [sys.executable, "-m", module, *map(str, arguments),
+                [sys.executable, "-m", module, str(seed),
                  str(following), str(count - following)],
-                input=given, text=True, stdout=output, stderr=errors,
+                input=texts, text=True, stdout=output, stderr=errors,
                 cwd=Path(__file__).parents[1],
             )  # fmt: skip
             output.seek(0)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import json
 import random
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -107,15 +106,14 @@ def attempt(text: str) -> str:
 
 def run(texts: Sequence[str], *, seed: int, count: int) -> Outcome:
     """Try `count` mutants in child processes, one after the other."""
-    given = json.dumps(list(texts))
-    return fuzzing.run(__name__, seed, given=given, count=count)
+    given = [text.encode() for text in texts]
+    return fuzzing.run(__name__, given, seed=seed, count=count)
 
 
 def main() -> None:
     """Try a range of mutants of the plans on standard input."""
-    texts, seed = json.load(sys.stdin), int(sys.argv[1])
-    import crypten_espn  # noqa: F401 - CrypTen cannot be imported before its patches
-
+    given, seed = fuzzing.taken()
+    texts = [data.decode() for data in given]
     fuzzing.serve(lambda number: attempt(mutant(texts, seed, number)), memory=MEMORY)
 
 
