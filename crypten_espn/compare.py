@@ -152,8 +152,7 @@ def in_evaluation(model: torch.nn.Module, x: Tensor) -> Tensor:
 def _itself(model: torch.nn.Module | None, raw: NetworkGraph, x: Tensor) -> Tensor:
     if model is None:
         return run(raw, x, torch.float32)[raw.output]
-    y: Tensor = in_evaluation(model, x)
-    return y
+    return in_evaluation(model, x)
 
 
 def first_difference(

@@ -153,7 +153,7 @@ def attack(
     answers: that favours the attack.
     """
     network, x = small_network(seed)
-    rows = network[-1].weight.double().numpy().T  # type: ignore[index]
+    rows = network.get_parameter("2.weight").double().numpy().T
     private = espn.convert(network, x, protocol="espn")
     sums: dict[int, dict[Kind, Regression]] = {bits: {} for bits in noise_bits}
     found: dict[int, list[dict[Kind, float]]] = {bits: [] for bits in noise_bits}

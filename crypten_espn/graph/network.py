@@ -54,8 +54,8 @@ class NetworkGraph:
         changes: what the passes did, in words.
         opset: the version of ONNX's operations that the nodes are written in.
         types: name to ONNX element type, where it is known.
-        room: elements that its values may have for one input, see sizes.py.
         current: the node a pass is at; whatever goes wrong there is its problem.
+        room: elements that its values may have for one input, see sizes.py.
     """
 
     nodes: list[Node]
@@ -66,8 +66,8 @@ class NetworkGraph:
     changes: list[str] = field(default_factory=list)
     opset: int = OPSET
     types: dict[str, int] = field(default_factory=dict)
-    room: int = 1 << 28
     current: Node | None = None
+    room: int = field(kw_only=True)
 
     def copy(self) -> NetworkGraph:
         """The same network, to be rewritten apart; arrays are shared."""

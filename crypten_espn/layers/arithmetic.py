@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
@@ -34,7 +35,7 @@ class Shaped(Protocol):
 V = TypeVar("V", bound=Shaped)
 
 
-class Arithmetic(Generic[V]):
+class Arithmetic(ABC, Generic[V]):
     """An interpreter of layers.
 
     The first methods say what arithmetic it is. `function` there takes tensors, and is
@@ -42,33 +43,33 @@ class Arithmetic(Generic[V]):
     interpreter that wants to know more than a function overrides them.
     """
 
+    @abstractmethod
     def product(self, function: Function, x: V, weight: V) -> V:
         """A bilinear function of a value and secret weights."""
-        raise NotImplementedError
 
+    @abstractmethod
     def add(self, x: V, y: V) -> V:
         """A sum; parameters broadcast."""
-        raise NotImplementedError
 
+    @abstractmethod
     def local(self, function: Function, *values: V) -> V:
         """Sums of elements, and moves, that each party computes on its shares."""
-        raise NotImplementedError
 
+    @abstractmethod
     def scaled(self, x: V, factor: Tensor | float) -> V:
         """A product with public factors: a number, or a tensor (height, width)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def divided(self, x: V, count: int) -> V:
         """A quotient by a public whole number."""
-        raise NotImplementedError
 
+    @abstractmethod
     def compared(self, function: Function, x: V) -> V:
         """What needs comparisons."""
-        raise NotImplementedError
 
+    @abstractmethod
     def polynomial(self, polynomial: Polynomial, x: V) -> V:
         """A public polynomial of every element."""
-        raise NotImplementedError
 
     # -- what layers are written in
 

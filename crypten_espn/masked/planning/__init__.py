@@ -92,8 +92,8 @@ def _calibrating(graph: crypten_nn.Graph, example: object) -> torch.Tensor:
 
     Raises: PlanError with what was given and what is allowed.
     """
-    shape = getattr(graph, "input_shape", None)
-    wanted = "(batch, *input_shape)" if shape is None else f"(batch, {_listed(shape)})"
+    shape = tuple(graph.input_shape)
+    wanted = f"(batch, {', '.join(map(str, shape))})"
     try:
         example = number_tensor(example, "The calibration batch")
     except DataError as error:
@@ -104,7 +104,7 @@ def _calibrating(graph: crypten_nn.Graph, example: object) -> torch.Tensor:
             f"The calibration inputs have shape {given}; give at least one input, as "
             f"{wanted}."
         )
-    if shape is not None and given[1:] != tuple(shape):
+    if given[1:] != shape:
         raise PlanError(
             f"The calibration inputs have shape {given}, the network takes {wanted}. "
             "Resize them as for the network, or convert it for their size."
@@ -114,10 +114,6 @@ def _calibrating(graph: crypten_nn.Graph, example: object) -> torch.Tensor:
             "The calibration inputs hold NaN or infinity. Clean the data before."
         )
     return example.cpu()
-
-
-def _listed(shape: tuple[int, ...]) -> str:
-    return ", ".join(map(str, shape))
 
 
 def _narrowest(

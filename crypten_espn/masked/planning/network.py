@@ -57,17 +57,13 @@ class Network:
         taken = read_form(private.input_shape, 0)
         self.layers = {self.input: Layer(self.input, None, [], taken)}
         self.order: list[str] = []
-        waiting = list(kinds)
-        while waiting:
-            known = self.layers.keys() | self.parameters.keys()
-            ready = [n for n in waiting if known.issuperset(private._graph[n])]
-            if not ready:
-                raise PlanError(f"{layer_title(waiting[0])}: its input is missing.")
-            for name in ready:
-                module = type(private._modules[name]).__name__
-                with naming(layer_title(name)):
-                    self._add(name, module, kinds[name], private._graph[name])
-            waiting = [name for name in waiting if name not in self.layers]
+        for name, kind in kinds.items():
+            inputs = private._graph[name]
+            if not all(i in self.layers or i in self.parameters for i in inputs):
+                raise PlanError(f"{layer_title(name)}: its input is missing.")
+            module = type(private._modules[name]).__name__
+            with naming(layer_title(name)):
+                self._add(name, module, kind, inputs)
         if self.output not in self.layers:
             raise PlanError(
                 f"The output {self.output} is a constant; a network of its input is "
