@@ -68,7 +68,7 @@ test-fast: $(STAMP)
 	$(BIN)/python -m pytest --in-process -m "not slow"
 
 test-random: $(STAMP)
-	$(BIN)/python -m pytest -p randomly
+	$(BIN)/python -m pytest -p randomly --hypothesis-profile=default
 
 # Parties that tests start as processes are not measured, only what runs in pytest's own.
 coverage: $(STAMP)

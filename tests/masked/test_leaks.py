@@ -12,17 +12,33 @@ from .cases import without_noise
 
 
 def test_no_word_of_the_client_shows_a_row_of_the_last_layer():
-    model = small_model(0)
-    torch.manual_seed(100)
-    x = (torch.randn(1, 1, 4, 4) * 2).repeat(128, 1, 1, 1)
-    words, control = attack_words(model, x, batches=100)
+    """Over six networks: masks are drawn anew, and what one shows by chance is chance.
+
+    Of 96 rows nobody knows, half lie within |cos| 0.5; that half would lie above 0.8
+    has a chance below 1 in 10**9 for a word, 1 in 10**7 for all of them.
+    """
+    words: dict[str, list[np.ndarray]] = {}
+    control: dict[str, list[np.ndarray]] = {}
+    for seed in range(6):
+        model = small_model(seed)
+        torch.manual_seed(100)
+        x = (torch.randn(1, 1, 4, 4) * 2).repeat(128, 1, 1, 1)
+        for all_of, of_this in zip(
+            (words, control), attack_words(model, x, batches=100), strict=True
+        ):
+            for name, values in of_this.items():
+                all_of.setdefault(name, []).append(values)
+    found, known = (
+        {name: np.median(np.concatenate(values)) for name, values in which.items()}
+        for which in (words, control)
+    )
     # With the dealer's coins the same regression finds every row: it would have.
-    medians = {name: float(np.median(values)) for name, values in control.items()}
-    assert medians["second coins 0"] > 0.9 and medians["first coins 0 1"] > 0.65
-    assert len(words) > 60
-    assert any(name.startswith("server message") for name in words)
-    assert max(float(np.median(values)) for values in words.values()) < 0.85
-    assert abs(float(np.median(np.concatenate(list(words.values())))) - 0.5) < 0.06
+    assert known["second coins 0"] > 0.9 and known["first coins 0 1"] > 0.6
+    assert len(found) > 60
+    assert any(name.startswith("server message") for name in found)
+    assert max(found.values()) < 0.8
+    every = np.concatenate([v for values in words.values() for v in values])
+    assert abs(np.median(every) - 0.5) < 0.06
 
 
 def test_answers_to_one_input_do_not_differ_by_rows_of_the_last_layer():
