@@ -6,6 +6,7 @@ A `RingForm` holds the same polynomial as the integers that two parties multiply
 shares modulo 2**64, together with the derived error bound and the headroom.
 """
 
+from .channels import AnyPolynomial, ChannelPolynomials, polynomial_from_json
 from .fit import FLOOR
 from .interval import GRID_POINTS
 from .ring import RING_BITS, RingForm, as_int64
@@ -18,7 +19,10 @@ __all__ = [
     "MAX_DEGREE",
     "RING_BITS",
     "SPARE_BITS",
+    "AnyPolynomial",
+    "ChannelPolynomials",
     "Polynomial",
     "RingForm",
     "as_int64",
+    "polynomial_from_json",
 ]

@@ -47,9 +47,10 @@ class RingForm:
     @cached_property
     def coeffs(self) -> tuple[int, ...]:
         """c_k, constant first: p's coefficients at the scale each term needs."""
-        numerators = self.polynomial.numerators
-        unit = Fraction(1 << self.out_bits, 1 << self.polynomial.frac_bits)
-        return tuple(round(c * unit / self._scale(k)) for k, c in enumerate(numerators))
+        p, unit = self.polynomial, 1 << self.out_bits
+        return tuple(
+            round(p.coefficient(k) * unit / self._scale(k)) for k in range(p.degree + 1)
+        )
 
     def _scale(self, k: int) -> Fraction:
         """The scale of what c_k multiplies."""
@@ -81,9 +82,8 @@ class RingForm:
         low, high = low - step, high + step
         error = step * _top_slope(p, low, high)
         reach = max(abs(low), abs(high))
-        for k, (c, numerator) in enumerate(zip(self.coeffs, p.numerators, strict=True)):
-            stands_for = c * self._scale(k) / (1 << self.out_bits)
-            rest = stands_for - Fraction(numerator, 1 << p.frac_bits)
+        for k, c in enumerate(self.coeffs):
+            rest = c * self._scale(k) / (1 << self.out_bits) - p.coefficient(k)
             error += abs(float(rest)) * reach**k
         return error
 
@@ -135,7 +135,9 @@ def best_form(polynomial: Polynomial, frac_bits: int, out_bits: int) -> RingForm
     factors, shifts = np.meshgrid(np.arange(2048, 4096), np.arange(1, frac_bits + 12))
     scales = factors * 2.0 ** (frac_bits - shifts)
     low, high = polynomial.interval
-    bounds = _top_slope(polynomial, low - 1, high + 1) / scales
+    # Truncation moves an input by far less than this.
+    beyond = min(1.0, max(abs(low), abs(high)) / 5)
+    bounds = _top_slope(polynomial, low - beyond, high + beyond) / scales
     for k, c in enumerate(polynomial.coeffs[2:], start=2):
         wanted = c * 2.0**out_bits / scales**k
         reach = max(abs(low), abs(high)) ** k

@@ -6,7 +6,8 @@ import json
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from fractions import Fraction
 from typing import Annotated
 
 import msgspec
@@ -31,17 +32,22 @@ class _Stored(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     frac_bits: int
     interval: tuple[float, float]
     requested_degree: int
+    exponent: int = 0
 
 
 @dataclass(frozen=True)
 class Polynomial:
-    """sum_k numerators[k] / 2**frac_bits * x**k, meant for x in `interval`.
+    """U * sum_k numerators[k] / 2**frac_bits * (x / U)**k, for x in `interval`.
+
+    The unit U = 2**exponent is 1 unless a fit to inputs far from 1 chose another: then
+    the coefficients of all powers have the same number of bits.
 
     Args:
         numerators: integer numerators, constant term first; trailing zeros are dropped.
         frac_bits: fractional bits q of every coefficient.
         interval: (low, high), where the polynomial stands for its function.
         requested_degree: the degree that was asked for; `degree` is the effective one.
+        exponent: of the unit, -40 to 40.
 
     Raises:
         PolynomialError: non-integer or missing coefficients, a bad interval or scale.
@@ -51,6 +57,7 @@ class Polynomial:
     frac_bits: int
     interval: tuple[float, float]
     requested_degree: int = -1
+    exponent: int = 0
 
     def __post_init__(self) -> None:
         numerators = tuple(self.numerators)
@@ -66,6 +73,10 @@ class Polynomial:
         if not 0 <= self.frac_bits <= 40:
             raise PolynomialError(
                 f"frac_bits={self.frac_bits}: a coefficient has 0 to 40 fractional bits"
+            )
+        if type(self.exponent) is not int or not -40 <= self.exponent <= 40:
+            raise PolynomialError(
+                f"exponent={self.exponent!r}: an int from -40 to 40 is needed"
             )
         if max(map(abs, numerators)) >> (RING_BITS - 1):
             raise PolynomialError(
@@ -181,7 +192,28 @@ class Polynomial:
     @property
     def coeffs(self) -> tuple[float, ...]:
         """Coefficients as floats; ``coeffs[k]`` multiplies ``x**k``."""
-        return tuple(c / 2.0**self.frac_bits for c in self.numerators)
+        return tuple(
+            math.ldexp(c, -self._bits(k)) for k, c in enumerate(self.numerators)
+        )
+
+    def _bits(self, k: int) -> int:
+        """Fractional bits at which numerators[k] is the coefficient of x**k."""
+        return self.frac_bits + (k - 1) * self.exponent
+
+    def coefficient(self, k: int) -> Fraction:
+        """The coefficient of x**k, exactly; 0 above the degree."""
+        if k > self.degree:
+            return Fraction(0)
+        return Fraction(self.numerators[k]) / Fraction(2) ** self._bits(k)
+
+    def integer(self, k: int, bits: int) -> int:
+        """The coefficient of x**k in units of 2**-bits, rounded half up, exactly."""
+        if k > self.degree:
+            return 0
+        left = bits - self._bits(k)
+        if left >= 0:
+            return self.numerators[k] << left
+        return (self.numerators[k] + (1 << (-left - 1))) >> -left
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Evaluate in floating point (Horner); differentiable, shape of x."""
@@ -193,7 +225,12 @@ class Polynomial:
     def derivative(self) -> Polynomial:
         """The exact derivative, at the same scale and on the same interval."""
         numerators = tuple(k * c for k, c in enumerate(self.numerators))[1:] or (0,)
-        return Polynomial(numerators, self.frac_bits, self.interval)
+        # Without the unit before the sum, which so many fractional bits more undo.
+        bits = self.frac_bits + self.exponent
+        numerators = tuple(c << max(-bits, 0) for c in numerators)
+        return Polynomial(
+            numerators, max(bits, 0), self.interval, exponent=self.exponent
+        )
 
     def max_abs(self, low: float, high: float) -> float:
         """max |p(x)| over [low, high], from the critical points."""
@@ -254,15 +291,11 @@ class Polynomial:
         return bits
 
     def to_json(self) -> str:
-        """A JSON object with the four fields."""
-        return json.dumps(
-            {
-                "numerators": list(self.numerators),
-                "frac_bits": self.frac_bits,
-                "interval": list(self.interval),
-                "requested_degree": self.requested_degree,
-            }
-        )
+        """A JSON object with the fields; without the exponent where it is 0."""
+        fields = asdict(self)
+        if not self.exponent:
+            del fields["exponent"]
+        return json.dumps(fields)
 
     @classmethod
     def from_json(cls, text: str) -> Polynomial:
@@ -278,6 +311,7 @@ class Polynomial:
                 fields.frac_bits,
                 fields.interval,
                 fields.requested_degree,
+                fields.exponent,
             )
         except (ValueError, msgspec.MsgspecError, RecursionError) as error:
             raise PolynomialError(
@@ -287,7 +321,8 @@ class Polynomial:
 
     def __str__(self) -> str:
         asked = f" (degree {self.requested_degree} asked)" if self.collapsed else ""
+        unit = f" in units of 2**{self.exponent}" if self.exponent else ""
         return (
-            f"{list(self.numerators)} / {2**self.frac_bits} on "
+            f"{list(self.numerators)} / {2**self.frac_bits}{unit} on "
             f"[{self.interval[0]:g}, {self.interval[1]:g}], degree {self.degree}{asked}"
         )

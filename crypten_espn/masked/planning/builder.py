@@ -16,7 +16,6 @@ from ..steps import VALUE_RING, Activation, Input, Output, Step
 from ..weights import Quantisation
 from .coins import largest_deviation
 from .layers import Layer
-from .precision import shifted
 from .scales import NarrowError, Scales
 from .units import Unit
 
@@ -93,7 +92,7 @@ class Builder:
         return Activation(
             found.linear,
             found.groups,
-            shifted(polynomial.numerators[0], value_frac_bits - polynomial.frac_bits),
+            polynomial.integer(0, value_frac_bits),
             scales.drop,
             frac_bits,
         )

@@ -161,7 +161,7 @@ def choose_truncations(
         bits, coin, coefficient = best
         coeffs = [0] * (powers[-1] + 1)
         for k in powers:
-            coeffs[k] = _coefficient(polynomial, k, value_frac_bits - k * bits)
+            coeffs[k] = polynomial.integer(k, value_frac_bits - k * bits)
         groups.append(Group(frac_bits - bits, tuple(coeffs)))
         by_coins += coin
         by_coefficients += coefficient
@@ -173,7 +173,7 @@ def choose_truncations(
         if best is None:
             return None
         bits, coin, coefficient = best
-        factor = _coefficient(polynomial, 1, value_frac_bits - bits)
+        factor = polynomial.integer(1, value_frac_bits - bits)
         linear = Linear(frac_bits - bits, factor)
         by_coins += coin
         by_coefficients += coefficient
@@ -217,7 +217,7 @@ class _Choice:
             off = {}
             for k in powers:
                 at = self.value_frac_bits - k * bits
-                off[k] = math.ldexp(_coefficient(self.polynomial, k, at), -at)
+                off[k] = math.ldexp(self.polynomial.integer(k, at), -at)
                 off[k] -= coeffs[k]
             if any(self._lost(k, coeffs[k], error) for k, error in off.items()):
                 continue
@@ -234,17 +234,3 @@ class _Choice:
         radius = max(map(abs, self.polynomial.interval))
         counts = abs(off) * radius**k >= 2.0**-self.result_bits
         return counts and abs(off) > abs(coefficient) / 4
-
-
-def _coefficient(polynomial: Polynomial, k: int, bits: int) -> int:
-    """The coefficient of x**k at that many fractional bits."""
-    if k >= len(polynomial.numerators):
-        return 0
-    return shifted(polynomial.numerators[k], bits - polynomial.frac_bits)
-
-
-def shifted(numerator: int, bits: int) -> int:
-    """round(numerator * 2**bits), half up, exactly."""
-    if bits >= 0:
-        return numerator << bits
-    return (numerator + (1 << (-bits - 1))) >> -bits
