@@ -42,8 +42,12 @@ def test_runs_and_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     mean = (results["tiny-polynomial-1"] + results["tiny-polynomial-2"]) / 2
     relu = (results["tiny-relu-1"] + results["tiny-relu-2"]) / 2
     assert float(rows["degree 2"]["test accuracy"]) == pytest.approx(mean, abs=0.01)
-    gap = float(rows["degree 2"]["against ReLU"])
+    gap, error = map(float, rows["degree 2"]["against ReLU"].split(" ± "))
     assert gap == pytest.approx(mean - relu, abs=0.01)
+    gaps = [results[f"tiny-polynomial-{s}"] - results[f"tiny-relu-{s}"] for s in (1, 2)]
+    # Of two, the standard error is half of what lies between them.
+    assert error == pytest.approx(abs(gaps[0] - gaps[1]) / 2, abs=0.01)
+    assert rows["ReLU"]["against ReLU"] == ""
     assert rows["degree 2, fine-tuned"]["epochs"] == "1"
     assert "tiny-relu-2: test accuracy" in capsys.readouterr().out
 
