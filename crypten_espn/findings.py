@@ -165,8 +165,8 @@ def report(graph: NetworkGraph) -> Report:
 
 def _problem(kind: type[Kind], node: Node, graph: NetworkGraph) -> str:
     """Why a node of a known kind cannot be built all the same."""
-    problem = kind.problem(node, graph)
     try:
+        problem = kind.problem(node, graph)
         if not problem and kind.read(node) is None:
             return "it says more than its layer computes; write it in another way"
     except EspnError as error:

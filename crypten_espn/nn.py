@@ -10,9 +10,13 @@ from crypten.cryptensor import AutogradContext
 from crypten.mpc import MPCTensor
 from crypten.nn import Module, onnx_converter
 
-from .errors import ConversionError, ProtocolError
+from .errors import ConversionError, PolynomialError, ProtocolError
 from .graph.network import POLYNOMIAL_OP
-from .polynomial import Polynomial
+from .polynomial import (
+    AnyPolynomial,
+    Polynomial,
+    polynomial_from_json,
+)
 from .protocols import PROTOCOLS, TRUNCATIONS, polyval, settings
 
 
@@ -20,14 +24,15 @@ class PolynomialActivation(Module):
     """Element-wise public polynomial of a shared tensor; twin of the torch module.
 
     Args:
-        polynomial: public, the same for every party.
+        polynomial: public, the same for every party; of ChannelPolynomials, row c
+            applies to channel c, the second axis.
         protocol: as in `protocols.settings`; what `crypten.cfg.espn` says when None.
         truncation: likewise.
     """
 
     def __init__(
         self,
-        polynomial: Polynomial,
+        polynomial: AnyPolynomial,
         *,
         protocol: str | None = None,
         truncation: str | None = None,
@@ -60,20 +65,47 @@ class PolynomialActivation(Module):
             ConversionError: an attribute is missing.
             PolynomialError: the attributes are no polynomial.
         """
-        given = attributes or {}
-        try:
-            polynomial = Polynomial(
-                tuple(int(c) for c in given["numerators"]),
-                int(given["frac_bits"]),
-                tuple(float(v) for v in given["interval"]),  # type: ignore[arg-type]
-                int(given.get("requested_degree", -1)),
+        return PolynomialActivation(_polynomial_of(attributes or {}))
+
+
+def _polynomial_of(given: dict[str, Any]) -> AnyPolynomial:
+    """What a node's attributes say: one text, or fields of one shared polynomial."""
+    if "polynomial" in given:
+        others = sorted(given.keys() & {"numerators", "frac_bits", "interval"})
+        if others:
+            raise PolynomialError(
+                f"a {POLYNOMIAL_OP} node has the attribute polynomial and also "
+                f"{', '.join(others)}; export the network again"
             )
-        except KeyError as missing:
-            raise ConversionError(
-                f"a {POLYNOMIAL_OP} node lacks the attribute {missing}; it needs "
-                "numerators, frac_bits and interval. Export the network again"
-            ) from None
-        return PolynomialActivation(polynomial)
+        text = given["polynomial"]
+        try:
+            text = text.decode() if isinstance(text, bytes) else str(text)
+        except UnicodeDecodeError as error:
+            raise PolynomialError(
+                f"the attribute polynomial of a {POLYNOMIAL_OP} node is no text "
+                f"({error}); export the network again"
+            ) from error
+        return polynomial_from_json(text)
+    try:
+        numerators, interval = tuple(given["numerators"]), tuple(given["interval"])
+        numbers = given["frac_bits"], given.get("requested_degree", -1)
+    except KeyError as missing:
+        raise ConversionError(
+            f"a {POLYNOMIAL_OP} node lacks the attribute {missing}; it needs "
+            "polynomial, or numerators, frac_bits and interval. Export the network "
+            "again"
+        ) from None
+    except TypeError as error:
+        raise PolynomialError(
+            f"an attribute of a {POLYNOMIAL_OP} node is no list ({error}); export the "
+            "network again"
+        ) from error
+    if any(type(number) is not int for number in numbers):
+        raise PolynomialError(
+            f"frac_bits and requested_degree of a {POLYNOMIAL_OP} node are {numbers}; "
+            "two whole numbers are needed. Export the network again"
+        )
+    return Polynomial(numerators, numbers[0], interval, numbers[1])
 
 
 class Scale(Module):
@@ -102,7 +134,7 @@ class AutogradPolyval(gradients.AutogradFunction):
 
     @staticmethod
     def forward(
-        ctx: AutogradContext, input: MPCTensor, polynomial: Polynomial
+        ctx: AutogradContext, input: MPCTensor, polynomial: AnyPolynomial
     ) -> MPCTensor:
         ctx.save_multiple_for_backward((input, polynomial))
         return input.polyval(polynomial)

@@ -14,16 +14,21 @@ from crypten_espn.errors import ConversionError, PolynomialError, ProtocolError
 from crypten_espn.graph import export
 from crypten_espn.launch import run_parties
 from crypten_espn.nn import PolynomialActivation
-from crypten_espn.polynomial import Polynomial
+from crypten_espn.polynomial import ChannelPolynomials, Polynomial
 
 POLYNOMIAL = Polynomial.fit(torch.relu, degree=4)
 
 
-def network():
+OF_CHANNELS = ChannelPolynomials(
+    (POLYNOMIAL, *[Polynomial((1, 2), 3, (-1.0, 2.0))] * 3)
+)
+
+
+def network(polynomial=POLYNOMIAL):
     torch.manual_seed(1)
     return torch.nn.Sequential(
         torch.nn.Conv2d(1, 4, 3, padding=1),
-        espn.PolynomialActivation(POLYNOMIAL),
+        espn.PolynomialActivation(polynomial),
         torch.nn.Flatten(),
         torch.nn.Linear(4 * 36, 5),
     ).eval()
@@ -35,9 +40,10 @@ def activation_of(graph):
     return found[0]
 
 
-def test_plain_from_pytorch_keeps_the_polynomial_whole():
-    graph = crypten.nn.from_pytorch(network(), torch.zeros(1, 1, 6, 6))
-    assert activation_of(graph).polynomial == POLYNOMIAL
+@pytest.mark.parametrize("polynomial", [POLYNOMIAL, OF_CHANNELS])
+def test_plain_from_pytorch_keeps_the_polynomial_whole(polynomial):
+    graph = crypten.nn.from_pytorch(network(polynomial), torch.zeros(1, 1, 6, 6))
+    assert activation_of(graph).polynomial == polynomial
     assert activation_of(graph).protocol is None
 
 

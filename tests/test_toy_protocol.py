@@ -12,16 +12,16 @@ from crypten_espn.cost import Cost
 from crypten_espn.errors import ProtocolError
 from crypten_espn.estimate.engines import engine_costs, engines
 from crypten_espn.estimate.workload import workload
-from crypten_espn.polynomial import RingForm
+from crypten_espn.polynomial import Form
 from crypten_espn.protocols import PROTOCOLS
 from crypten_espn.protocols.protocol import Protocol
 
 
-def _evaluate(x: torch.Tensor, p: torch.Tensor, form: RingForm) -> torch.Tensor:
+def _evaluate(x: torch.Tensor, p: torch.Tensor, form: Form) -> torch.Tensor:
     raise AssertionError("a projection evaluates nothing")
 
 
-def _cost(form: RingForm, elements: int) -> Cost:
+def _cost(form: Form, elements: int) -> Cost:
     return Cost(5, 24 * elements, 7 * elements)
 
 

@@ -13,7 +13,7 @@ from ..errors import ConversionError
 from ..graph import NetworkGraph, layer_name
 from ..layers import Kind, Reals
 from ..layers.arithmetic import Function
-from ..polynomial import Polynomial
+from ..polynomial import AnyPolynomial
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Nonlinear:
 
     name: str
     elements: int
-    polynomial: Polynomial
+    polynomial: AnyPolynomial
 
 
 class Counts(Reals):
@@ -81,7 +81,7 @@ class Counts(Reals):
         self.linear.append(counted)
         return y
 
-    def polynomial(self, polynomial: Polynomial, x: Tensor) -> Tensor:
+    def polynomial(self, polynomial: AnyPolynomial, x: Tensor) -> Tensor:
         self.nonlinear.append(Nonlinear(self._name, _elements(x), polynomial))
         return x
 

@@ -15,9 +15,9 @@ import torch
 from crypten.encoder import FixedPointEncoder
 
 from ..layers.arithmetic import Arithmetic, Function
-from ..polynomial import RING_BITS, Polynomial, RingForm, as_int64
+from ..polynomial import RING_BITS, AnyPolynomial, Form
 from ..protocols import Settings
-from .words import Fault, fault_at
+from .words import Fault, Unit, fault_at
 
 # Inputs at once; bounds memory, not results.
 CHUNK = 32
@@ -100,13 +100,14 @@ class Shares(Arithmetic[Shared]):
         """Comparisons are exact, and their result is shared afresh."""
         return self.share(function(x.total))
 
-    def polynomial(self, polynomial: Polynomial, x: Shared) -> Shared:
+    def polynomial(self, polynomial: AnyPolynomial, x: Shared) -> Shared:
         form = self.chosen.form(polynomial, self.bits, 2)
-        powers = Shared(x.total * form.factor, x.first * form.factor)
+        form.check(tuple(x.shape))
+        powers = Shared(form.scaled(x.total), form.scaled(x.first))
         if form.shift:
-            wide = x.total.double() * form.factor
-            unit = 2.0 ** -(self.bits + math.log2(form.factor))
-            powers = self._shift(powers, form.shift, wide, unit)
+            factors = form.factors(x.total.dim())
+            wide = x.total.double() * factors
+            powers = self._shift(powers, form.shift, wide, 2.0**-self.bits / factors)
         total = form.evaluate(x.total, powers.total)
         if form.degree < 2:
             y = Shared(total, form.linear_share(x.first, 0))
@@ -132,7 +133,7 @@ class Shares(Arithmetic[Shared]):
         return Shared(total, first)
 
     def _shift(
-        self, value: Shared, shift: int, wide: torch.Tensor, unit: float
+        self, value: Shared, shift: int, wide: torch.Tensor, unit: Unit
     ) -> Shared:
         """`protocols.truncation.local`."""
         self._room(value.total, wide, unit, 63)
@@ -145,7 +146,7 @@ class Shares(Arithmetic[Shared]):
         return Shared(total, first)
 
     def _shift_exactly(
-        self, value: Shared, shift: int, wide: torch.Tensor, unit: float
+        self, value: Shared, shift: int, wide: torch.Tensor, unit: Unit
     ) -> Shared:
         """`protocols.truncation.exact`: the mask's low bits decide the rounding."""
         self._room(value.total, wide, unit, RING_BITS)
@@ -159,7 +160,7 @@ class Shares(Arithmetic[Shared]):
         return self.share(total - 2 ** (RING_BITS - shift))
 
     def _room(
-        self, total: torch.Tensor, wide: torch.Tensor, unit: float, limit: int
+        self, total: torch.Tensor, wide: torch.Tensor, unit: Unit, limit: int
     ) -> None:
         """Note the headroom below 2**limit, and the first value beyond it."""
         magnitude = wide.abs()
@@ -171,7 +172,7 @@ class Shares(Arithmetic[Shared]):
             self.overflow = fault_at("wraps", wide, at, unit, limit)
 
     def _failed(
-        self, total: torch.Tensor, wide: torch.Tensor, divisor: int, unit: float
+        self, total: torch.Tensor, wide: torch.Tensor, divisor: int, unit: Unit
     ) -> None:
         """Count on |value| / 2**64 failures, and note the first that came."""
         magnitude = wide.abs()
@@ -185,12 +186,12 @@ class Shares(Arithmetic[Shared]):
                 self.failure = fault_at("truncation failed", wide, at, unit, 63)
 
 
-def _evaluate(form: RingForm, x: torch.Tensor, powers: torch.Tensor) -> torch.Tensor:
-    """`RingForm.evaluate` in float64, without a ring."""
+def _evaluate(form: Form, x: torch.Tensor, powers: torch.Tensor) -> torch.Tensor:
+    """`Form.evaluate` in float64, without a ring."""
     result = torch.zeros_like(x)
-    for c in reversed(form.coeffs[2:]):
-        result = (result + float(c)) * powers
+    for k in range(form.degree, 1, -1):
+        result = (result + form.real(k, x.dim())) * powers
     result = result * powers
     if form.degree >= 1:
-        result = result + x * float(as_int64(form.coeffs[1]))
-    return result + float(form.coeffs[0])
+        result = result + x * form.real(1, x.dim())
+    return result + form.real(0, x.dim())

@@ -41,12 +41,17 @@ class Fault:
         )
 
 
-def fault_at(kind: str, wide: torch.Tensor, at: int, unit: float, limit: int) -> Fault:
+# What one of a value's integers stands for; a tensor broadcasts over them.
+Unit = float | torch.Tensor
+
+
+def fault_at(kind: str, wide: torch.Tensor, at: int, unit: Unit, limit: int) -> Fault:
     """The fault at flat index `at` of integers `wide`; the layer is not set."""
     value = float(wide.flatten()[at])
     place = [int(i) for i in torch.unravel_index(torch.tensor(at), wide.shape)]
     room = limit - math.log2(max(abs(value), 1.0))
-    return Fault("", kind, tuple(place), value * unit, room)
+    own = float(torch.as_tensor(unit).expand(wide.shape).flatten()[at])
+    return Fault("", kind, tuple(place), value * own, room)
 
 
 @dataclass(frozen=True)

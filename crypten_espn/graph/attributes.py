@@ -82,6 +82,7 @@ ATTRIBUTES: dict[str, dict[str, Rule]] = {
         "frac_bits": READ,
         "interval": READ,
         "numerators": READ,
+        "polynomial": READ,
         "requested_degree": READ,
     },
 }

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..polynomial import Polynomial
+from ..polynomial import AnyPolynomial
 
 Pair = tuple[int, int]
 Function = Callable[..., Tensor]
@@ -68,8 +68,8 @@ class Arithmetic(ABC, Generic[V]):
         """What needs comparisons."""
 
     @abstractmethod
-    def polynomial(self, polynomial: Polynomial, x: V) -> V:
-        """A public polynomial of every element."""
+    def polynomial(self, polynomial: AnyPolynomial, x: V) -> V:
+        """A public polynomial of every element, or each channel's own."""
 
     # -- what layers are written in
 
@@ -130,7 +130,7 @@ class Reals(Arithmetic[Tensor]):
     def compared(self, function: Function, x: Tensor) -> Tensor:
         return function(x)
 
-    def polynomial(self, polynomial: Polynomial, x: Tensor) -> Tensor:
+    def polynomial(self, polynomial: AnyPolynomial, x: Tensor) -> Tensor:
         return polynomial(x)
 
     # torch adds a bias in the same pass.

@@ -1,4 +1,4 @@
-"""The activation: a public polynomial of every element."""
+"""The activation: a public polynomial of every element, or one for each channel."""
 
 from __future__ import annotations
 
@@ -7,23 +7,32 @@ from dataclasses import dataclass
 
 from crypten.nn import module as crypten_nn
 
-from ..graph import POLYNOMIAL_OP, Node
+from ..graph import POLYNOMIAL_OP, NetworkGraph, Node
 from ..nn import PolynomialActivation
-from ..polynomial import Polynomial
+from ..polynomial import AnyPolynomial, ChannelPolynomials
 from .arithmetic import Arithmetic, V
-from .kind import Kind
+from .kind import Kind, shape_of
 
 
 @dataclass(frozen=True)
 class Activation(Kind):
-    """A polynomial of every element."""
+    """A polynomial of every element, the same or its channel's."""
 
     op = POLYNOMIAL_OP
-    polynomial: Polynomial
+    polynomial: AnyPolynomial
 
     @classmethod
     def read(cls, node: Node) -> Activation:
         return cls(PolynomialActivation.from_onnx(node.attributes).polynomial)
+
+    @classmethod
+    def problem(cls, node: Node, graph: NetworkGraph) -> str:
+        problem = super().problem(node, graph)
+        if not problem:
+            polynomial = cls.read(node).polynomial
+            if isinstance(polynomial, ChannelPolynomials):
+                polynomial.check_channels(shape_of(node, graph))
+        return problem
 
     def apply(self, a: Arithmetic[V], inputs: Sequence[V]) -> V:
         return a.polynomial(self.polynomial, inputs[0])

@@ -3,31 +3,35 @@
 from __future__ import annotations
 
 import sys
+import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import ConversionError
-from ..polynomial import Polynomial
+from ..polynomial import AnyPolynomial, ChannelPolynomials
 from . import elementwise
+from .elementwise import Number
 
 
 class PolynomialActivation(nn.Module):
-    """A polynomial, element by element.
+    """A polynomial, element by element: the same for all, or one for each channel.
 
-    In training the input is clipped to the polynomial's interval, and recorded before
+    In training the input is clipped to its polynomial's interval, and recorded before
     the clip for `range_penalty` to read. In evaluation the polynomial is applied as it
     is, as the parties will. An ONNX export keeps the module whole, as one operator
     crypten_espn::PolynomialActivation.
 
     Args:
-        polynomial: what to apply.
+        polynomial: what to apply. Of ChannelPolynomials, row c applies to channel c:
+            the input's second axis, after the batch.
         inplace: whether the result also overwrites the input, as torch.nn.ReLU's
             inplace does: a network may rely on it.
     """
 
-    def __init__(self, polynomial: Polynomial, *, inplace: bool = False) -> None:
+    def __init__(self, polynomial: AnyPolynomial, *, inplace: bool = False) -> None:
         super().__init__()
         self.polynomial = polynomial
         self.inplace = inplace
@@ -39,12 +43,14 @@ class PolynomialActivation(nn.Module):
         """Return the polynomial of x, same shape and type; x itself if in place.
 
         Raises:
+            PolynomialError: the input has another number of channels.
             ConversionError: an export traces a change in place to a part of a tensor,
                 which it would lose.
         """
         if torch.jit.is_tracing():
-            self._check_traceable(x)
-        elif self.training and not torch.is_grad_enabled():
+            return self._traced(x)
+        self._check_channels(x)
+        if self.training and not torch.is_grad_enabled():
             self._hidden = self._hidden or _inside_function()
         elif _in_backward():
             # A checkpoint computes again what went by; its penalty's time is over.
@@ -84,6 +90,20 @@ class PolynomialActivation(nn.Module):
 
         y.register_hook(forget)
 
+    def _traced(self, x: Tensor) -> Tensor:
+        with warnings.catch_warnings():
+            # A trace fixes shapes and coefficients, as it should.
+            warnings.simplefilter("ignore", torch.jit.TracerWarning)
+            self._check_traceable(x)
+            self._check_channels(x)
+            out: Tensor
+            out = _Evaluate.apply(x, self.polynomial, self.training, self.inplace)
+            return out
+
+    def _check_channels(self, x: Tensor) -> None:
+        if isinstance(self.polynomial, ChannelPolynomials):
+            self.polynomial.check_channels(tuple(x.shape))
+
     def _check_traceable(self, x: Tensor) -> None:
         base = x._base
         if self.inplace and base is not None and base.numel() != x.numel():
@@ -110,11 +130,11 @@ class _Evaluate(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, polynomial: Polynomial, clip: bool, inplace: bool
+        ctx: Any, x: Tensor, polynomial: AnyPolynomial, clip: bool, inplace: bool
     ) -> Tensor:
-        ctx.polynomial = polynomial
-        ctx.interval = polynomial.interval if clip else None
-        value = elementwise.polynomial(x, polynomial.coeffs, ctx.interval)
+        ctx.coeffs = _coeffs(polynomial)
+        ctx.interval = interval_of(polynomial) if clip else None
+        value = elementwise.polynomial(x, ctx.coeffs, ctx.interval)
         if not inplace:
             ctx.save_for_backward(x)
             return value
@@ -129,21 +149,41 @@ class _Evaluate(torch.autograd.Function):
         (x,), (gradient,) = ctx.saved_tensors, gradients
         if gradient.stride() != x.stride():
             gradient = torch.empty_like(x).copy_(gradient)
-        slope = ctx.polynomial.derivative().coeffs
+        slope = [k * c for k, c in enumerate(ctx.coeffs)][1:] or [0.0]
         return elementwise.slope(x, gradient, slope, ctx.interval), None, None, None
 
     @staticmethod
     def symbolic(
-        g: Any, x: Any, polynomial: Polynomial, clip: bool, inplace: bool
+        g: Any, x: Any, polynomial: AnyPolynomial, clip: bool, inplace: bool
     ) -> Any:
-        return g.op(
-            "crypten_espn::PolynomialActivation",
-            x,
-            numerators_i=list(polynomial.numerators),
-            frac_bits_i=polynomial.frac_bits,
-            interval_f=list(polynomial.interval),
-            requested_degree_i=polynomial.requested_degree,
-        ).setType(x.type())
+        given: dict[str, Any]
+        if isinstance(polynomial, ChannelPolynomials) or polynomial.exponent:
+            # As text: ONNX's floats would round the intervals.
+            given = {"polynomial_s": polynomial.to_json()}
+        else:
+            given = {
+                "numerators_i": list(polynomial.numerators),
+                "frac_bits_i": polynomial.frac_bits,
+                "interval_f": list(polynomial.interval),
+                "requested_degree_i": polynomial.requested_degree,
+            }
+        y = g.op("crypten_espn::PolynomialActivation", x, **given)
+        return y.setType(x.type())
+
+
+def interval_of(polynomial: AnyPolynomial) -> tuple[Number, Number]:
+    """Return the low end and the high end; arrays where channels have their own."""
+    if isinstance(polynomial, ChannelPolynomials):
+        low, high = polynomial.intervals.T
+        return low, high
+    return polynomial.interval
+
+
+def _coeffs(polynomial: AnyPolynomial) -> Sequence[Number]:
+    """The constant first; arrays where channels have their own."""
+    if isinstance(polynomial, ChannelPolynomials):
+        return list(polynomial.coeffs.T)
+    return polynomial.coeffs
 
 
 def _in_backward() -> bool:

@@ -15,7 +15,7 @@ import msgspec
 from torch import nn
 
 from ..errors import CheckpointError
-from ..polynomial import Polynomial
+from ..polynomial import AnyPolynomial, polynomial_from_json
 from .data import Normalization
 from .networks import Architecture
 
@@ -44,13 +44,14 @@ class Description:
 
     Args:
         architecture: which network, with what arguments.
-        polynomials: by dotted name, what its activations are replaced with.
+        polynomials: by dotted name, what its activations are replaced with: one for
+            all, or one for each channel.
         normalization: of its inputs, one mean and deviation a channel.
         notes: plain values stored with it.
     """
 
     architecture: Architecture
-    polynomials: Mapping[str, Polynomial]
+    polynomials: Mapping[str, AnyPolynomial]
     normalization: Normalization | None
     notes: dict[str, object]
 
@@ -98,7 +99,7 @@ class Description:
             return Description(
                 Architecture(built.name, built.classes, built.in_channels, built.size),
                 {
-                    name: Polynomial.from_json(bytes(text).decode())
+                    name: polynomial_from_json(bytes(text).decode())
                     for name, text in polynomials.items()
                 },
                 Normalization(given.mean, given.std) if given else None,

@@ -15,12 +15,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..errors import RangeError, TrainingError
-from ..polynomial import Polynomial
+from ..polynomial import AnyPolynomial, ChannelPolynomials
 from . import elementwise
+from .activation import interval_of
+from .elementwise import Number
 from .surgery import activations
 
 
@@ -32,6 +35,9 @@ class PenaltyStage:
     factor: float
     loss_weight: float = 1.0
 
+
+# Of the interval that the paper's gammas are for.
+PAPER_RADIUS = 5.0
 
 # One stage an epoch in the paper; the last stays for the rest of the training. The
 # first leaves the cross-entropy out, so that ranges shrink before anything is learnt.
@@ -69,6 +75,9 @@ def range_penalty(
     """Return the penalty on large activation inputs, a float32 scalar.
 
     1. Each layer's penalty is the sum over its recorded inputs of |x / gamma|^power.
+       Where channels have polynomials of their own, gamma counts as for the paper's
+       radius of 5: the sum is of |x / (gamma R / 5)|^power, with R the larger end of
+       the channel's interval in magnitude.
     2. The result is the mean over the layers.
 
     With reduction="mean" the sum of step 1 is divided by the number of elements, batch
@@ -77,7 +86,8 @@ def range_penalty(
 
     Args:
         model: a network in training mode, after its forward pass.
-        gamma: where the penalty of one element reaches 1.
+        gamma: where the penalty of one element reaches 1; for a channel's own
+            polynomial, at gamma / 5 of its radius.
         power: even and positive.
         reduction: "sum" (the paper's) or "mean".
 
@@ -96,7 +106,7 @@ def range_penalty(
             "and positive, gamma positive"
         )
     return _mean_over_layers(
-        model, reduction, lambda x, _: _PowerSum.apply(x, gamma, power)
+        model, reduction, lambda x, p: _PowerSum.apply(x, _unit(gamma, p), power)
     )
 
 
@@ -105,9 +115,10 @@ def boundary_penalty(
 ) -> Tensor:
     """Return a penalty that is zero well inside the interval, a float32 scalar.
 
-    With c and r the interval's centre and half-width and t = |x - c| / r, an element
-    costs max(t - margin, 0)^2 / (1 - margin)^2, which is 1 at the interval's ends. It
-    grows quadratically, so its gradient stays bounded where a power's explodes.
+    With c and r the centre and half-width of the interval, the channel's own where it
+    has one, and t = |x - c| / r, an element costs max(t - margin, 0)^2 /
+    (1 - margin)^2, which is 1 at the interval's ends. It grows quadratically, so its
+    gradient stays bounded where a power's explodes.
 
     Args:
         model: a network in training mode, after its forward pass.
@@ -131,12 +142,22 @@ def boundary_penalty(
     return _mean_over_layers(
         model,
         reduction,
-        lambda x, polynomial: _BoundarySum.apply(x, *polynomial.interval, margin),
+        lambda x, p: _BoundarySum.apply(x, *interval_of(p), margin),
     )
 
 
+def _unit(gamma: float, polynomial: AnyPolynomial) -> Number:
+    """What an input of penalty 1 measures."""
+    if isinstance(polynomial, ChannelPolynomials):
+        radii: np.ndarray = abs(polynomial.intervals).max(1)
+        return radii * (gamma / PAPER_RADIUS)
+    return gamma
+
+
 def _mean_over_layers(
-    model: nn.Module, reduction: str, penalty: Callable[[Tensor, Polynomial], Tensor]
+    model: nn.Module,
+    reduction: str,
+    penalty: Callable[[Tensor, AnyPolynomial], Tensor],
 ) -> Tensor:
     if reduction not in ("sum", "mean"):
         raise RangeError(
@@ -164,27 +185,29 @@ def _mean_over_layers(
 
 
 class _PowerSum(torch.autograd.Function):
-    """sum |x / gamma|^power for an even power."""
+    """sum |x / unit|^power for an even power."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gamma: float, power: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, unit: Number, power: int) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.gamma, ctx.power = gamma, power
-        return (elementwise.power_sum(x, power) / gamma**power).float()
+        ctx.form = unit, power
+        return elementwise.power_sum(x, *ctx.form).float()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        (x,) = ctx.saved_tensors
-        scale = gradients[0].double() * (ctx.power / ctx.gamma**ctx.power)
-        return elementwise.power_slope(x, ctx.power, scale), None, None
+        (x,), (unit, power) = ctx.saved_tensors, ctx.form
+        scale = gradients[0].double() * power
+        return elementwise.power_slope(x, unit, power, scale), None, None
 
 
 class _BoundarySum(torch.autograd.Function):
     """sum max(|x - c| / r - margin, 0)^2 / (1 - margin)^2."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, low: float, high: float, margin: float) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, low: Number, high: Number, margin: float
+    ) -> Tensor:
         ctx.save_for_backward(x)
         ctx.form = (low + high) / 2, (high - low) / 2, margin
         return (elementwise.excess_sum(x, *ctx.form) / (1 - margin) ** 2).float()
@@ -192,8 +215,7 @@ class _BoundarySum(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
-        (x,) = ctx.saved_tensors
-        centre, radius, margin = ctx.form
-        scale = gradients[0] * (2 / radius / (1 - margin) ** 2)
+        (x,), (centre, radius, margin) = ctx.saved_tensors, ctx.form
+        scale = gradients[0] * (2 / (1 - margin) ** 2)
         slope = elementwise.excess_slope(x, centre, radius, margin, scale)
         return slope, None, None, None

@@ -169,6 +169,8 @@ def _empty(
             replace_activations(
                 network, {name: p for name, p in description.polynomials.items()}
             )
+            # A polynomial a channel says of how many: without memory, this asks all.
+            network.eval()(torch.empty(1, *network.input_shape, device="meta"))
     except EspnError as error:
         raise CheckpointError(f"{path}: {error}; save the network again") from error
     return network, description

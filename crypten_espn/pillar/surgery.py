@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from ..errors import ConversionError
-from ..polynomial import Polynomial
+from ..polynomial import AnyPolynomial, ChannelPolynomials, Polynomial
 from .activation import PolynomialActivation
 from .operation import Change, Operation, arguments, is_inplace, spelling
 from .pools import PoolSurgeon
@@ -55,7 +55,7 @@ class Changes(tuple[Change, ...]):
 
 def replace_activations(
     model: nn.Module,
-    mapping: Mapping[Key, Polynomial],
+    mapping: Mapping[Key, AnyPolynomial],
     *,
     select: Callable[[str], bool] | None = None,
 ) -> nn.Module:
@@ -129,22 +129,23 @@ def _operated(model: nn.Module, operation: Operation) -> nn.Module:
 
 class _Surgeon(Operation):
     def __init__(
-        self, mapping: Mapping[Key, Polynomial], select: Callable[[str], bool] | None
+        self, mapping: Mapping[Key, AnyPolynomial], select: Callable[[str], bool] | None
     ) -> None:
         super().__init__()
         self.select = select
-        self.patterns: dict[str, Polynomial] = {}
-        self.types: dict[type[nn.Module], Polynomial] = {}
-        self.calls: dict[Callable[..., object] | str, Polynomial] = {}
+        self.patterns: dict[str, AnyPolynomial] = {}
+        self.types: dict[type[nn.Module], AnyPolynomial] = {}
+        self.calls: dict[Callable[..., object] | str, AnyPolynomial] = {}
         self.asked = list(mapping)
         self.matched: set[str] = set()
         # The kinds and places of every activation, asked for or not.
         self.met: list[tuple[type[nn.Module], str]] = []
         for key, polynomial in mapping.items():
-            if not isinstance(polynomial, Polynomial):
+            if not isinstance(polynomial, Polynomial | ChannelPolynomials):
                 raise ConversionError(
                     f"replace_activations was given a {type(polynomial).__name__} for "
-                    f"{key!r}; it takes a Polynomial, as from Polynomial.fit"
+                    f"{key!r}; it takes a Polynomial, as from Polynomial.fit, "
+                    "or ChannelPolynomials"
                 )
             if isinstance(key, str):
                 self.patterns[key] = polynomial
@@ -227,7 +228,7 @@ class _Surgeon(Operation):
             new._replaced = (_as_module(kind, node),)
         return new
 
-    def _by_name(self, name: str) -> Polynomial | None:
+    def _by_name(self, name: str) -> AnyPolynomial | None:
         for pattern, polynomial in self.patterns.items():
             if fnmatch.fnmatchcase(name, pattern):
                 self.matched.add(pattern)
@@ -235,7 +236,7 @@ class _Surgeon(Operation):
         return None
 
     def _activation(
-        self, name: str, polynomial: Polynomial | None, inplace: bool
+        self, name: str, polynomial: AnyPolynomial | None, inplace: bool
     ) -> PolynomialActivation | None:
         if polynomial is None or (self.select is not None and not self.select(name)):
             return None

@@ -2,14 +2,15 @@
 
 A `Polynomial` has coefficients ``numerators[k] / 2**frac_bits``, constant included.
 `Polynomial.fit` finds the integers of least squared error to a function, exactly.
-A `RingForm` holds the same polynomial as the integers that two parties multiply with
-shares modulo 2**64, together with the derived error bound and the headroom.
+`ChannelPolynomials` has one for each channel. A `Form` holds either as the integers
+that two parties multiply with shares modulo 2**64, together with the derived error
+bound and the headroom.
 """
 
 from .channels import AnyPolynomial, ChannelPolynomials, polynomial_from_json
 from .fit import FLOOR
 from .interval import GRID_POINTS
-from .ring import RING_BITS, RingForm, as_int64
+from .ring import RING_BITS, ChannelForm, Form, RingForm, as_int64
 from .value import FRAC_BITS, MAX_DEGREE, SPARE_BITS, Polynomial
 
 __all__ = [
@@ -20,7 +21,9 @@ __all__ = [
     "RING_BITS",
     "SPARE_BITS",
     "AnyPolynomial",
+    "ChannelForm",
     "ChannelPolynomials",
+    "Form",
     "Polynomial",
     "RingForm",
     "as_int64",

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from ..errors import PolynomialError
-from .value import Polynomial
+from .ring import ChannelForm, best_channel_form, check_channels
+from .value import Polynomial, check_headroom, check_scales
 
 MAX_CHANNELS = 1 << 16
 
@@ -88,11 +89,7 @@ class ChannelPolynomials:
         Raises:
             PolynomialError: it names both numbers.
         """
-        if len(shape) < 2 or shape[1] != self.channels:
-            raise PolynomialError(
-                f"an input of shape {tuple(shape)} for polynomials of {self.channels} "
-                "channels; channels are the second axis, after the batch"
-            )
+        check_channels(shape, self.channels)
 
     def columns(self, x: torch.Tensor) -> list[torch.Tensor]:
         """The coefficients, constant first, as tensors that broadcast over x."""
@@ -123,6 +120,37 @@ class ChannelPolynomials:
     def max_abs(self, low: float, high: float) -> float:
         """max |p_c(x)| over [low, high] and all channels."""
         return max(row.max_abs(low, high) for row in self.rows)
+
+    def ring_form(self, *, frac_bits: int, out_bits: int) -> ChannelForm:
+        """The integers that two parties evaluate, for one input and output scale.
+
+        Each channel has its own scale of the powers, P_c = X * factor_c >> shift: that
+        is local too, and an input of a small interval keeps its own precision.
+
+        Args:
+            frac_bits: f, the input's fractional bits.
+            out_bits: F, the result's fractional bits before its truncation.
+
+        Returns:
+            A ChannelForm, checked for headroom.
+
+        Raises:
+            HeadroomError: a channel's values on its interval do not fit the ring, or
+                F is below f.
+        """
+        check_scales(frac_bits, out_bits)
+        form = best_channel_form(self.rows, frac_bits, out_bits)
+        for channel, row in enumerate(form.rows):
+            check_headroom(row, f"channel {channel}: ")
+        return form
+
+    def widest_out_bits(self, frac_bits: int) -> int:
+        """The largest F at which every |p| leaves `SPARE_BITS` in the ring.
+
+        Raises:
+            HeadroomError: even F = frac_bits does not fit.
+        """
+        return min(row.widest_out_bits(frac_bits) for row in self.rows)
 
     def to_json(self) -> str:
         """A JSON object with one field, the rows in order."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from ..errors import PolynomialError
 from .interval import max_abs
 
 if TYPE_CHECKING:
@@ -19,15 +21,101 @@ if TYPE_CHECKING:
 
 # Magnitude bits of a ring element that must stay free: |y| * 2**F < 2**62.
 RING_BITS = 62
+# Of the input, before powers are taken: twelve bits.
+_FACTORS = range(2048, 4096)
+
+
+class Form(ABC):
+    """A polynomial in integers: Y = c_0 + c_1 X + sum_{k>=2} c_k P**k modulo 2**64.
+
+    X is the input at scale 2**frac_bits; P = X * factor >> shift is the same input at a
+    coarser scale; Y is the result at scale 2**out_bits. Intermediate values may wrap;
+    only the result has to fit. Where channels have polynomials of their own, so are
+    factor and coefficients theirs, and the shift is one for all.
+
+    Attributes:
+        degree: n; n - 1 products suffice in the one-round protocol.
+        error_bound: the largest |Y / 2**out_bits - p(x)| for x in the interval, if P is
+            off by at most one unit.
+        headroom_bits: log2 of what the largest |Y| on the interval leaves below 2**62.
+    """
+
+    frac_bits: int
+    shift: int
+    out_bits: int
+
+    @property
+    @abstractmethod
+    def degree(self) -> int: ...
+
+    @property
+    @abstractmethod
+    def error_bound(self) -> float: ...
+
+    @property
+    @abstractmethod
+    def headroom_bits(self) -> float: ...
+
+    @abstractmethod
+    def factors(self, dim: int) -> int | torch.Tensor:
+        """The factor of X, or int64 factors that broadcast over `dim` dimensions."""
+
+    @abstractmethod
+    def multiple(self, k: int, times: int, dim: int) -> int | torch.Tensor | None:
+        """c_k times a whole number, modulo 2**64; None if c_k is 0.
+
+        An int64, or one a channel that broadcast over `dim` dimensions, batch first.
+        """
+
+    @abstractmethod
+    def real(self, k: int, dim: int) -> float | torch.Tensor:
+        """c_k as a float64, or one a channel, outside any ring."""
+
+    @abstractmethod
+    def check(self, shape: tuple[int, ...]) -> None:
+        """Refuse a shape, batch first, that it does not apply to.
+
+        Raises:
+            PolynomialError: it has another number of channels.
+        """
+
+    def linear_share(self, x: torch.Tensor, rank: int) -> torch.Tensor:
+        """A party's share of c_0 + c_1 X from its share of X; party 0 adds c_0."""
+        slope = self.multiple(1, 1, x.dim())
+        result = torch.zeros_like(x) if slope is None else x * slope
+        constant = self.multiple(0, 1, x.dim())
+        return result if constant is None or rank != 0 else result + constant
+
+    def scaled(self, x: torch.Tensor) -> torch.Tensor:
+        """X times its factor, of X or a share of it: what is shifted to P."""
+        return x * self.factors(x.dim())
+
+    def reduce(self, x: torch.Tensor) -> torch.Tensor:
+        """P of a public X: int64 of the same shape, rounded down."""
+        return self.scaled(x) >> self.shift
+
+    def evaluate(self, x: torch.Tensor, powers_input: torch.Tensor) -> torch.Tensor:
+        """Y modulo 2**64 for public ring elements.
+
+        Args:
+            x: int64, the input at scale 2**frac_bits; any shape, or (batch, channels,
+                ...) where channels have polynomials of their own.
+            powers_input: int64, same shape, P; the parties' P is the sum of their
+                truncated shares, one off floor(x) at times.
+
+        Returns:
+            int64 of the same shape at scale 2**out_bits. Exact modulo 2**64.
+        """
+        result = torch.zeros_like(x)
+        for k in range(self.degree, 1, -1):
+            c = self.multiple(k, 1, x.dim())
+            result = (result if c is None else result + c) * powers_input
+        return result * powers_input + self.linear_share(x, 0)
 
 
 @dataclass(frozen=True)
-class RingForm:
-    """A polynomial in integers: Y = c_0 + c_1 X + sum_{k>=2} c_k P**k modulo 2**64.
-
-    X is the input at scale 2**frac_bits; P = X * factor >> shift is the same input at
-    the coarser `power_scale`; Y is the result at scale 2**out_bits. Intermediate values
-    may wrap; only the result has to fit.
+class RingForm(Form):
+    """The form of one polynomial for all elements; `power_scale` is that of P.
 
     Error: with |P / power_scale - x| <= 1 / power_scale, the result differs from p(x)
     by at most `error_bound` for x in the interval.
@@ -58,8 +146,8 @@ class RingForm:
 
     @property
     def degree(self) -> int:
-        """The degree n; n - 1 products suffice in the one-round protocol."""
-        return len(self.coeffs) - 1
+        """The polynomial's effective degree."""
+        return self.polynomial.degree
 
     @property
     def headroom_bits(self) -> float:
@@ -87,33 +175,105 @@ class RingForm:
             error += abs(float(rest)) * reach**k
         return error
 
-    def linear_share(self, x: torch.Tensor, rank: int) -> torch.Tensor:
-        """A party's share of c_0 + c_1 X from its share of X; party 0 adds c_0."""
-        result = x * as_int64(self.coeffs[1]) if self.degree else torch.zeros_like(x)
-        return result + as_int64(self.coeffs[0]) if rank == 0 else result
+    def factors(self, dim: int) -> int:
+        return self.factor
 
-    def reduce(self, x: torch.Tensor) -> torch.Tensor:
-        """P of a public X: int64 of the same shape, rounded down."""
-        return x * self.factor >> self.shift
+    def multiple(self, k: int, times: int, dim: int) -> int | None:
+        c = self.coeffs[k] if k <= self.degree else 0
+        return as_int64(c * times) if c else None
 
-    def evaluate(self, x: torch.Tensor, powers_input: torch.Tensor) -> torch.Tensor:
-        """Y modulo 2**64 for public ring elements.
+    def real(self, k: int, dim: int) -> float:
+        return float(self.coeffs[k])
 
-        Args:
-            x: int64, any shape, the input at scale 2**frac_bits.
-            powers_input: int64, same shape, P at scale power_scale; the parties' P is
-                the sum of their truncated shares, one off floor(x) at times.
+    def check(self, shape: tuple[int, ...]) -> None:
+        return
 
-        Returns:
-            int64 of the same shape at scale 2**out_bits. Exact modulo 2**64.
-        """
-        result = torch.zeros_like(x)
-        for c in reversed(self.coeffs[2:]):
-            result = (result + as_int64(c)) * powers_input
-        result = result * powers_input
-        if self.degree >= 1:
-            result = result + x * as_int64(self.coeffs[1])
-        return result + as_int64(self.coeffs[0])
+
+@dataclass(frozen=True)
+class ChannelForm(Form):
+    """The forms of the channels' polynomials, row c for channel c, with one shift."""
+
+    rows: tuple[RingForm, ...]
+
+    @property
+    def frac_bits(self) -> int:  # type: ignore[override]
+        """Of the input."""
+        return self.rows[0].frac_bits
+
+    @property
+    def shift(self) -> int:  # type: ignore[override]
+        """Bits that P drops."""
+        return self.rows[0].shift
+
+    @property
+    def out_bits(self) -> int:  # type: ignore[override]
+        """Of the result."""
+        return self.rows[0].out_bits
+
+    @cached_property
+    def degree(self) -> int:
+        """The largest of the channels'."""
+        return max(row.degree for row in self.rows)
+
+    @cached_property
+    def error_bound(self) -> float:
+        """The largest of the channels'."""
+        return max(row.error_bound for row in self.rows)
+
+    @cached_property
+    def headroom_bits(self) -> float:
+        """The least of the channels'."""
+        return min(row.headroom_bits for row in self.rows)
+
+    @cached_property
+    def _factors(self) -> torch.Tensor:
+        return torch.tensor([row.factor for row in self.rows])
+
+    @cached_property
+    def _coeffs(self) -> tuple[list[int], ...]:
+        """c_k of every channel, by k."""
+        return tuple(
+            [row.coeffs[k] if k <= row.degree else 0 for row in self.rows]
+            for k in range(self.degree + 1)
+        )
+
+    @cached_property
+    def _integers(self) -> tuple[torch.Tensor, ...]:
+        """c_k modulo 2**64, int64 (channels,), by k."""
+        return tuple(torch.tensor([as_int64(c) for c in cs]) for cs in self._coeffs)
+
+    def factors(self, dim: int) -> torch.Tensor:
+        return _across(self._factors, dim)
+
+    def multiple(self, k: int, times: int, dim: int) -> torch.Tensor | None:
+        if k > self.degree or not any(self._coeffs[k]):
+            return None
+        return _across(self._integers[k] * times, dim)
+
+    def real(self, k: int, dim: int) -> torch.Tensor:
+        values = [float(c) for c in self._coeffs[k]]
+        return _across(torch.tensor(values, dtype=torch.float64), dim)
+
+    def check(self, shape: tuple[int, ...]) -> None:
+        check_channels(shape, len(self.rows))
+
+
+def check_channels(shape: tuple[int, ...], channels: int) -> None:
+    """Refuse a shape, batch first, whose second axis is not so many channels.
+
+    Raises:
+        PolynomialError: it names both numbers.
+    """
+    if len(shape) < 2 or shape[1] != channels:
+        raise PolynomialError(
+            f"an input of shape {tuple(shape)} for polynomials of {channels} "
+            "channels; channels are the second axis, after the batch"
+        )
+
+
+def _across(values: torch.Tensor, dim: int) -> torch.Tensor:
+    """One value a channel, so that it broadcasts over `dim` dimensions."""
+    return values.reshape(-1, *(1,) * (dim - 2))
 
 
 def as_int64(value: int) -> int:
@@ -132,22 +292,67 @@ def best_form(polynomial: Polynomial, frac_bits: int, out_bits: int) -> RingForm
     n = polynomial.degree
     if n < 2 or exact.error_bound == 0:
         return exact
-    factors, shifts = np.meshgrid(np.arange(2048, 4096), np.arange(1, frac_bits + 12))
-    scales = factors * 2.0 ** (frac_bits - shifts)
-    low, high = polynomial.interval
-    # Truncation moves an input by far less than this.
-    beyond = min(1.0, max(abs(low), abs(high)) / 5)
-    bounds = _top_slope(polynomial, low - beyond, high + beyond) / scales
-    for k, c in enumerate(polynomial.coeffs[2:], start=2):
-        wanted = c * 2.0**out_bits / scales**k
-        reach = max(abs(low), abs(high)) ** k
-        bounds += np.abs(np.rint(wanted) - wanted) * scales**k * 2.0**-out_bits * reach
+    factors, shifts = np.meshgrid(np.array(_FACTORS), np.arange(1, frac_bits + 12))
+    bounds = _bounds(polynomial, out_bits, factors * 2.0 ** (frac_bits - shifts))
     best = np.unravel_index(np.argmin(bounds), bounds.shape)
     factor, shift = int(factors[best]), int(shifts[best])
     while factor % 2 == 0 and shift:
         factor, shift = factor // 2, shift - 1
     coarse = RingForm(polynomial, frac_bits, factor, shift, out_bits)
     return min(exact, coarse, key=lambda form: form.error_bound)
+
+
+@functools.lru_cache(maxsize=256)
+def best_channel_form(
+    polynomials: tuple[Polynomial, ...], frac_bits: int, out_bits: int
+) -> ChannelForm:
+    """The channels' forms of least error bound that share a shift.
+
+    1. For each channel find the scale of P where its errors balance, as if roundings
+       left a half of every coefficient's unit.
+    2. Shift by as many bits as keep |X * factor| of every channel near what a factor of
+       twelve bits makes of the largest radius: inputs' truncation on shares fails no
+       more often than for one polynomial of that radius.
+    3. From half to eight times that scale take each channel's factor of least bound,
+       roundings known.
+    """
+    exact = ChannelForm(
+        tuple(RingForm(p, frac_bits, 1, 0, out_bits) for p in polynomials)
+    )
+    if exact.degree < 2 or exact.error_bound == 0:
+        return exact
+    grid = 2.0 ** np.arange(0, frac_bits + 0.125, 0.125)
+    balanced = np.array(
+        [grid[_bounds(p, out_bits, grid, known=False).argmin()] for p in polynomials]
+    )
+    radii = np.array([max(map(abs, p.interval)) for p in polynomials])
+    widest = _FACTORS.stop * radii.max() / radii
+    room = np.log2(widest / balanced).min()
+    shift = max(1, min(frac_bits + math.floor(room), RING_BITS - 1))
+    rows = []
+    for p, scale, limit in zip(polynomials, balanced, widest, strict=True):
+        factors = np.geomspace(scale / 2, scale * 8, 2048) * 2.0 ** (shift - frac_bits)
+        factors = np.rint(factors).clip(1, max(1.0, limit))
+        bounds = _bounds(p, out_bits, factors * 2.0 ** (frac_bits - shift))
+        factor = int(factors[bounds.argmin()])
+        rows.append(RingForm(p, frac_bits, factor, shift, out_bits))
+    coarse = ChannelForm(tuple(rows))
+    return min(exact, coarse, key=lambda form: form.error_bound)
+
+
+def _bounds(
+    polynomial: Polynomial, out_bits: int, scales: np.ndarray, *, known: bool = True
+) -> np.ndarray:
+    """The error bound at scales of P, nearly; roundings a half each if not known."""
+    low, high = polynomial.interval
+    reach = max(abs(low), abs(high))
+    beyond = min(1.0, reach / 5)  # truncation moves an input by far less
+    bounds = _top_slope(polynomial, low - beyond, high + beyond) / scales
+    for k, c in enumerate(polynomial.coeffs[2:], start=2):
+        wanted = c * 2.0**out_bits / scales**k
+        off = np.abs(np.rint(wanted) - wanted) if known else (c != 0) / 2
+        bounds += off * scales**k * 2.0**-out_bits * reach**k
+    return bounds
 
 
 def _top_slope(polynomial: Polynomial, low: float, high: float) -> float:

@@ -261,18 +261,9 @@ class Polynomial:
             HeadroomError: the result's values on the interval do not fit the ring, or
                 F is below f.
         """
-        if not 0 <= frac_bits <= out_bits:
-            raise HeadroomError(
-                f"frac_bits={frac_bits}, out_bits={out_bits}: the result's scale must "
-                "be at least the input's, so 0 <= frac_bits <= out_bits"
-            )
+        check_scales(frac_bits, out_bits)
         form = best_form(self, frac_bits, out_bits)
-        if form.headroom_bits < 0:
-            raise HeadroomError(
-                f"|p| reaches {self.max_abs(*self.interval):.3g} on {self.interval}: "
-                f"out_bits={out_bits} needs {-form.headroom_bits:.1f} bits more than "
-                f"the ring's {RING_BITS}; lower out_bits or the coefficients"
-            )
+        check_headroom(form)
         return form
 
     def widest_out_bits(self, frac_bits: int) -> int:
@@ -325,4 +316,32 @@ class Polynomial:
         return (
             f"{list(self.numerators)} / {2**self.frac_bits}{unit} on "
             f"[{self.interval[0]:g}, {self.interval[1]:g}], degree {self.degree}{asked}"
+        )
+
+
+def check_scales(frac_bits: int, out_bits: int) -> None:
+    """Refuse scales of an input and a result that no form has.
+
+    Raises:
+        HeadroomError: the result's is below the input's.
+    """
+    if not 0 <= frac_bits <= out_bits:
+        raise HeadroomError(
+            f"frac_bits={frac_bits}, out_bits={out_bits}: the result's scale must "
+            "be at least the input's, so 0 <= frac_bits <= out_bits"
+        )
+
+
+def check_headroom(form: RingForm, where: str = "") -> None:
+    """Refuse a form whose results do not fit the ring.
+
+    Raises:
+        HeadroomError: |p| on the interval, and by how many bits it is too large.
+    """
+    if form.headroom_bits < 0:
+        p = form.polynomial
+        raise HeadroomError(
+            f"{where}|p| reaches {p.max_abs(*p.interval):.3g} on {p.interval}: "
+            f"out_bits={form.out_bits} needs {-form.headroom_bits:.1f} bits more than "
+            f"the ring's {RING_BITS}; lower out_bits or the coefficients"
         )

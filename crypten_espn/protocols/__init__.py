@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 
 from ..cost import Cost
 from ..errors import ProtocolError, RangeError, WorldSizeError
-from ..polynomial import Polynomial, RingForm
+from ..polynomial import AnyPolynomial, Form
 from . import truncation
 from .beaver import BEAVER
 from .espn import ESPN
@@ -43,7 +43,7 @@ class Settings:
     truncation: str
     failure_bits: int
 
-    def form(self, polynomial: Polynomial, frac_bits: int, world_size: int) -> RingForm:
+    def form(self, polynomial: AnyPolynomial, frac_bits: int, world_size: int) -> Form:
         """The integers for one input scale; F follows from the truncation."""
         if self.exact(world_size):
             return polynomial.ring_form(
@@ -59,7 +59,7 @@ class Settings:
 
     def cost(
         self,
-        polynomial: Polynomial,
+        polynomial: AnyPolynomial,
         elements: int,
         *,
         frac_bits: int = 16,
@@ -149,7 +149,7 @@ def settings(
             crypten.cfg.espn[name] = before[name]
 
 
-def polyval(x: MPCTensor, polynomial: Polynomial) -> MPCTensor:
+def polyval(x: MPCTensor, polynomial: AnyPolynomial) -> MPCTensor:
     """[p(x)] of a shared tensor, by the protocol and truncation in `crypten.cfg.espn`.
 
     1. Bring the shares of x to the powers' scale: multiply, truncate.
@@ -158,7 +158,7 @@ def polyval(x: MPCTensor, polynomial: Polynomial) -> MPCTensor:
 
     Args:
         x: arithmetic sharing, any shape, at its encoder's scale 2**f.
-        polynomial: public.
+        polynomial: public; ChannelPolynomials, with channels the second axis of x.
 
     Returns:
         MPCTensor of the same shape and scale.
@@ -166,12 +166,14 @@ def polyval(x: MPCTensor, polynomial: Polynomial) -> MPCTensor:
     Cost: `current_settings().cost(polynomial, elements)`.
 
     Error: at most the ring form's `error_bound` plus one unit of 2**-f for x in the
-    interval. The input's local truncation fails with probability below
-    |x| 2**(f - 52); local truncation of the output as
+    interval, its channel's where each has one. The input's local truncation fails with
+    probability below r 2**(f - 52), with r = |x|, or the largest radius where channels
+    have polynomials of their own; local truncation of the output as
     `truncation.failure_probability` says, exact never.
 
     Raises:
         ProtocolError, WorldSizeError: before anything is sent.
+        PolynomialError: x has another number of channels; nothing is sent.
         HeadroomError: the polynomial does not fit the ring at this scale.
     """
     if not isinstance(x, MPCTensor) or x.ptype != crypten.mpc.arithmetic:
@@ -190,9 +192,10 @@ def polyval(x: MPCTensor, polynomial: Polynomial) -> MPCTensor:
     frac_bits = x.encoder._precision_bits
     form = chosen.form(polynomial, frac_bits, world_size)
     share = x.share
+    form.check(tuple(share.shape))
     # Shares of more than two parties pass the ring's end several times.
     reduce = truncation.exact if world_size > 2 else truncation.local
-    powers_input = reduce(share * form.factor, form.shift)
+    powers_input = reduce(form.scaled(share), form.shift)
     result = chosen.protocol.evaluate(share, powers_input, form)
     shrink = truncation.exact if chosen.exact(world_size) else truncation.local
     result = shrink(result, form.out_bits - frac_bits)

@@ -11,11 +11,11 @@ import torch
 from crypten.mpc.primitives import ArithmeticSharedTensor, beaver
 
 from ..cost import RING_BYTES, Cost
-from ..polynomial import RingForm, as_int64
+from ..polynomial import Form
 from .protocol import Protocol
 
 
-def evaluate(x: torch.Tensor, p: torch.Tensor, form: RingForm) -> torch.Tensor:
+def evaluate(x: torch.Tensor, p: torch.Tensor, form: Form) -> torch.Tensor:
     """Share of c_0 + c_1 X + sum_{k>=2} c_k P^k modulo 2^64.
 
     1. [P^2] by one Beaver square.
@@ -23,8 +23,9 @@ def evaluate(x: torch.Tensor, p: torch.Tensor, form: RingForm) -> torch.Tensor:
     3. Combine the powers with the public coefficients; party 0 adds c_0.
 
     Args:
-        x: int64 share of X at scale 2**form.frac_bits, any shape.
-        p: int64 share of P at scale form.power_scale, same shape.
+        x: int64 share of X at scale 2**form.frac_bits; any shape that the form's
+            `check` takes.
+        p: int64 share of P, same shape.
         form: the polynomial's integers.
 
     Returns:
@@ -48,7 +49,9 @@ def evaluate(x: torch.Tensor, p: torch.Tensor, form: RingForm) -> torch.Tensor:
         highest = ArithmeticSharedTensor.from_shares(known[-1:], precision=0)
         known = torch.cat([known, beaver.mul(factors, highest).share])
     for k in range(2, n + 1):
-        result += known[k - 1] * as_int64(form.coeffs[k])
+        c = form.multiple(k, 1, p.dim())
+        if c is not None:
+            result += known[k - 1] * c
     return result
 
 
@@ -61,7 +64,7 @@ def _batches(degree: int) -> list[int]:
     return batches
 
 
-def cost(form: RingForm, elements: int) -> Cost:
+def cost(form: Form, elements: int) -> Cost:
     """Declared cost of `evaluate` for one party."""
     if form.degree < 2:
         return Cost()

@@ -14,11 +14,11 @@ import torch
 
 from ..correlated import one_sided_products
 from ..cost import RING_BYTES, Cost
-from ..polynomial import RingForm, as_int64
+from ..polynomial import Form
 from .protocol import Protocol
 
 
-def evaluate(x: torch.Tensor, p: torch.Tensor, form: RingForm) -> torch.Tensor:
+def evaluate(x: torch.Tensor, p: torch.Tensor, form: Form) -> torch.Tensor:
     """Share of c_0 + c_1 X + sum_{k>=2} c_k P^k modulo 2^64.
 
     With P = p_0 + p_1, the k-th power is sum_j C(k,j) p_0^(k-j) p_1^j, so
@@ -37,8 +37,9 @@ def evaluate(x: torch.Tensor, p: torch.Tensor, form: RingForm) -> torch.Tensor:
     4. Each adds its own powers and its part of the linear term; party 0 adds c_0.
 
     Args:
-        x: int64 share of X at scale 2**form.frac_bits, any shape.
-        p: int64 share of P at scale form.power_scale, same shape.
+        x: int64 share of X at scale 2**form.frac_bits; any shape that the form's
+            `check` takes.
+        p: int64 share of P, same shape.
         form: the polynomial's integers.
 
     Returns:
@@ -59,11 +60,12 @@ def evaluate(x: torch.Tensor, p: torch.Tensor, form: RingForm) -> torch.Tensor:
     for _ in range(n - 1):
         own.append(own[-1] * p)
     for k in range(2, n + 1):
-        if form.coeffs[k]:
-            result += own[k - 1] * as_int64(form.coeffs[k])
+        c = form.multiple(k, 1, p.dim())
+        if c is not None:
+            result += own[k - 1] * c
 
     if rank == 0:
-        values = torch.stack([_cofactor(own, form.coeffs, j) for j in range(1, n)])
+        values = torch.stack([_cofactor(own, form, j) for j in range(1, n)])
     else:
         values = torch.stack(own[: n - 1])
     mask, product = one_sided_products(x.size(), n - 1)
@@ -74,17 +76,17 @@ def evaluate(x: torch.Tensor, p: torch.Tensor, form: RingForm) -> torch.Tensor:
     return result + (factor * received).sum(0) + product.to(values.device)
 
 
-def _cofactor(own: list[torch.Tensor], coeffs: tuple[int, ...], j: int) -> torch.Tensor:
+def _cofactor(own: list[torch.Tensor], form: Form, j: int) -> torch.Tensor:
     """u_j: what multiplies the j-th power of party 1's share."""
-    n = len(coeffs) - 1
     u = torch.zeros_like(own[0])
-    for i in range(1, n - j + 1):
-        if i + j >= 2 and coeffs[i + j]:
-            u += own[i - 1] * as_int64(coeffs[i + j] * math.comb(i + j, j))
+    for i in range(1, form.degree - j + 1):
+        c = form.multiple(i + j, math.comb(i + j, j), u.dim())
+        if i + j >= 2 and c is not None:
+            u += own[i - 1] * c
     return u
 
 
-def cost(form: RingForm, elements: int) -> Cost:
+def cost(form: Form, elements: int) -> Cost:
     """Declared cost of `evaluate` for one party."""
     if form.degree < 2:
         return Cost()

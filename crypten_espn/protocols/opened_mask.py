@@ -13,11 +13,11 @@ import torch
 
 from ..correlated import powers
 from ..cost import RING_BYTES, Cost
-from ..polynomial import RingForm, as_int64
+from ..polynomial import Form
 from .protocol import Protocol
 
 
-def evaluate(x: torch.Tensor, p: torch.Tensor, form: RingForm) -> torch.Tensor:
+def evaluate(x: torch.Tensor, p: torch.Tensor, form: Form) -> torch.Tensor:
     """Share of c_0 + c_1 X + sum_{k>=2} c_k P^k modulo 2^64.
 
     1. Obtain [r], [r^2], ..., [r^n] for r uniform in the ring.
@@ -27,8 +27,9 @@ def evaluate(x: torch.Tensor, p: torch.Tensor, form: RingForm) -> torch.Tensor:
     4. Add c_1 [X]; party 0 adds c_0.
 
     Args:
-        x: int64 share of X at scale 2**form.frac_bits, any shape.
-        p: int64 share of P at scale form.power_scale, same shape.
+        x: int64 share of X at scale 2**form.frac_bits; any shape that the form's
+            `check` takes.
+        p: int64 share of P, same shape.
         form: the polynomial's integers.
 
     Returns:
@@ -48,23 +49,26 @@ def evaluate(x: torch.Tensor, p: torch.Tensor, form: RingForm) -> torch.Tensor:
     mask_powers = powers(x.size(), n).to(x.device)
     epsilon = comm.get().all_reduce(p - mask_powers[0])
     if rank == 0:
-        result += _multiplier(epsilon, form.coeffs, 0)
+        result += _multiplier(epsilon, form, 0)
     for j in range(1, n + 1):
-        result += _multiplier(epsilon, form.coeffs, j) * mask_powers[j - 1]
+        result += _multiplier(epsilon, form, j) * mask_powers[j - 1]
     return result
 
 
-def _multiplier(epsilon: torch.Tensor, coeffs: tuple[int, ...], j: int) -> torch.Tensor:
+def _multiplier(epsilon: torch.Tensor, form: Form, j: int) -> torch.Tensor:
     """T_j(epsilon), by Horner's rule."""
     t = torch.zeros_like(epsilon)
-    for k in range(len(coeffs) - 1, max(j, 2) - 1, -1):
-        t = t * epsilon + as_int64(coeffs[k] * math.comb(k, j))
+    for k in range(form.degree, max(j, 2) - 1, -1):
+        t = t * epsilon
+        c = form.multiple(k, math.comb(k, j), t.dim())
+        if c is not None:
+            t += c
     for _ in range(max(j, 2) - j):
         t = t * epsilon
     return t
 
 
-def cost(form: RingForm, elements: int) -> Cost:
+def cost(form: Form, elements: int) -> Cost:
     """Declared cost of `evaluate` for one party."""
     if form.degree < 2:
         return Cost()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from ..cost import Cost
-from ..polynomial import RingForm
+from ..polynomial import Form
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,8 @@ class Protocol:
     """
 
     name: str
-    evaluate: Callable[[torch.Tensor, torch.Tensor, RingForm], torch.Tensor]
-    cost: Callable[[RingForm, int], Cost]
+    evaluate: Callable[[torch.Tensor, torch.Tensor, Form], torch.Tensor]
+    cost: Callable[[Form, int], Cost]
     stored_words: Callable[[int], int]
     most_parties: int | None = None
 

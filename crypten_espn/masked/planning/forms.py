@@ -17,7 +17,7 @@ import torch
 
 from ...errors import PlanError
 from ...layers.arithmetic import Arithmetic, Function, Pair, Windows
-from ...polynomial import Polynomial
+from ...polynomial import AnyPolynomial, ChannelPolynomials, Polynomial
 from ..linear import Add, Concat, Conv, Expression, Flatten, Pad, Pool, Scale
 
 # Public factors by position are whole numbers over one denominator, none above this.
@@ -120,7 +120,13 @@ class Forms(Arithmetic[Form]):
     def compared(self, function: Function, x: Form) -> Form:
         raise self.unsupported()
 
-    def polynomial(self, polynomial: Polynomial, x: Form) -> Form:
+    def polynomial(self, polynomial: AnyPolynomial, x: Form) -> Form:
+        if isinstance(polynomial, ChannelPolynomials):
+            raise self._refused(
+                f"polynomials of {polynomial.channels} channels, each its own; the "
+                "masked engine computes one polynomial for a layer. Convert with "
+                'protocol="espn".'
+            )
         if x.weighted or x.divisor != 1:
             raise self.unsupported()
         return replace(x, polynomial=polynomial)
