@@ -210,6 +210,21 @@ def test_attributes_that_are_no_polynomial_are_refused(
         EncryptedActivation.from_onnx(attributes)
 
 
+def test_channels_of_a_value_of_unknown_shape_are_not_guessed() -> None:
+    class Unknown(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.activation = PolynomialActivation(of(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            # No operation of ONNX, so its shape is not known there.
+            return self.activation(nn.functional.adaptive_avg_pool2d(x, (2, 3)))
+
+    report = espn.check(Unknown(), X)
+    words = {f.operation: f.cure for f in report.findings}
+    assert words["PolynomialActivation"] == "the shape of its input is not known"
+
+
 def test_two_parties_compute_what_torch_does() -> None:
     model = network(of(4))
     private = espn.convert(model, X, protocol="espn", truncation="exact")
