@@ -154,7 +154,7 @@ class RingForm(Form):
     @property
     def headroom_bits(self) -> float:
         """log2 of what the largest |Y| on the interval leaves below 2**62."""
-        magnitude = max(self.polynomial.max_abs(*self.polynomial.interval), 2.0**-30)
+        magnitude = max(self.polynomial.largest, 2.0**-30)
         return RING_BITS - self.out_bits - math.log2(magnitude)
 
     @cached_property
