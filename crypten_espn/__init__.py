@@ -21,7 +21,7 @@ from .pillar.surgery import (  # noqa: E402
     replace_activations,
     replace_pooling,
 )
-from .polynomial import Polynomial  # noqa: E402
+from .polynomial import ChannelPolynomials, Polynomial  # noqa: E402
 from .protocols import polyval, settings  # noqa: E402
 from .protocols.truncation import failure_probability  # noqa: E402
 from .serving.client import connect  # noqa: E402
@@ -34,6 +34,7 @@ from .wire.crypten import use_direct_channel  # noqa: E402
 __version__ = "0.1.0"
 
 __all__ = [
+    "ChannelPolynomials",
     "Cost",
     "CrypTen",
     "Limits",

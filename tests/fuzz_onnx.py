@@ -75,7 +75,7 @@ def files() -> list[bytes]:
         torch.nn.AvgPool2d(2),
         torch.nn.Flatten(),
         torch.nn.Linear(4, 5),
-        espn.PolynomialActivation(quartic),
+        espn.PolynomialActivation(espn.ChannelPolynomials((quartic,) * 5)),
         torch.nn.Linear(5, 2),
     )
     compared = torch.nn.Sequential(

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 import crypten_espn as espn
 from crypten_espn.errors import CheckpointError, ConversionError, PolynomialError
+from crypten_espn.estimate.engines import engine_costs
+from crypten_espn.estimate.workload import workload
 from crypten_espn.graph import export, read
 from crypten_espn.nn import PolynomialActivation as EncryptedActivation
 from crypten_espn.pillar import elementwise
@@ -208,6 +210,21 @@ def test_attributes_that_are_no_polynomial_are_refused(
         EncryptedActivation.from_onnx(attributes)
 
 
+def test_channels_of_a_value_of_unknown_shape_are_not_guessed() -> None:
+    class Unknown(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.activation = PolynomialActivation(of(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            # No operation of ONNX, so its shape is not known there.
+            return self.activation(nn.functional.adaptive_avg_pool2d(x, (2, 3)))
+
+    report = espn.check(Unknown(), X)
+    words = {f.operation: f.cure for f in report.findings}
+    assert words["PolynomialActivation"] == "the shape of its input is not known"
+
+
 def test_two_parties_compute_what_torch_does() -> None:
     model = network(of(4))
     private = espn.convert(model, X, protocol="espn", truncation="exact")
@@ -254,6 +271,23 @@ def test_a_network_file_with_other_channels_is_refused(tmp_path: Path) -> None:
     save_network(model, tmp_path / "n.safetensors")
     with pytest.raises(CheckpointError, match="polynomials of 64 channels"):
         load_network(tmp_path / "n.safetensors")
+
+
+def test_an_estimate_counts_the_largest_degree(tmp_path: Path) -> None:
+    rows = (Polynomial((0, 3), 6, (-1.0, 1.0)),) * 63
+    mixed = ChannelPolynomials((*rows, QUARTIC))
+    model = replace_activations(
+        mini_onn(classes=3, in_channels=1, size=8), {nn.ReLU: QUARTIC}
+    )
+    costs = []
+    for name, polynomial in (("one", QUARTIC), ("mixed", mixed)):
+        replace_activations(model, {next(iter(activations(model))): polynomial})
+        save_network(model, tmp_path / f"{name}.safetensors")
+        work = workload(str(tmp_path / f"{name}.safetensors"))
+        assert work.nonlinear[0].polynomial == polynomial
+        costs.append({c.engine: c for c in engine_costs(work)}["espn"])
+    assert costs[0].traffic == costs[1].traffic
+    assert costs[0].stored == costs[1].stored
 
 
 def test_numbers_of_channels_in_tables() -> None:

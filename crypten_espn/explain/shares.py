@@ -105,7 +105,7 @@ class Shares(Arithmetic[Shared]):
         form.check(tuple(x.shape))
         powers = Shared(form.scaled(x.total), form.scaled(x.first))
         if form.shift:
-            factors = form.factors(x.total.dim())
+            factors = form.factors(x.total)
             wide = x.total.double() * factors
             powers = self._shift(powers, form.shift, wide, 2.0**-self.bits / factors)
         total = form.evaluate(x.total, powers.total)
@@ -190,8 +190,8 @@ def _evaluate(form: Form, x: torch.Tensor, powers: torch.Tensor) -> torch.Tensor
     """`Form.evaluate` in float64, without a ring."""
     result = torch.zeros_like(x)
     for k in range(form.degree, 1, -1):
-        result = (result + form.real(k, x.dim())) * powers
+        result = (result + form.real(k, x)) * powers
     result = result * powers
     if form.degree >= 1:
-        result = result + x * form.real(1, x.dim())
-    return result + form.real(0, x.dim())
+        result = result + x * form.real(1, x)
+    return result + form.real(0, x)

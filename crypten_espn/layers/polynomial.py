@@ -11,7 +11,7 @@ from ..graph import POLYNOMIAL_OP, NetworkGraph, Node
 from ..nn import PolynomialActivation
 from ..polynomial import AnyPolynomial, ChannelPolynomials
 from .arithmetic import Arithmetic, V
-from .kind import Kind, shape_of
+from .kind import Kind
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,9 @@ class Activation(Kind):
         if not problem:
             polynomial = cls.read(node).polynomial
             if isinstance(polynomial, ChannelPolynomials):
-                polynomial.check_channels(shape_of(node, graph))
+                if node.inputs[0] not in graph.shapes:
+                    return "the shape of its input is not known"
+                polynomial.check_channels(graph.shapes[node.inputs[0]])
         return problem
 
     def apply(self, a: Arithmetic[V], inputs: Sequence[V]) -> V:

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import RangeError
-from ..polynomial import RING_BITS, Polynomial
+from ..polynomial import RING_BITS, AnyPolynomial, ChannelPolynomials
+from .activation import PolynomialActivation
 from .surgery import activations
 
 
@@ -40,11 +41,15 @@ class LayerRange:
     Attributes:
         name: the module's dotted name, with "#2" and so on for a module called again.
         largest: largest |input|.
-        outside: share of the inputs outside the interval.
+        outside: share of the inputs outside the interval. Where channels have
+            polynomials of their own, each is held to its own, and this is the share in
+            the worst channel.
         percentiles: |input| not exceeded by 50, 99, 99.9 and 99.99 % of the inputs.
         headroom_bits: bits left, for the largest input, before the input or the
-            polynomial's value overflows the format; negative means overflow.
+            polynomial's value overflows the format; negative means overflow. The
+            least of the channels', each with its own polynomial and largest input.
         finite: whether every input was finite.
+        channel: the worst channel, by `outside`; None if one polynomial serves all.
     """
 
     name: str
@@ -53,6 +58,7 @@ class LayerRange:
     percentiles: tuple[float, ...]
     headroom_bits: float
     finite: bool
+    channel: int | None = None
 
 
 PERCENTILES = (50.0, 99.0, 99.9, 99.99)
@@ -95,8 +101,13 @@ class RangeReport:
                 "larger beta or lower out_bits"
             )
         if layer.outside > self.most_outside:
+            where = (
+                "its inputs"
+                if layer.channel is None
+                else (f"channel {layer.channel}'s inputs")
+            )
             return (
-                f"has {layer.outside:.2%} of its inputs outside the interval, at most "
+                f"has {layer.outside:.2%} of {where} outside the interval, at most "
                 f"{self.most_outside:.2%} is allowed; train with a larger beta or a "
                 "smaller gamma"
             )
@@ -160,9 +171,8 @@ def range_report(
             calls[name] = calls.get(name, 0) + 1
             key = (name, calls[name])
             if key not in seen:
-                polynomial = module.polynomial
-                assert isinstance(polynomial, Polynomial)
-                seen[key] = _Tally(polynomial)
+                assert isinstance(module, PolynomialActivation)
+                seen[key] = _Tally(module.polynomial)
             seen[key].add(inputs[0].detach())
 
         handles.append(module.register_forward_pre_hook(hook))
@@ -196,61 +206,79 @@ _BINS_PER_UNIT = 1024
 _BINS = 8 * _BINS_PER_UNIT
 
 
-@dataclass
 class _Tally:
-    """Counts over batches, in bounded memory."""
+    """Counts over batches, in bounded memory.
 
-    polynomial: Polynomial
-    largest: float = 0.0
-    lowest: float = 0.0
-    highest: float = 0.0
-    outside: int = 0
-    total: int = 0
-    finite: bool = True
-    histogram: Tensor = field(
-        default_factory=lambda: torch.zeros(_BINS, dtype=torch.int64)
-    )
+    What is counted by channel has one channel where one polynomial serves all.
+    """
+
+    def __init__(self, polynomial: AnyPolynomial) -> None:
+        self.polynomial = polynomial
+        self.by_channel = isinstance(polynomial, ChannelPolynomials)
+        self.rows = (
+            polynomial.rows
+            if isinstance(polynomial, ChannelPolynomials)
+            else (polynomial,)
+        )
+        intervals = torch.tensor([row.interval for row in self.rows])
+        self.low, self.high = intervals.T
+        self.unit = float(intervals.abs().max())
+        self.lowest = torch.zeros(len(self.rows))
+        self.highest = torch.zeros(len(self.rows))
+        self.outside = torch.zeros(len(self.rows), dtype=torch.int64)
+        self.counts = torch.zeros(len(self.rows), dtype=torch.int64)
+        self.finite = True
+        self.histogram = torch.zeros(_BINS, dtype=torch.int64)
+
+    @property
+    def largest(self) -> float:
+        """The largest |input| of all channels."""
+        return float(torch.maximum(self.highest, -self.lowest).max())
 
     def add(self, x: Tensor) -> None:
-        low, high = self.polynomial.interval
-        x = x.float()
+        if isinstance(self.polynomial, ChannelPolynomials):
+            self.polynomial.check_channels(tuple(x.shape))
+            x = x.transpose(0, 1)
+        x = x.float().reshape(len(self.rows), -1)
         good = torch.isfinite(x)
-        if not bool(good.all()):
-            self.finite = False
-            x = x[good]
-        self.total += x.numel()
+        self.finite = self.finite and bool(good.all())
+        self.counts += good.sum(1).cpu()
         if not x.numel():
             return
-        smallest, greatest = (float(v) for v in torch.aminmax(x))
-        self.lowest = min(self.lowest, smallest)
-        self.highest = max(self.highest, greatest)
-        self.largest = max(self.largest, abs(smallest), abs(greatest))
-        self.outside += int(((x < low) | (x > high)).sum())
-        unit = max(abs(low), abs(high))
-        bins = (x.abs() * (_BINS_PER_UNIT / unit)).clamp_(max=_BINS - 1).long()
-        self.histogram += torch.bincount(bins.flatten().cpu(), minlength=_BINS)
+        # Zero is among what the smallest and the largest are taken of.
+        kept = x.where(good, torch.zeros_like(x))
+        low, high = self.low.to(x.device)[:, None], self.high.to(x.device)[:, None]
+        self.lowest = torch.minimum(self.lowest, kept.amin(1).cpu())
+        self.highest = torch.maximum(self.highest, kept.amax(1).cpu())
+        self.outside += (((x < low) | (x > high)) & good).sum(1).cpu()
+        magnitude = x[good].abs() * (_BINS_PER_UNIT / self.unit)
+        bins = magnitude.clamp_(max=_BINS - 1).long()
+        self.histogram += torch.bincount(bins.cpu(), minlength=_BINS)
 
     def layer(self, name: str, form: FixedPoint) -> LayerRange:
-        unit = max(abs(end) for end in self.polynomial.interval)
+        largest, total = self.largest, int(self.counts.sum())
         running = self.histogram.cumsum(0)
         percentiles = []
         for percent in PERCENTILES:
-            rank = math.ceil(self.total * percent / 100)
+            rank = math.ceil(total * percent / 100)
             index = int(torch.searchsorted(running, rank))
             at_end = index >= _BINS - 1
-            bound = self.largest if at_end else (index + 1) * unit / _BINS_PER_UNIT
-            percentiles.append(min(bound, self.largest))
+            bound = largest if at_end else (index + 1) * self.unit / _BINS_PER_UNIT
+            percentiles.append(min(bound, largest))
+        shares = self.outside.double() / self.counts.clamp(min=1)
         return LayerRange(
             name,
-            self.largest,
-            self.outside / max(self.total, 1),
+            largest,
+            float(shares.max()),
             tuple(percentiles),
             self._headroom(form),
             self.finite,
+            int(shares.argmax()) if self.by_channel else None,
         )
 
     def _headroom(self, form: FixedPoint) -> float:
-        value = self.polynomial.max_abs(self.lowest, self.highest)
+        ends = zip(self.rows, self.lowest.tolist(), self.highest.tolist(), strict=True)
+        value = max(row.max_abs(low, high) for row, low, high in ends)
         return form.ring_bits - max(
             form.frac_bits + math.log2(max(self.largest, 2.0**-30)),
             form.out_bits + math.log2(max(value, 2.0**-30)),

@@ -57,19 +57,21 @@ class Form(ABC):
     def headroom_bits(self) -> float: ...
 
     @abstractmethod
-    def factors(self, dim: int) -> int | torch.Tensor:
-        """The factor of X, or int64 factors that broadcast over `dim` dimensions."""
+    def factors(self, like: torch.Tensor) -> int | torch.Tensor:
+        """The factor of X, or int64 factors, one a channel, that broadcast over it."""
 
     @abstractmethod
-    def multiple(self, k: int, times: int, dim: int) -> int | torch.Tensor | None:
+    def multiple(
+        self, k: int, times: int, like: torch.Tensor
+    ) -> int | torch.Tensor | None:
         """c_k times a whole number, modulo 2**64; None if c_k is 0.
 
-        An int64, or one a channel that broadcast over `dim` dimensions, batch first.
+        An int64, or one a channel as a tensor that broadcasts over `like`.
         """
 
     @abstractmethod
-    def real(self, k: int, dim: int) -> float | torch.Tensor:
-        """c_k as a float64, or one a channel, outside any ring."""
+    def real(self, k: int, like: torch.Tensor) -> float | torch.Tensor:
+        """c_k outside any ring: a float, or float64, one a channel."""
 
     @abstractmethod
     def check(self, shape: tuple[int, ...]) -> None:
@@ -81,14 +83,14 @@ class Form(ABC):
 
     def linear_share(self, x: torch.Tensor, rank: int) -> torch.Tensor:
         """A party's share of c_0 + c_1 X from its share of X; party 0 adds c_0."""
-        slope = self.multiple(1, 1, x.dim())
+        slope = self.multiple(1, 1, x)
         result = torch.zeros_like(x) if slope is None else x * slope
-        constant = self.multiple(0, 1, x.dim())
+        constant = self.multiple(0, 1, x)
         return result if constant is None or rank != 0 else result + constant
 
     def scaled(self, x: torch.Tensor) -> torch.Tensor:
         """X times its factor, of X or a share of it: what is shifted to P."""
-        return x * self.factors(x.dim())
+        return x * self.factors(x)
 
     def reduce(self, x: torch.Tensor) -> torch.Tensor:
         """P of a public X: int64 of the same shape, rounded down."""
@@ -108,7 +110,7 @@ class Form(ABC):
         """
         result = torch.zeros_like(x)
         for k in range(self.degree, 1, -1):
-            c = self.multiple(k, 1, x.dim())
+            c = self.multiple(k, 1, x)
             result = (result if c is None else result + c) * powers_input
         return result * powers_input + self.linear_share(x, 0)
 
@@ -152,7 +154,7 @@ class RingForm(Form):
     @property
     def headroom_bits(self) -> float:
         """log2 of what the largest |Y| on the interval leaves below 2**62."""
-        magnitude = max(self.polynomial.max_abs(*self.polynomial.interval), 2.0**-30)
+        magnitude = max(self.polynomial.largest, 2.0**-30)
         return RING_BITS - self.out_bits - math.log2(magnitude)
 
     @cached_property
@@ -175,14 +177,14 @@ class RingForm(Form):
             error += abs(float(rest)) * reach**k
         return error
 
-    def factors(self, dim: int) -> int:
+    def factors(self, like: torch.Tensor) -> int:
         return self.factor
 
-    def multiple(self, k: int, times: int, dim: int) -> int | None:
+    def multiple(self, k: int, times: int, like: torch.Tensor) -> int | None:
         c = self.coeffs[k] if k <= self.degree else 0
         return as_int64(c * times) if c else None
 
-    def real(self, k: int, dim: int) -> float:
+    def real(self, k: int, like: torch.Tensor) -> float:
         return float(self.coeffs[k])
 
     def check(self, shape: tuple[int, ...]) -> None:
@@ -238,21 +240,23 @@ class ChannelForm(Form):
         )
 
     @cached_property
-    def _integers(self) -> tuple[torch.Tensor, ...]:
-        """c_k modulo 2**64, int64 (channels,), by k."""
-        return tuple(torch.tensor([as_int64(c) for c in cs]) for cs in self._coeffs)
+    def _integers(self) -> tuple[torch.Tensor | None, ...]:
+        """c_k modulo 2**64 by k, int64 (channels,); None where all are 0."""
+        return tuple(
+            torch.tensor([as_int64(c) for c in column]) if any(column) else None
+            for column in self._coeffs
+        )
 
-    def factors(self, dim: int) -> torch.Tensor:
-        return _across(self._factors, dim)
+    def factors(self, like: torch.Tensor) -> torch.Tensor:
+        return _across(self._factors, like)
 
-    def multiple(self, k: int, times: int, dim: int) -> torch.Tensor | None:
-        if k > self.degree or not any(self._coeffs[k]):
-            return None
-        return _across(self._integers[k] * times, dim)
+    def multiple(self, k: int, times: int, like: torch.Tensor) -> torch.Tensor | None:
+        integers = self._integers[k] if k <= self.degree else None
+        return None if integers is None else _across(integers * times, like)
 
-    def real(self, k: int, dim: int) -> torch.Tensor:
+    def real(self, k: int, like: torch.Tensor) -> torch.Tensor:
         values = [float(c) for c in self._coeffs[k]]
-        return _across(torch.tensor(values, dtype=torch.float64), dim)
+        return _across(torch.tensor(values, dtype=torch.float64), like)
 
     def check(self, shape: tuple[int, ...]) -> None:
         check_channels(shape, len(self.rows))
@@ -271,9 +275,9 @@ def check_channels(shape: tuple[int, ...], channels: int) -> None:
         )
 
 
-def _across(values: torch.Tensor, dim: int) -> torch.Tensor:
-    """One value a channel, so that it broadcasts over `dim` dimensions."""
-    return values.reshape(-1, *(1,) * (dim - 2))
+def _across(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """One value a channel, so that it broadcasts over a tensor."""
+    return values.to(like.device).reshape(-1, *(1,) * (like.dim() - 2))
 
 
 def as_int64(value: int) -> int:

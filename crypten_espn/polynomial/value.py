@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
+from functools import cached_property
 from typing import Annotated
 
 import msgspec
@@ -236,6 +237,11 @@ class Polynomial:
         """max |p(x)| over [low, high], from the critical points."""
         return max_abs(self.coeffs, low, high)
 
+    @cached_property
+    def largest(self) -> float:
+        """max |p(x)| on its own interval; kept, as every evaluation asks for it."""
+        return self.max_abs(*self.interval)
+
     def rmse(self, function: Callable[[torch.Tensor], torch.Tensor]) -> float:
         """Root mean squared error to a function on the fit's grid."""
         points, values = sample(function, *self.interval)
@@ -272,7 +278,7 @@ class Polynomial:
         Raises:
             HeadroomError: even F = frac_bits does not fit.
         """
-        magnitude = max(self.max_abs(*self.interval), 2.0**-8)
+        magnitude = max(self.largest, 2.0**-8)
         bits = RING_BITS - SPARE_BITS - math.ceil(math.log2(magnitude))
         if bits < frac_bits:
             raise HeadroomError(
@@ -341,7 +347,7 @@ def check_headroom(form: RingForm, where: str = "") -> None:
     if form.headroom_bits < 0:
         p = form.polynomial
         raise HeadroomError(
-            f"{where}|p| reaches {p.max_abs(*p.interval):.3g} on {p.interval}: "
+            f"{where}|p| reaches {p.largest:.3g} on {p.interval}: "
             f"out_bits={form.out_bits} needs {-form.headroom_bits:.1f} bits more than "
             f"the ring's {RING_BITS}; lower out_bits or the coefficients"
         )

@@ -167,8 +167,8 @@ def polyval(x: MPCTensor, polynomial: AnyPolynomial) -> MPCTensor:
 
     Error: at most the ring form's `error_bound` plus one unit of 2**-f for x in the
     interval, its channel's where each has one. The input's local truncation fails with
-    probability below r 2**(f - 52), with r = |x|, or the largest radius where channels
-    have polynomials of their own; local truncation of the output as
+    probability below |x| 2**(f - 52), times the largest radius over its channel's where
+    channels have polynomials of their own; local truncation of the output as
     `truncation.failure_probability` says, exact never.
 
     Raises:

@@ -49,7 +49,7 @@ def evaluate(x: torch.Tensor, p: torch.Tensor, form: Form) -> torch.Tensor:
         highest = ArithmeticSharedTensor.from_shares(known[-1:], precision=0)
         known = torch.cat([known, beaver.mul(factors, highest).share])
     for k in range(2, n + 1):
-        c = form.multiple(k, 1, p.dim())
+        c = form.multiple(k, 1, p)
         if c is not None:
             result += known[k - 1] * c
     return result

@@ -60,7 +60,7 @@ def evaluate(x: torch.Tensor, p: torch.Tensor, form: Form) -> torch.Tensor:
     for _ in range(n - 1):
         own.append(own[-1] * p)
     for k in range(2, n + 1):
-        c = form.multiple(k, 1, p.dim())
+        c = form.multiple(k, 1, p)
         if c is not None:
             result += own[k - 1] * c
 
@@ -80,7 +80,7 @@ def _cofactor(own: list[torch.Tensor], form: Form, j: int) -> torch.Tensor:
     """u_j: what multiplies the j-th power of party 1's share."""
     u = torch.zeros_like(own[0])
     for i in range(1, form.degree - j + 1):
-        c = form.multiple(i + j, math.comb(i + j, j), u.dim())
+        c = form.multiple(i + j, math.comb(i + j, j), u)
         if i + j >= 2 and c is not None:
             u += own[i - 1] * c
     return u

@@ -60,7 +60,7 @@ def _multiplier(epsilon: torch.Tensor, form: Form, j: int) -> torch.Tensor:
     t = torch.zeros_like(epsilon)
     for k in range(form.degree, max(j, 2) - 1, -1):
         t = t * epsilon
-        c = form.multiple(k, math.comb(k, j), t.dim())
+        c = form.multiple(k, math.comb(k, j), t)
         if c is not None:
             t += c
     for _ in range(max(j, 2) - j):

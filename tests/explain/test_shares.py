@@ -29,9 +29,19 @@ from crypten_espn.graph import export
 from crypten_espn.launch import run_parties
 from crypten_espn.pillar.data import fashion_sample
 from crypten_espn.pillar.storage import load_network
-from crypten_espn.polynomial import Polynomial
+from crypten_espn.polynomial import ChannelPolynomials, Polynomial
 
 POLYNOMIAL = Polynomial.fit(torch.relu, degree=4)
+CUBIC = Polynomial((3, 500, 60, 7), 10, (-4, 4))
+# Units and degrees that differ, and a channel that is linear.
+OF_CHANNELS = ChannelPolynomials(
+    (
+        *(Polynomial(CUBIC.numerators, 10, (-4, 4), exponent=e) for e in (-3, 0, 2)),
+        POLYNOMIAL,
+        Polynomial((100, 700), 10, (-4, 4)),
+        CUBIC,
+    )
+)
 DATA = Path(espn.__file__).parent / "data"
 BUNDLED = sorted(
     path for path in DATA.glob("*.safetensors") if path.stem != "fashion_sample"
@@ -47,7 +57,7 @@ class Everything(nn.Module):
         self.act1 = espn.PolynomialActivation(POLYNOMIAL)
         self.depthwise = nn.Conv2d(6, 6, 3, stride=2, padding=(1, 0), groups=6)
         self.norm = nn.BatchNorm2d(6)
-        self.act2 = espn.PolynomialActivation(Polynomial((3, 500, 60, 7), 10, (-4, 4)))
+        self.act2 = espn.PolynomialActivation(OF_CHANNELS)
         self.line = espn.PolynomialActivation(Polynomial((100, 700), 10, (-4, 4)))
         self.pool = nn.AvgPool2d(2, stride=1, padding=1, count_include_pad=False)
         self.pad = nn.ZeroPad2d((1, 0, 0, 2))
