@@ -150,21 +150,33 @@ def test_bytes_per_activation_at_degree_four():
 
 
 def ten_million(truncation):
+    """The largest error but for failed truncations, and how many failed."""
     torch.manual_seed(0)
     polynomial = Polynomial.fit(torch.relu, degree=4)
-    worst = 0.0
+    worst, failed = 0.0, 0
     with espn.settings(protocol="espn", truncation=truncation):
         for _ in range(10):
             x = torch.rand(1_000_000) * 10 - 5
             y = crypten.cryptensor(x, src=1).polyval(polynomial).get_plain_text()
-            worst = max(worst, (y - polynomial(x)).abs().max().item())
-    return worst
+            errors = (y - polynomial(x)).abs()
+            # One that failed is off by 2**64 over what is cut off: by far more.
+            kept = errors < 2**10
+            failed += int((~kept).sum())
+            worst = max(worst, errors[kept].max().item())
+    return worst, failed
 
 
-@pytest.mark.parametrize(("truncation", "bound"), [("local", 2**-6), ("exact", 2**-9)])
-def test_largest_error_over_ten_million_inputs(truncation, bound):
-    worst = run_parties(ten_million, world_size=2, args=(truncation,), timeout=TIMEOUT)
-    assert 0 < worst[0] < bound
+# Of ten million local truncations, at the default failure_bits of 29, 0.03 fail; that
+# three do has a chance of one in 200,000.
+@pytest.mark.parametrize(
+    ("truncation", "bound", "most_failed"), [("local", 2**-6, 2), ("exact", 2**-9, 0)]
+)
+def test_largest_error_over_ten_million_inputs(truncation, bound, most_failed):
+    worst, failed = run_parties(
+        ten_million, world_size=2, args=(truncation,), timeout=TIMEOUT
+    )[0]
+    assert 0 < worst < bound
+    assert failed <= most_failed
 
 
 def failures_at(failure_bits):
