@@ -115,6 +115,7 @@ def test_a_bad_split_is_named(tmp_path: Path, held_out: int) -> None:
         load_dataset("fashion-mnist", directory=tmp_path, held_out=held_out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("classes", [10, 100])
 def test_cifar_binary_version(tmp_path: Path, classes: int) -> None:
     labels = 1 if classes == 10 else 2

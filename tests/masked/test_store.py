@@ -602,6 +602,7 @@ def test_paths_that_cannot_be_used_are_named(tmp_path: Path) -> None:
 # Nothing read is believed.
 
 
+@pytest.mark.slow
 def test_mutated_files_raise_nothing_else_and_take_no_memory(tmp_path: Path) -> None:
     tracemalloc.start()
     try:
