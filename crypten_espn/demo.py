@@ -28,6 +28,8 @@ BATCH = 32
 # CrypTen's ReLU takes about as long for these as the polynomials for all 256.
 RELU_BATCHES = 2
 
+_Row = dict[str, Any]  # of the table, and of the file
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -176,7 +178,7 @@ def _with_masked_engine(network: torch.nn.Module, images: torch.Tensor) -> Outco
 
 def _row(
     label: str, engine: str, outcome: Outcome, clear: torch.Tensor, sample: Images
-) -> dict[str, Any]:
+) -> _Row:
     count = len(outcome.logits)
     private, plain = outcome.logits.argmax(1), clear[:count].argmax(1)
     labels = sample.labels[:count]
@@ -212,7 +214,7 @@ def _spread(seconds: list[float]) -> dict[str, float]:
     }
 
 
-def _table(rows: list[dict[str, Any]]) -> str:
+def _table(rows: list[_Row]) -> str:
     titles = (
         "protocol        ",
         "images",

@@ -12,6 +12,9 @@ from .engines import EngineCost
 from .processor import Processor
 from .workload import Workload
 
+# One engine's numbers by name, as a file holds them.
+Row = dict[str, Any]
+
 
 @dataclass(frozen=True)
 class Projection:
@@ -29,7 +32,7 @@ class Projection:
     deployment: Deployment
     measured: bool
 
-    def rows(self) -> list[dict[str, Any]]:
+    def rows(self) -> list[Row]:
         """Return `row` of each engine."""
         return [row(cost, self.processor, self.deployment) for cost in self.costs]
 
@@ -55,9 +58,7 @@ class Projection:
         return _text(self)
 
 
-def row(
-    cost: EngineCost, processor: Processor, deployment: Deployment
-) -> dict[str, Any]:
+def row(cost: EngineCost, processor: Processor, deployment: Deployment) -> Row:
     """Everything about one engine as plain values."""
     path = {"rtt_s": deployment.rtt_s, "bits_per_second": deployment.bits_per_second}
     dealt = min(deployment.dealer_bits, deployment.server_bits)

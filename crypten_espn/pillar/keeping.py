@@ -10,6 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
+# A module's dictionary of attributes, and what stood in those that are containers.
+_Attributes = dict[str, Any]
+_Contents = dict[str, "list[_Same]"]
+
 
 @contextmanager
 def kept(module: nn.Module) -> Iterator[dict[str, object]]:
@@ -22,7 +26,7 @@ def kept(module: nn.Module) -> Iterator[dict[str, object]]:
     finally:
         torch.random.set_rng_state(generator)
         for _part, states in before:
-            for container, (items, contents) in states:
+            for container, items, contents in states:
                 for key in {*container, *items}:
                     value = container.get(key)
                     if key not in items or value is not items[key]:
@@ -35,7 +39,7 @@ def kept(module: nn.Module) -> Iterator[dict[str, object]]:
                 container.update(items)
 
 
-def _state(part: nn.Module) -> list[tuple[Any, tuple[Any, Any]]]:
+def _state(part: nn.Module) -> list[tuple[_Attributes, _Attributes, _Contents]]:
     containers = [vars(part), part._parameters, part._buffers, part._modules]
     result = []
     for container in containers:
@@ -46,7 +50,7 @@ def _state(part: nn.Module) -> list[tuple[Any, tuple[Any, Any]]]:
             if not key.startswith("_") or key not in _MODULE_STATE
             if isinstance(value, list | dict | set)
         }
-        result.append((container, (items, contents)))
+        result.append((container, items, contents))
     return result
 
 
