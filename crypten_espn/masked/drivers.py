@@ -17,8 +17,10 @@ from ..wire.packing import pack, packed_bytes, unpack
 from .messages import Compare, Protocol, Receive, Send, Tell
 
 T = TypeVar("T")
+# A message of packed ring elements, each part with its bits; or what a party tells.
+_Message = list[tuple[bytes, int]] | bytes
 # What is on its way, by sender and receiver.
-_Queues = dict[tuple[str, str], deque[Any]]
+_Queues = dict[tuple[str, str], deque[_Message]]
 TOLD_BYTES = 32
 
 
@@ -147,11 +149,15 @@ def _post(
     queue.append(data)
 
 
-def _take(event: Receive | Compare, message: Any) -> list[np.ndarray] | None:
+def _take(event: Receive | Compare, message: _Message) -> list[np.ndarray] | None:
     """What a waiting part gets from a message, checked as a channel would."""
-    if isinstance(event, Compare):
+    if isinstance(event, Compare) and isinstance(message, bytes):
         _compare(event, message)
         return None
+    if isinstance(event, Compare) or isinstance(message, bytes):
+        raise RuntimeError(
+            f"The {event.of} sent another kind of message than expected."
+        )
     expected = [packed_bytes(count, bits) for count, bits in event.parts]
     if [len(data) for data, _ in message] != expected:
         raise RuntimeError(f"The {event.of} sent parts of another size than expected.")

@@ -190,10 +190,11 @@ def choose(
             graph.remove(before)
             return
     matrix = _matrix(picks, shape[last])
+    node.inputs = [source]
     if len(shape) == 4:
-        as_convolution(graph, node, matrix[:, :, None, None], bias, [1, 1], 1, source)
+        as_convolution(graph, node, matrix[:, :, None, None], bias, [1, 1], 1)
     else:
-        node.op, node.inputs, node.attributes = "Gemm", [source], {"transB": 1}
+        node.op, node.attributes = "Gemm", {"transB": 1}
         set_weights(graph, node, matrix, bias)
 
 
@@ -212,10 +213,9 @@ def as_convolution(
     bias: np.ndarray,
     strides: Sequence[int],
     groups: int,
-    source: str = "",
 ) -> None:
-    """Make a node a convolution of its first input, or of `source`, without pads."""
-    node.op, node.inputs = "Conv", [source or node.inputs[0]]
+    """Make a node a convolution of its first input, without pads."""
+    node.op, node.inputs = "Conv", node.inputs[:1]
     node.attributes = {
         "strides": list(strides),
         "dilations": [1, 1],
