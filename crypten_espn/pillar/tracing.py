@@ -13,7 +13,7 @@ import inspect
 import sys
 import types
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -223,7 +223,7 @@ def _left_out(
         named = p.kind == p.KEYWORD_ONLY
         value = "None" if p.name in fixed else star + p.name
         passed.append(f"{p.name}={value}" if named else value)
-    space: dict[str, Any] = {"function": function}
+    space: dict[str, types.FunctionType] = {"function": function}
     exec(
         f"def short({', '.join(taken)}):\n    return function({', '.join(passed)})",
         space,
@@ -258,7 +258,7 @@ class PatchedMethod:
     def _build(self) -> None:
         space = {key: _found(value) for key, value in self.names.items()}
         exec(self.source, space)
-        self.function: types.FunctionType = space["forward"]
+        self.function = cast(types.FunctionType, space["forward"])
         signature = inspect.signature(self.function)
         without_self = list(signature.parameters.values())[1:]
         self.__signature__ = signature.replace(parameters=without_self)
@@ -319,7 +319,7 @@ def _named(value: object) -> object:
     return value
 
 
-def _found(value: object) -> Any:
+def _found(value: object) -> object:
     if not isinstance(value, _Reference):
         return value
     module = importlib.import_module(value.module)
