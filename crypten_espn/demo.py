@@ -72,6 +72,7 @@ def run(out: Path) -> int:
     with torch.no_grad():
         clear = {name: network(images) for name, network in networks.items()}
 
+    # CrypTen with this package's protocols, then its own ReLU, then the masked engine.
     rows, predictions = [], torch.empty(0)
     cells = [
         ("espn", "local", "polynomial", len(images)),
@@ -96,6 +97,7 @@ def run(out: Path) -> int:
     outcome = _with_masked_engine(networks["polynomial"], images)
     rows.append(_row("masked", "masked", outcome, clear["polynomial"], sample))
 
+    # Printed, and written for whoever wants the numbers.
     print(_table(rows))
     out.mkdir(parents=True, exist_ok=True)
     document = {"machine": _machine(), "rows": rows}

@@ -87,6 +87,7 @@ def _text(found: Projection) -> str:
     rows, measured = found.rows(), found.measured
     degrees = sorted({layer.polynomial.degree for layer in work.nonlinear})
     batch = rows[0]["batch"] if rows else 1
+    # What is computed, and where.
     lines = [
         f"{work.name}, input {'x'.join(map(str, work.input_shape))}, batch {batch}: "
         f"{work.macs / 1e9:.3g} G multiply-accumulates, "
@@ -99,6 +100,7 @@ def _text(found: Projection) -> str:
     ]
     if work.unplanned is not None:
         lines.append(f"masked engine: no plan. {work.unplanned}")
+    # Three tables with a row an engine: an inference, what limits many, their price.
     phases: list[tuple[str, ...]] = [
         ("engine", "rounds", "server MB", "client MB", "dealer MB", "offline client MB",
          "once MB", "offline s", "online s", "after silence s")
