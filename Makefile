@@ -21,7 +21,7 @@ SHELL := /bin/bash
 help:
 	@echo "make demo        two parties classify 256 real images; writes out/"
 	@echo "make test        ruff, mypy and pytest"
-	@echo "make test-fast   the tests that start no process"
+	@echo "make test-fast   the tests that start no process, side by side"
 	@echo "make test-random the whole suite in an order drawn anew"
 	@echo "make coverage    the whole suite, and the lines it does not reach"
 	@echo "make wheel       a built wheel, tried outside the checkout"
@@ -65,7 +65,7 @@ test: lint
 	$(BIN)/python -m pytest
 
 test-fast: $(STAMP)
-	$(BIN)/python -m pytest --in-process -m "not slow"
+	$(BIN)/python -m pytest --in-process -m "not slow" -n auto --maxprocesses 4 --dist worksteal
 
 test-random: $(STAMP)
 	$(BIN)/python -m pytest -p randomly --hypothesis-profile=default

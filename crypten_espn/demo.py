@@ -28,6 +28,8 @@ BATCH = 32
 # CrypTen's ReLU takes about as long for these as the polynomials for all 256.
 RELU_BATCHES = 2
 
+_Row = dict[str, Any]  # of the table, and of the file
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -70,6 +72,7 @@ def run(out: Path) -> int:
     with torch.no_grad():
         clear = {name: network(images) for name, network in networks.items()}
 
+    # CrypTen with this package's protocols, then its own ReLU, then the masked engine.
     rows, predictions = [], torch.empty(0)
     cells = [
         ("espn", "local", "polynomial", len(images)),
@@ -94,6 +97,7 @@ def run(out: Path) -> int:
     outcome = _with_masked_engine(networks["polynomial"], images)
     rows.append(_row("masked", "masked", outcome, clear["polynomial"], sample))
 
+    # Printed, and written for whoever wants the numbers.
     print(_table(rows))
     out.mkdir(parents=True, exist_ok=True)
     document = {"machine": _machine(), "rows": rows}
@@ -176,7 +180,7 @@ def _with_masked_engine(network: torch.nn.Module, images: torch.Tensor) -> Outco
 
 def _row(
     label: str, engine: str, outcome: Outcome, clear: torch.Tensor, sample: Images
-) -> dict[str, Any]:
+) -> _Row:
     count = len(outcome.logits)
     private, plain = outcome.logits.argmax(1), clear[:count].argmax(1)
     labels = sample.labels[:count]
@@ -212,7 +216,7 @@ def _spread(seconds: list[float]) -> dict[str, float]:
     }
 
 
-def _table(rows: list[dict[str, Any]]) -> str:
+def _table(rows: list[_Row]) -> str:
     titles = (
         "protocol        ",
         "images",

@@ -223,7 +223,7 @@ class _Parties:
             process.start()
         self._processes.append(process)
 
-    def values(self) -> list[Any]:
+    def values(self) -> list[object]:
         """Every process's value; raises for the failure that came first."""
         n = len(self._replies)
         outcomes: dict[int, _Outcome] = {}
@@ -292,7 +292,7 @@ class _Parties:
         return None if data is None else cloudpickle.loads(data)
 
 
-def _value(rank: int, outcome: _Outcome) -> Any:
+def _value(rank: int, outcome: _Outcome) -> object:
     try:
         return cloudpickle.loads(outcome.value)
     except Exception as error:

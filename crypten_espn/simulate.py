@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import secrets
 import time
-from typing import Any
 
 import torch
 
@@ -12,7 +11,7 @@ from .convert import PrivateNetwork
 from .cost import Cost, SessionCost
 from .engines import CrypTen
 from .errors import ProtocolError
-from .inputs import input_batch
+from .inputs import input_batch, real_tensor
 from .launch import run_parties
 from .masked.dealing import Dealing
 from .masked.drivers import Transcript, together
@@ -28,7 +27,7 @@ from .serving.local import run_session
 
 def simulate(
     private: PrivateNetwork | MaskedModel,
-    x: Any,
+    x: object,
     *,
     example: torch.Tensor | None = None,
     precision: str | int | None = None,
@@ -72,7 +71,7 @@ def simulate(
         return _simulate_crypten(private, numbers, timeout)
     model = masked_model(private, example, precision=precision, headroom=headroom)
     if processes:
-        return run_session(model, [x], timeout=timeout)[0]
+        return run_session(model, [real_tensor(x)], timeout=timeout)[0]
     return simulate_model(model, x)
 
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 import crypten_espn as espn
+from crypten_espn.errors import ConversionError
+from crypten_espn.graph import read, simplify
 from crypten_espn.polynomial import Polynomial
+from tests import oracle
 
 POLYNOMIAL = Polynomial((322, 512, 160, 0, -3), 10, (-5.0, 5.0))
 
@@ -145,3 +149,39 @@ def constants() -> dict[str, tuple[nn.Module, Tensor]]:
 
 def activation() -> nn.Module:
     return espn.PolynomialActivation(POLYNOMIAL)
+
+
+SUPPORTED = {
+    "Add", "AveragePool", "Concat", "Conv", "Flatten", "Gemm", "GlobalAveragePool",
+    "Pad", "PolynomialActivation", "Scale",
+}  # fmt: skip
+
+
+def rewritten(model, example):
+    graph = read(model, example)
+    simplify(graph)
+    return graph
+
+
+def assert_right(model, example, *, batch=5):
+    """What conversion makes of a network computes it, for other inputs and batches."""
+    report = espn.check(model, example)
+    assert report.ok, report
+    graph = rewritten(model, example)
+    assert {node.op for node in graph.nodes} <= SUPPORTED
+    x = torch.cat([example, -example])[:batch]
+    expected = model(x).detach()
+    torch.testing.assert_close(
+        oracle.run_graph(graph, x.float()), expected, atol=1e-5, rtol=1e-4
+    )
+    return graph
+
+
+def refusal(model, example):
+    """The one finding that stops a network."""
+    report = espn.check(model, example)
+    blocking = [finding for finding in report.findings if finding.blocking]
+    assert blocking, report
+    with pytest.raises(ConversionError):
+        espn.convert(model, example)
+    return str(blocking[0])

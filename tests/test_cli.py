@@ -181,6 +181,7 @@ def test_no_command_and_wrong_command_are_usage_errors(capsys):
         assert capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_check_accepts_what_converts(capsys, tmp_path):
     model: nn.Module = networks.convnet(in_channels=1, size=28)
     polynomial = Polynomial.fit(torch.relu, degree=4)
@@ -197,6 +198,7 @@ def test_check_accepts_what_converts(capsys, tmp_path):
     assert status == 0 and "can be converted" in out
 
 
+@pytest.mark.slow
 def test_bundled_networks_are_taken_by_name(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     status, out, _ = run(capsys, "check", "fashion-minionn")

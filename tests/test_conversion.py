@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import re
-import warnings
-from collections.abc import Callable
-from typing import Any
 
 import crypten
 import numpy as np
@@ -20,53 +16,20 @@ from torch.nn import functional
 
 import crypten_espn as espn
 from crypten_espn.errors import ConversionError, ShapeError
-from crypten_espn.graph import export, read, simplify
+from crypten_espn.graph import export
 from crypten_espn.launch import run_parties
 from tests import oracle
 from tests.conversion_cases import (
-    POLYNOMIAL,
     Function,
     activation,
+    assert_right,
     constants,
     image,
+    refusal,
+    rewritten,
     settled,
     vector,
 )
-
-SUPPORTED = {
-    "Add", "AveragePool", "Concat", "Conv", "Flatten", "Gemm", "GlobalAveragePool",
-    "Pad", "PolynomialActivation", "Scale",
-}  # fmt: skip
-
-
-def rewritten(model, example):
-    graph = read(model, example)
-    simplify(graph)
-    return graph
-
-
-def assert_right(model, example, *, batch=5):
-    """What conversion makes of a network computes it, for other inputs and batches."""
-    report = espn.check(model, example)
-    assert report.ok, report
-    graph = rewritten(model, example)
-    assert {node.op for node in graph.nodes} <= SUPPORTED
-    x = torch.cat([example, -example])[:batch]
-    expected = model(x).detach()
-    torch.testing.assert_close(
-        oracle.run_graph(graph, x.float()), expected, atol=1e-5, rtol=1e-4
-    )
-    return graph
-
-
-def refusal(model, example):
-    """The one finding that stops a network."""
-    report = espn.check(model, example)
-    blocking = [finding for finding in report.findings if finding.blocking]
-    assert blocking, report
-    with pytest.raises(ConversionError):
-        espn.convert(model, example)
-    return str(blocking[0])
 
 
 def file_of(nodes, shape, *, tensors=None, opset=17, kind=onnx.TensorProto.FLOAT):
@@ -330,81 +293,6 @@ def test_check_reports_whatever_can_be_traced(model, x, named):
     assert named in found and "cannot be converted" in found
 
 
-# Tracing.
-
-
-def test_a_branch_on_the_data_is_refused_with_its_line():
-    def branching(x, a, b):
-        return a(x) if x.sum() > 0 else b(x)
-
-    model = Function(branching, nn.Linear(6, 3), nn.Linear(6, 3))
-    line = branching.__code__.co_firstlineno + 1
-    with pytest.raises(ConversionError, match=rf"test_conversion\.py, line {line}"):
-        espn.check(model, vector())
-    for leak in (lambda x: x * x.max().item(), lambda x: x + float(x[0, 0])):
-        with pytest.raises(ConversionError, match="depends on the input"):
-            espn.check(Function(leak), vector())
-
-
-def test_branches_on_shapes_and_weights_are_harmless():
-    def branching(x, a):
-        if x.shape[1] > 3 and x.size(0) > 0 and a.weight.abs().sum() > 0:
-            return a(x).view(int(x.size(0)), -1)
-        return x
-
-    assert_right(Function(branching, nn.Linear(6, 3)), vector())
-
-
-def test_what_hangs_on_the_batch_size_is_refused():
-    fc = nn.Linear(6, 3)
-    branch = Function(lambda x, a: a(x) if x.size(0) > 7 else 2 * a(x), fc)
-    with pytest.raises(ConversionError, match="branch on the batch size"):
-        espn.check(branch, vector())
-    found = refusal(Function(lambda x, a: a(x) / x.size(0), fc), vector())
-    assert "off by" in found
-
-
-def test_values_outside_the_trace_are_not_frozen():
-    model = Function(lambda x, a: a(x.data) + a(x.detach()), nn.Linear(6, 3))
-    assert_right(model, vector())
-
-
-def test_tracing_leaves_the_network_as_it_was(capfd):
-    calls = []
-
-    class Counting(nn.Module):
-        seen: torch.Tensor
-
-        def __init__(self):
-            super().__init__()
-            self.body = nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))
-            self.register_buffer("seen", torch.zeros(()))
-            self.calls = 0
-
-        def forward(self, x):
-            self.calls += 1
-            self.seen.add_(1)
-            self.last = x
-            return self.body(x.mul_(1.0))
-
-    model = Counting().train()
-    model.body[1].eval()
-    model.register_forward_hook(lambda *given: calls.append(1))
-    state, x = copy.deepcopy(model.state_dict()), image()
-    kept, seed = x.clone(), torch.random.get_rng_state()
-    espn.check(model, x)
-    assert [m.training for m in model.modules()] == [True, True, True, False]
-    assert model.calls == 0 and not hasattr(model, "last") and calls
-    assert torch.equal(x, kept) and torch.equal(torch.random.get_rng_state(), seed)
-    for name, value in model.state_dict().items():
-        assert torch.equal(value, state[name])
-    assert len(model._forward_hooks) == 1
-    with pytest.raises(ConversionError):
-        export(Function(lambda x: torch.ones(2) @ torch.ones(3)), x)
-    espn.check(Function(torch.special.i0), x)
-    assert capfd.readouterr() == ("", "")
-
-
 def test_dropout_is_dropped_whatever_crypten_registered():
     model = nn.Sequential(nn.Conv2d(4, 3, 3), nn.Dropout2d(), nn.Dropout()).eval()
     crypten.nn.from_pytorch(nn.Sequential(nn.Linear(6, 3), nn.Dropout()), vector())
@@ -438,97 +326,6 @@ def test_check_compares_with_the_network_and_names_the_layer(monkeypatch):
     assert found.startswith("layers.1 (Conv)") and "is not the network" in found
 
 
-# Advice.
-
-
-def fitted(f):
-    return espn.PolynomialActivation(POLYNOMIAL.fit(f, degree=4))
-
-
-ADVICE = {
-    "silu": (nn.SiLU(), nn.SiLU),
-    "silu as a function": (functional.silu, nn.SiLU),
-    "silu by hand": (lambda y: y * torch.sigmoid(y), nn.SiLU),
-    "gelu": (nn.GELU(), nn.GELU),
-    "gelu by tanh": (nn.GELU("tanh"), nn.GELU),
-    "mish": (nn.Mish(), nn.Mish),
-    "hard-swish": (nn.Hardswish(), nn.Hardswish),
-    "hard-swish by hand": (lambda y: y * functional.relu6(y + 3) / 6, nn.Hardswish),
-    "relu6": (nn.ReLU6(), nn.ReLU6),
-    "hardtanh": (nn.Hardtanh(), nn.Hardtanh),
-    "sigmoid": (torch.sigmoid, nn.Sigmoid),
-    "tanh": (nn.Tanh(), nn.Tanh),
-    "elu": (nn.ELU(), nn.ELU),
-    "selu": (nn.SELU(), nn.SELU),
-    "softplus": (nn.Softplus(), nn.Softplus),
-    "leaky relu": (nn.LeakyReLU(), nn.LeakyReLU),
-    "softsign": (nn.Softsign(), nn.Softsign),
-    "hard-sigmoid": (nn.Hardsigmoid(), nn.Hardsigmoid),
-}
-
-
-def around(inner):
-    """A network with something between two convolutions."""
-    if isinstance(inner, nn.Module):
-        return nn.Sequential(nn.Conv2d(4, 4, 3), inner, nn.Conv2d(4, 2, 1))
-    layers = nn.Conv2d(4, 4, 3), nn.Conv2d(4, 2, 1)
-    return Function(lambda x, a, b: b(inner(a(x))), *layers)
-
-
-@pytest.mark.parametrize("name", ADVICE)
-def test_advice_for_an_activation_makes_check_pass(name):
-    written, module = ADVICE[name]
-    report = espn.check(around(written), image())
-    (found,) = report.findings
-    assert f"{{torch.nn.{module.__name__}: polynomial}}" in found.cure
-    assert f"torch.nn.{module.__name__}()" in found.cure
-    model = around(written if isinstance(written, nn.Module) else module())
-    model = espn.replace_activations(model, {module: POLYNOMIAL})
-    assert espn.check(model, image()).ok
-
-
-@pytest.mark.parametrize(
-    "square", [lambda y: y**2, lambda y: y * y, torch.square], ids=["**", "*", "square"]
-)
-def test_advice_for_a_square_is_exact(square):
-    (found,) = espn.check(around(square), image()).findings
-    given = "espn.PolynomialActivation(espn.Polynomial((0, 0, 1), 0, (-5.0, 5.0)))"
-    assert given in found.cure
-    exact = eval(given, {"espn": espn})
-    model = around(square)
-    model.function = lambda x, a, b: b(exact(a(x)))
-    torch.testing.assert_close(model(image()), around_like(model, square)(image()))
-    assert espn.check(model, image()).ok
-
-
-def around_like(model, inner):
-    return Function(lambda x, a, b: b(inner(a(x))), *model.layers)
-
-
-def test_advice_for_a_function_of_ones_own():
-    def own(y):
-        return y * torch.tanh(2 * y)
-
-    (found,) = espn.check(around(own), image()).findings
-    assert "espn.Polynomial.fit(f, degree=4)" in found.cure
-    assert espn.check(around(fitted(own)), image()).ok
-
-
-def test_other_advice_makes_check_pass():
-    pools = nn.Sequential(nn.Conv2d(4, 4, 3), nn.MaxPool2d(2))
-    (found,) = espn.check(pools, image()).findings
-    assert found.cure == "replace_pooling(model)" and not found.blocking
-    assert espn.check(espn.replace_pooling(pools), image()).masked is None
-    for head in (nn.Softmax(1), nn.LogSoftmax(1)):
-        model = nn.Sequential(nn.Flatten(), nn.Linear(192, 3), head)
-        (found,) = espn.check(model, image()).findings
-        assert "drop the last" in found.cure
-        assert espn.check(model[:-1], image()).ok
-    taking = Function(lambda x, a: a(x)[:, 0], nn.Conv2d(4, 4, 3))
-    assert "x[:, 2:3]" in refusal(taking, image())
-    assert espn.check(Function(lambda x, a: a(x)[:, 2:3], *taking.layers), image()).ok
-
-
 def test_activations_beside_constants_keep_their_meaning():
     for order in itertools.permutations((lambda y: 2 * y, activation(), torch.neg)):
         first, second, third = order
@@ -542,42 +339,3 @@ def test_activations_beside_constants_keep_their_meaning():
 def test_shapes_that_do_not_fit_are_named():
     with pytest.raises(ShapeError, match="wants"):
         espn.check(export(nn.Linear(4, 2), torch.randn(1, 4)), torch.randn(1, 5))
-
-
-class _Returns(nn.Module):
-    """A network whose result stands in a container."""
-
-    def __init__(self, contain: Callable[[torch.Tensor], Any]) -> None:
-        super().__init__()
-        self.head = nn.Linear(4, 3)
-        self.contain = contain
-
-    def forward(self, x: torch.Tensor) -> Any:
-        return self.contain(self.head(x))
-
-
-@pytest.mark.parametrize("contain", [lambda y: (y,), lambda y: {"logits": [y]}])
-def test_one_tensor_in_a_container_is_compared_and_converted(contain):
-    network, x = _Returns(contain).eval(), torch.randn(2, 4)
-    found = espn.check(network, x)
-    assert found.ok and found.masked is None
-    logits, _ = espn.simulate(espn.convert(network, x), x)
-    torch.testing.assert_close(logits, network.head(x).detach(), atol=1e-2, rtol=0)
-
-
-def test_several_results_are_refused_by_name():
-    with pytest.raises(ConversionError, match="one tensor"):
-        espn.check(_Returns(lambda y: {"a": y, "b": y}).eval(), torch.randn(2, 4))
-
-
-@pytest.mark.parametrize("script", [torch.jit.script, None])
-def test_torchscript_modules_are_converted_and_left_alone(script):
-    plain, x = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)).eval(), torch.randn(2, 4)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        network = script(plain) if script else torch.jit.trace(plain, x)
-    before = {name: p.clone() for name, p in network.named_parameters()}
-    assert espn.check(network, x).ok
-    logits, _ = espn.simulate(espn.convert(network, x), x)
-    torch.testing.assert_close(logits, plain(x).detach(), atol=1e-2, rtol=0)
-    assert all(torch.equal(p, before[n]) for n, p in network.named_parameters())

@@ -41,6 +41,7 @@ def write_fashion(folder: Path) -> None:
         write_idx(folder / f"{stem}-labels-idx1-ubyte", torch.arange(count) % 10)
 
 
+@pytest.mark.slow
 def test_fashion_mnist_from_its_files(tmp_path: Path) -> None:
     write_fashion(tmp_path)
     dataset = load_dataset("fashion-mnist", directory=tmp_path, held_out=1000, crop=3)
@@ -65,6 +66,7 @@ def test_the_test_set_is_not_opened_before_it_is_asked_for(tmp_path: Path) -> No
         dataset.test()
 
 
+@pytest.mark.slow
 def test_validation_is_held_out_and_always_the_same(tmp_path: Path) -> None:
     write_fashion(tmp_path)
     one = load_dataset("fashion-mnist", directory=tmp_path)
@@ -94,6 +96,7 @@ def test_fashion_mnist_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         load_dataset("fashion-mnist", directory=tmp_path)
 
 
+@pytest.mark.slow
 def test_damaged_files_are_named(tmp_path: Path) -> None:
     write_fashion(tmp_path)
     labels = tmp_path / "train-labels-idx1-ubyte.gz"
@@ -115,6 +118,7 @@ def test_a_bad_split_is_named(tmp_path: Path, held_out: int) -> None:
         load_dataset("fashion-mnist", directory=tmp_path, held_out=held_out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("classes", [10, 100])
 def test_cifar_binary_version(tmp_path: Path, classes: int) -> None:
     labels = 1 if classes == 10 else 2

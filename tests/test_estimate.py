@@ -218,6 +218,7 @@ def test_weights_do_not_matter_and_every_door_leads_to_the_same_costs(tmp_path):
     assert work.unplanned is None and engine_costs(work) == found[0]
 
 
+@pytest.mark.slow
 def test_size_and_classes_scale_as_layers_do():
     small, large = (
         workload("mini_onn", input_shape=(3, size, size), classes=100)
@@ -317,6 +318,7 @@ def test_a_million_images_scale_with_prices_and_batch(small):
     assert batched.egress_bytes < 1e6 * sent  # weights are shared by the batch
 
 
+@pytest.mark.slow
 def test_calibration_gives_every_rate():
     rates = dataclasses.asdict(calibrate(seconds=0.001))
     assert all(1e2 < rate < 1e13 for rate in rates.values()), rates

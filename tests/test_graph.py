@@ -99,6 +99,7 @@ def test_every_special_construct():
     assert any("depthwise" in change for change in graph.changes)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=25)
 @given(
     kernel=st.tuples(st.integers(1, 4), st.integers(1, 4)),
@@ -119,6 +120,7 @@ def test_any_convolution(kernel, stride, padding, dilation, groups, bias):
     compare(settle(model, example), example)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=40)
 @given(
     kernel=st.tuples(st.integers(1, 4), st.integers(1, 4)),

@@ -67,6 +67,7 @@ def test_one_round_for_each_linear_layer_and_activation(name: str) -> None:
     assert rounds == ROUNDS[name]
 
 
+@pytest.mark.slow
 def test_resnet50_is_torchvisions() -> None:
     from torchvision.models import resnet50
 
@@ -81,6 +82,7 @@ def test_resnet50_is_torchvisions() -> None:
     assert count_activations(ours)[0] == 49
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [n for n in NETWORKS if n != "resnet110"])
 @pytest.mark.parametrize(("channels", "size", "classes"), [(1, 28, 10), (4, 47, 3)])
 def test_any_channels_size_and_classes(

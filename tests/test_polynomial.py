@@ -57,6 +57,7 @@ def test_fit_is_no_worse_than_the_published_coefficients(frac_bits, published):
     assert max(map(abs, p.numerators)) <= 2 ** (frac_bits - 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("function", FUNCTIONS)
 @pytest.mark.parametrize("degree", [1, 2, 3])
 @pytest.mark.parametrize("spread", [None, 0.8])

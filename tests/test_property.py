@@ -13,6 +13,7 @@ _BOUNDS = "the second input leaves what calibration allows for"
 FOUND = dict.fromkeys((1628, 1829, 1999, 2342, 2650), _BOUNDS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", [0, 20])
 def test_a_drawn_network_is_right_in_every_engine_or_refused(first):
     outcomes = [outcome(seed) for seed in range(first, first + 20)]

@@ -134,6 +134,7 @@ def test_bad_fields_are_all_named() -> None:
 # --- the loop --------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("activation", ["polynomial", "relu"])
 @pytest.mark.parametrize("penalty", ["sum", "boundary"])
 def test_a_run_learns_and_writes_its_files(
@@ -164,6 +165,7 @@ class Stopped(Exception):
     pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "recipe",
     [

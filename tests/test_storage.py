@@ -132,6 +132,7 @@ RESULTS = sorted(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("results", RESULTS, ids=lambda path: path.stem)
 def test_bundled_networks_are_what_their_results_say(results: Path) -> None:
     stated = json.loads(results.read_text())

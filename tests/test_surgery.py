@@ -296,6 +296,7 @@ def test_pools_without_an_average_twin_are_an_error(pool: nn.Module) -> None:
         replace_pooling(nn.Sequential(pool))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["resnet18", "googlenet", "inception_v3", "densenet121"]
 )

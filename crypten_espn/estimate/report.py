@@ -12,6 +12,9 @@ from .engines import EngineCost
 from .processor import Processor
 from .workload import Workload
 
+# One engine's numbers by name, as a file holds them.
+Row = dict[str, Any]
+
 
 @dataclass(frozen=True)
 class Projection:
@@ -29,7 +32,7 @@ class Projection:
     deployment: Deployment
     measured: bool
 
-    def rows(self) -> list[dict[str, Any]]:
+    def rows(self) -> list[Row]:
         """Return `row` of each engine."""
         return [row(cost, self.processor, self.deployment) for cost in self.costs]
 
@@ -55,9 +58,7 @@ class Projection:
         return _text(self)
 
 
-def row(
-    cost: EngineCost, processor: Processor, deployment: Deployment
-) -> dict[str, Any]:
+def row(cost: EngineCost, processor: Processor, deployment: Deployment) -> Row:
     """Everything about one engine as plain values."""
     path = {"rtt_s": deployment.rtt_s, "bits_per_second": deployment.bits_per_second}
     dealt = min(deployment.dealer_bits, deployment.server_bits)
@@ -86,6 +87,7 @@ def _text(found: Projection) -> str:
     rows, measured = found.rows(), found.measured
     degrees = sorted({layer.polynomial.degree for layer in work.nonlinear})
     batch = rows[0]["batch"] if rows else 1
+    # What is computed, and where.
     lines = [
         f"{work.name}, input {'x'.join(map(str, work.input_shape))}, batch {batch}: "
         f"{work.macs / 1e9:.3g} G multiply-accumulates, "
@@ -98,6 +100,7 @@ def _text(found: Projection) -> str:
     ]
     if work.unplanned is not None:
         lines.append(f"masked engine: no plan. {work.unplanned}")
+    # Three tables with a row an engine: an inference, what limits many, their price.
     phases: list[tuple[str, ...]] = [
         ("engine", "rounds", "server MB", "client MB", "dealer MB", "offline client MB",
          "once MB", "offline s", "online s", "after silence s")

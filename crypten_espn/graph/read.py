@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -172,7 +171,7 @@ def _opset(model: onnx.ModelProto) -> int:
 
 
 def _node(proto: onnx.NodeProto) -> Node:
-    attributes: dict[str, Any] = {}
+    attributes: dict[str, object] = {}
     problem = ""
     for a in proto.attribute:
         if a.type in (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS):

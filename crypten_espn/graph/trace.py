@@ -12,7 +12,7 @@ import io
 import operator
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any, cast
@@ -115,8 +115,8 @@ def as_it_was(model: torch.nn.Module) -> Iterator[None]:
             vars(module).update(attributes[module])
             module.training = training
         for found, kept in members:
-            cast("dict[str, Any]", found).clear()
-            cast("dict[str, Any]", found).update(kept)
+            cast("dict[str, object]", found).clear()
+            cast("dict[str, object]", found).update(kept)
         with torch.no_grad():
             for buffer, version, value in buffers:
                 if buffer._version != version:
@@ -149,10 +149,14 @@ class _Watch(TorchFunctionMode):
     """Refuses to let a value that depends on the traced input become Python's."""
 
     def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+        self,
+        func: Callable[..., object],
+        types: object,
+        args: Sequence[object] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
         name = getattr(func, "__name__", "")
-        if torch.jit.is_tracing() and args and torch.is_tensor(args[0]):
+        if torch.jit.is_tracing() and args and isinstance(args[0], torch.Tensor):
             if name in _LEAVES_TORCH and _depends_on_input(args[0]):
                 where = _line()
                 raise DataDependence(
@@ -171,9 +175,15 @@ class _Watch(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _behind(value: torch.Tensor) -> Iterator[Any]:
+def _traced(value: torch.Tensor) -> torch._C.Value:
+    """What a tensor is in the trace."""
+    found: torch._C.Value = torch._C._get_value_trace(value)  # type: ignore[attr-defined]
+    return found
+
+
+def _behind(value: torch.Tensor) -> Iterator[torch._C.Value]:
     """What a traced tensor's value hangs on, back to the sizes of tensors."""
-    waiting = [cast(Any, torch._C)._get_value_trace(value)]
+    waiting = [_traced(value)]
     seen: set[str] = set()
     while waiting:
         traced = waiting.pop()
@@ -202,22 +212,22 @@ def _by_batch(value: torch.Tensor) -> bool:
     batches = [traced for traced in _behind(value) if _is_batch(traced)]
     if not batches:
         return False
-    node = cast(Any, torch._C)._get_value_trace(value).node()
+    node = _traced(value).node()
     compare = _COMPARISONS.get(node.kind())
     if compare is None:
         return True
     sides = [_source(traced) for traced in list(node.inputs())[:2]]
     if all(_is_batch(side) for side in sides):
         return False  # of two values: the same, for any batch
-    numbers = [None if _is_batch(side) else side.toIValue() for side in sides]
-    known = [float(n) for n in numbers if n is not None]
+    numbers = [None if _is_batch(side) else _number(side) for side in sides]
+    known = [n for n in numbers if n is not None]
     if len(known) != 1 or sum(map(_is_batch, sides)) != 1:
         return True
     sizes = [1.0, *(known[0] + d for d in (-1, -0.5, 0, 0.5, 1)), 1e9]
     return (
         len(
             {
-                compare(*((size if n is None else float(n)) for n in numbers))
+                compare(*((size if n is None else n) for n in numbers))
                 for size in sizes
                 if size >= 1
             }
@@ -226,15 +236,21 @@ def _by_batch(value: torch.Tensor) -> bool:
     )
 
 
-def _is_batch(traced: Any) -> bool:
+def _is_batch(traced: torch._C.Value) -> bool:
     """Whether a traced value is the size of a tensor's first dimension."""
     if traced.node().kind() != "aten::size":
         return False
     inputs = list(traced.node().inputs())
-    return len(inputs) < 2 or inputs[1].toIValue() == 0
+    return len(inputs) < 2 or _number(inputs[1]) == 0
 
 
-def _source(traced: Any) -> Any:
+def _number(traced: torch._C.Value) -> float | None:
+    """What a traced constant is; None for what is computed."""
+    value = cast("float | None", traced.toIValue())
+    return None if value is None else float(value)
+
+
+def _source(traced: torch._C.Value) -> torch._C.Value:
     """A size or number, without the conversions between it and a tensor."""
     while traced.node().kind() in ("prim::NumToTensor", "aten::Int", "aten::to"):
         traced = next(iter(traced.node().inputs()))

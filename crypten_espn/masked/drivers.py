@@ -17,6 +17,10 @@ from ..wire.packing import pack, packed_bytes, unpack
 from .messages import Compare, Protocol, Receive, Send, Tell
 
 T = TypeVar("T")
+# A message of packed ring elements, each part with its bits; or what a party tells.
+_Message = list[tuple[bytes, int]] | bytes
+# What is on its way, by sender and receiver.
+_Queues = dict[tuple[str, str], deque[_Message]]
 TOLD_BYTES = 32
 
 
@@ -92,10 +96,11 @@ def together(
 
     Raises: MaterialError if digests differ; RuntimeError if all wait for each other.
     """
-    queues: dict[tuple[str, str], deque[Any]] = {}
+    queues: _Queues = {}
     transcript = Transcript()
     values: dict[str, Any] = {}
-    waiting: dict[str, Any] = dict.fromkeys(parts)  # the event each one is held by
+    # The event each one is held by.
+    waiting: dict[str, Receive | Compare | None] = dict.fromkeys(parts)
     running = dict(parts)
     while running:
         moved = False
@@ -110,15 +115,15 @@ def together(
                     answer = _take(event, queue.popleft())
                 moved = True
                 try:
-                    event = part.send(answer)
-                    while isinstance(event, Send | Tell):
-                        _post(name, event, queues, transcript, keep)
-                        event = part.send(None)
+                    asked = part.send(answer)
+                    while isinstance(asked, Send | Tell):
+                        _post(name, asked, queues, transcript, keep)
+                        asked = part.send(None)
                 except StopIteration as end:
                     values[name] = end.value
                     del running[name]
                     break
-                waiting[name] = event
+                event = waiting[name] = asked
         if not moved:
             raise RuntimeError(f"{', '.join(running)} wait for each other.")
     return values, transcript
@@ -127,7 +132,7 @@ def together(
 def _post(
     name: str,
     event: Send | Tell,
-    queues: dict[tuple[str, str], deque[Any]],
+    queues: _Queues,
     transcript: Transcript,
     keep: bool,
 ) -> None:
@@ -144,11 +149,15 @@ def _post(
     queue.append(data)
 
 
-def _take(event: Receive | Compare, message: Any) -> list[np.ndarray] | None:
+def _take(event: Receive | Compare, message: _Message) -> list[np.ndarray] | None:
     """What a waiting part gets from a message, checked as a channel would."""
-    if isinstance(event, Compare):
+    if isinstance(event, Compare) and isinstance(message, bytes):
         _compare(event, message)
         return None
+    if isinstance(event, Compare) or isinstance(message, bytes):
+        raise RuntimeError(
+            f"The {event.of} sent another kind of message than expected."
+        )
     expected = [packed_bytes(count, bits) for count, bits in event.parts]
     if [len(data) for data, _ in message] != expected:
         raise RuntimeError(f"The {event.of} sent parts of another size than expected.")

@@ -79,6 +79,7 @@ def table(plan: Plan, report: PlanReport) -> str:
     rows = [_HEAD]
     for number, (part, known) in enumerate(zip(plan.parts, report.parts, strict=True)):
         elements = plan.elements(number)
+        # What every part has; an activation has powers and two openings besides.
         scale, powers, opens = str(part.frac_bits), "-", "-"
         sent = packed_bytes(elements, part.ring)
         if isinstance(part, Step):

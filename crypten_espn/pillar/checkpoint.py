@@ -24,6 +24,8 @@ COLUMNS = (
     "seconds",
 )
 
+State = dict[str, Any]  # of a run, as its trainer names the parts
+
 
 def write_state(folder: Path, state: Mapping[str, object]) -> None:
     """Write state.pt; the disk has it when this returns."""
@@ -35,9 +37,7 @@ def write_state(folder: Path, state: Mapping[str, object]) -> None:
     os.replace(temporary, folder / "state.pt")
 
 
-def read_state(
-    folder: Path, *, identity: str, device: torch.device
-) -> dict[str, Any] | None:
+def read_state(folder: Path, *, identity: str, device: torch.device) -> State | None:
     """Return what state.pt holds, None if there is none.
 
     Args:
@@ -52,7 +52,7 @@ def read_state(
     if not path.exists():
         return None
     try:
-        state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
+        state: State = torch.load(path, map_location=device, weights_only=True)
         found = state["identity"]
     except Exception as error:  # torch.load raises many kinds
         raise CheckpointError(

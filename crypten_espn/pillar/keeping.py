@@ -5,10 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import cast
 
 import torch
 from torch import nn
+
+_Container = list[object] | dict[object, object] | set[object]
+# Attributes by name; and those of them that are containers, with what stood in them.
+_Attributes = dict[str, object]
+_Contents = dict[str, tuple[_Container, "list[_Same]"]]
 
 
 @contextmanager
@@ -22,38 +27,41 @@ def kept(module: nn.Module) -> Iterator[dict[str, object]]:
     finally:
         torch.random.set_rng_state(generator)
         for _part, states in before:
-            for container, (items, contents) in states:
+            for container, items, contents in states:
                 for key in {*container, *items}:
                     value = container.get(key)
                     if key not in items or value is not items[key]:
                         changed[key] = value
-                    elif key in contents and _elements(value) != contents[key]:
-                        changed[key] = value
-                        _refill(value, contents[key])
+                    elif key in contents:
+                        held, elements = contents[key]
+                        if _elements(held) != elements:
+                            changed[key] = value
+                            _refill(held, elements)
                 # In place, because hooks and the like share these dictionaries.
                 container.clear()
                 container.update(items)
 
 
-def _state(part: nn.Module) -> list[tuple[Any, tuple[Any, Any]]]:
-    containers = [vars(part), part._parameters, part._buffers, part._modules]
+def _state(part: nn.Module) -> list[tuple[_Attributes, _Attributes, _Contents]]:
+    own = [vars(part), part._parameters, part._buffers, part._modules]
+    containers = cast("list[_Attributes]", own)
     result = []
     for container in containers:
         items = dict(container)
         contents = {
-            key: _elements(value)
+            key: (value, _elements(value))
             for key, value in items.items()
             if not key.startswith("_") or key not in _MODULE_STATE
             if isinstance(value, list | dict | set)
         }
-        result.append((container, (items, contents)))
+        result.append((container, items, contents))
     return result
 
 
 _MODULE_STATE = frozenset(vars(nn.Module()))
 
 
-def _elements(value: list[object] | dict[object, object] | set[object]) -> list[_Same]:
+def _elements(value: _Container) -> list[_Same]:
     """The contents of a container, compared by identity."""
     if isinstance(value, dict):
         return [_Same(part) for pair in value.items() for part in pair]
@@ -71,7 +79,7 @@ class _Same:
         return id(self.value)
 
 
-def _refill(container: Any, elements: list[_Same]) -> None:
+def _refill(container: _Container, elements: list[_Same]) -> None:
     values = [element.value for element in elements]
     container.clear()
     if isinstance(container, dict):

@@ -10,6 +10,8 @@ from ..errors import ConversionError
 from .operation import Operation
 from .spellings import SPELLINGS
 
+_Extent = int | tuple[int, int]
+
 
 class PoolSurgeon(Operation):
     """Puts average pooling where there was max pooling."""
@@ -72,7 +74,12 @@ def _check_indices(name: str, return_indices: object) -> None:
 
 
 def _average_pool(
-    name: str, kernel: Any, stride: Any, padding: Any, dilation: Any, ceil: Any
+    name: str,
+    kernel: _Extent,
+    stride: _Extent | None,
+    padding: _Extent,
+    dilation: object,
+    ceil: bool,
 ) -> nn.AvgPool2d:
     if dilation not in (1, (1, 1), [1, 1]):
         raise ConversionError(

@@ -44,6 +44,7 @@ class Run:
         progress: bool,
     ) -> None:
         self.recipe, self.dataset, self.folder = recipe, dataset, folder
+        # Which of how many processes this is, and where it computes.
         self.rank, self.processes = 0, 1
         if distributed.is_initialized():
             self.rank = distributed.get_rank()
@@ -58,6 +59,7 @@ class Run:
         self.polynomial = (
             recipe.polynomial() if recipe.activation == "polynomial" else None
         )
+        # The network, from the recipe's seed alone.
         torch.manual_seed(recipe.seed)
         built = Architecture(
             recipe.network, dataset.classes, dataset.in_channels, dataset.size
@@ -74,6 +76,7 @@ class Run:
         self.parallel: nn.Module = self.model
         if self.processes > 1:
             self.parallel = DistributedDataParallel(self.model)
+        # How it is trained.
         self.optimizer = torch.optim.SGD(
             parameter_groups(recipe, self.model),
             lr=recipe.learning_rate,
@@ -91,6 +94,7 @@ class Run:
                 use_buffers=True,
             )
         self.watch = Watch(recipe)
+        # How far the run is, which a resumed one overwrites.
         self.epoch = 0
         self.step = 0
         self.seconds = 0.0

@@ -13,7 +13,7 @@ import inspect
 import sys
 import types
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -43,7 +43,7 @@ class Trace:
     graph: fx.Graph
     methods: dict[fx.Node, tuple[str, ...]] = field(default_factory=dict)
     constants: dict[str, Tensor] = field(default_factory=dict)
-    fixed: dict[str, Any] = field(default_factory=dict)
+    fixed: dict[str, object] = field(default_factory=dict)
     lost: list[str] = field(default_factory=list)
 
 
@@ -223,7 +223,7 @@ def _left_out(
         named = p.kind == p.KEYWORD_ONLY
         value = "None" if p.name in fixed else star + p.name
         passed.append(f"{p.name}={value}" if named else value)
-    space: dict[str, Any] = {"function": function}
+    space: dict[str, types.FunctionType] = {"function": function}
     exec(
         f"def short({', '.join(taken)}):\n    return function({', '.join(passed)})",
         space,
@@ -258,12 +258,12 @@ class PatchedMethod:
     def _build(self) -> None:
         space = {key: _found(value) for key, value in self.names.items()}
         exec(self.source, space)
-        self.function: types.FunctionType = space["forward"]
+        self.function = cast(types.FunctionType, space["forward"])
         signature = inspect.signature(self.function)
         without_self = list(signature.parameters.values())[1:]
         self.__signature__ = signature.replace(parameters=without_self)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> object:
         """Compute the method.
 
         Raises:
@@ -297,7 +297,7 @@ class OutdatedMethod:
     def __init__(self, module: nn.Module, name: str, why: str) -> None:
         self.module, self.name, self.why = module, name, why
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> object:
         """Raise ConversionError, or be traced as the class's own method."""
         if any(isinstance(value, fx.Proxy) for value in (*args, *kwargs.values())):
             return getattr(type(self.module), self.name)(self.module, *args, **kwargs)
@@ -319,7 +319,7 @@ def _named(value: object) -> object:
     return value
 
 
-def _found(value: Any) -> Any:
+def _found(value: object) -> object:
     if not isinstance(value, _Reference):
         return value
     module = importlib.import_module(value.module)

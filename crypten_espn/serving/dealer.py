@@ -49,6 +49,8 @@ class _Seat:
         self.join = join
         self.connection = connection
         self.taken = False
+        # The client has been told that it waits; its server's thread speaks to it now.
+        self.told = threading.Event()
         self.over = threading.Event()
         self.error: BaseException | None = None
 
@@ -117,7 +119,10 @@ class DealerServer(Host):
                 )
             self._seats[join.session] = seat
         try:
-            tell(connection.channel, Joined())
+            try:
+                tell(connection.channel, Joined())
+            finally:
+                seat.told.set()
             self._await_server(seat)
             seat.over.wait()
             if seat.error is not None:
@@ -160,6 +165,8 @@ class DealerServer(Host):
                 raise PeerError("This session already has its server and its client.")
             seat.taken = True
         seat.connection.wake.set()
+        # A server may come before the thread that told the client is back.
+        seat.told.wait()
         try:
             self._deal(join, channel, seat)
         except BaseException as error:

@@ -11,7 +11,9 @@ elements, whose tag is the inference's index.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeVar, overload
+import functools
+import operator
+from typing import Annotated, Literal, TypeVar, overload
 
 import msgspec
 
@@ -152,9 +154,7 @@ def decode(data: bytes, *kinds: type[M]) -> M:
         PeerError: it is none of them, or one of its fields is missing, unknown, of
             another type, or out of range.
     """
-    wanted: Any = kinds[0]
-    for kind in kinds[1:]:
-        wanted = wanted | kind
+    wanted = functools.reduce(operator.or_, kinds)
     try:
         message: M = msgspec.json.decode(data, type=wanted)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:

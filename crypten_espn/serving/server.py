@@ -246,6 +246,7 @@ class ModelServer(Host):
             MaterialError: an inference would be prepared twice, or material is left.
             PeerError: it exceeds a limit, or names a session that is not the client's.
         """
+        # Limits of one order and of one session.
         limits, count, batch = self.limits, order.count, order.batch
         limits.check_order(start=order.start, count=count, batch=batch)
         left = session.stock.remaining
@@ -257,11 +258,13 @@ class ModelServer(Host):
         each = material_bytes(self.model.plan, "server", batch)
         fresh = session.dealing is None
         with self._sessions_lock:
+            # Memory holds all sessions' material; a folder is as large as its disk.
             if self._directory is None:
                 others = {id(s): s for s in self._sessions.values()}.values()
                 limits.check_bytes(count * each, held=sum(s.stock.held for s in others))
             else:
                 limits.check_bytes(each)
+            # Within a dealing: only forwards.
             if not fresh:
                 if order.session != session.name:
                     raise PeerError("A preparation names another session than its own.")
@@ -272,6 +275,7 @@ class ModelServer(Host):
                         "session."
                     )
                 return False
+            # A new dealing: everything of the one before is used up, the name is free.
             if self._link.dealer is None:
                 raise MaterialError(
                     "The server knows no dealer; start it with dealer=."

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 from ..errors import MaterialError
 from ..masked.header import Identity
@@ -131,7 +131,7 @@ class Stock(Generic[T]):
     @property
     def input_sizes(self) -> Container[int]:
         """Bytes that a client's input may take, at the moment they are looked at."""
-        return _InputSizes(self)
+        return _InputSizes(self.takes_input)
 
     def takes_input(self, size: int) -> bool:
         """Whether some of the material is for inputs of so many bytes on the wire."""
@@ -272,11 +272,11 @@ class Stock(Generic[T]):
 
 
 class _InputSizes:
-    def __init__(self, stock: Stock[Any]) -> None:
-        self._stock = stock
+    def __init__(self, takes: Callable[[int], bool]) -> None:
+        self._takes = takes
 
     def __contains__(self, size: object) -> bool:
-        return isinstance(size, int) and self._stock.takes_input(size)
+        return isinstance(size, int) and self._takes(size)
 
 
 class _Adding(Generic[T]):

@@ -9,7 +9,6 @@ checked for its kind, tag and length before a byte of it is used or allocated.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import socket
 import ssl
@@ -18,6 +17,7 @@ from collections.abc import Collection, Container, Sequence
 import numpy as np
 
 from ..errors import PeerError, PlanMismatchError
+from . import tcp
 from .frames import (
     HEADER_BYTES,
     HELLO_BYTES,
@@ -33,10 +33,6 @@ from .frames import (
 )
 from .packing import pack, packed_bytes, unpack
 from .stream import Reading, Stream, nothing
-
-# Seconds until a peer that vanished without a word is noticed while nothing is under
-# way: idle, then probes apart, and how many.
-_KEEPALIVE = {"TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 15, "TCP_KEEPCNT": 4}
 
 
 class Channel:
@@ -77,17 +73,9 @@ class Channel:
         self.timeout = timeout
         self.messages_sent = self.messages_received = 0
         self.bytes_sent = self.bytes_received = 0
+        tcp.tune(sock)
         self._stream = Stream(sock, peer=peer, last_word=self._last_word)
         self._header: Header | None = None
-        if sock.family in (socket.AF_INET, socket.AF_INET6):
-            # Kernel buffers are left alone: setting them would switch off autotuning,
-            # which a long fast link needs.
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            for name, value in _KEEPALIVE.items():
-                with contextlib.suppress(OSError, AttributeError):
-                    option = getattr(socket, name)
-                    sock.setsockopt(socket.IPPROTO_TCP, option, value)
 
     @property
     def peer(self) -> str:
@@ -107,18 +95,8 @@ class Channel:
         return hashlib.sha256(sock.getpeercert(binary_form=True) or b"").hexdigest()
 
     def pace(self) -> None:
-        """Keep TCP's speed through one inference, where the kernel offers BBR.
-
-        For messages that alternate: after a pause, loss-based congestion control starts
-        slowly again, which on a long path costs a round trip or more for every message.
-        BBR does not; begun afresh for each inference, it does not stop either for its
-        look at the round trip, 0.2 s every ten seconds. Not for exchanges, where both
-        directions fill at once and pacing delays them.
-        """
-        with contextlib.suppress(OSError, AttributeError):
-            option = socket.TCP_CONGESTION
-            for name in (b"bbr", b"reno", b"bbr"):  # the first fails without BBR
-                self._stream.sock.setsockopt(socket.IPPROTO_TCP, option, name)
+        """Keep TCP's speed through one inference; see `tcp.pace`."""
+        tcp.pace(self._stream.sock)
 
     # -- ring elements
 
@@ -404,21 +382,12 @@ def socket_pair(
         timeout: as for `Channel`.
         roles: of the first channel's side, and of the second's.
     """
-    left, right = socket.socketpair()
-    first, second = roles
-    return (
+    ends = [
         Channel(
-            left,
-            role=first,
-            peer_roles=(second,),
-            timeout=timeout,
-            peer=f"the {second}",
-        ),
-        Channel(
-            right,
-            role=second,
-            peer_roles=(first,),
-            timeout=timeout,
-            peer=f"the {first}",
-        ),
-    )
+            sock, role=own, peer_roles=(other,), timeout=timeout, peer=f"the {other}"
+        )
+        for sock, own, other in zip(
+            socket.socketpair(), roles, roles[::-1], strict=True
+        )
+    ]
+    return ends[0], ends[1]

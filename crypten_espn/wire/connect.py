@@ -64,12 +64,12 @@ class Incoming:
             PeerError: the peer is not done in time, or shows no certificate of one of
                 these roles; it is told so.
         """
-        peer = "the " + " or ".join(peer_roles)
+        peer = _named(peer_roles)
         end = time.monotonic() + timeout
-        return _open(
-            self._sock, self._context, self._role, tuple(peer_roles), peer, None, end,
-            timeout,
-        )  # fmt: skip
+        sock = self._sock
+        if self._context is not None:
+            sock = secure(sock, self._context, server=True, end=end, peer=peer)
+        return _channel(sock, self._role, tuple(peer_roles), None, timeout)
 
     def close(self) -> None:
         """Drop the peer."""
@@ -195,7 +195,7 @@ def connect_channel(
         PeerError: the address is none, nobody answers, or the peer is not what it
             should be.
     """
-    peer = f"the {peer_role}"
+    peer = _named((peer_role,))
     host, port = parse_address(address)
     if port == 0:
         raise PeerError(
@@ -207,7 +207,9 @@ def connect_channel(
     context = None if tls is None else _context(tls, role, server=False)
     end = time.monotonic() + timeout
     sock = _connect(found, address, peer, end, timeout)
-    return _open(sock, context, role, (peer_role,), peer, host, end, timeout)
+    if context is not None:
+        sock = secure(sock, context, server=False, end=end, peer=peer)
+    return _channel(sock, role, (peer_role,), host, timeout)
 
 
 # A name's addresses, as getaddrinfo gives them.
@@ -255,6 +257,11 @@ def _context(tls: TLS, role: str, *, server: bool) -> ssl.SSLContext:
     return tls.context(server=server)
 
 
+def _named(roles: Collection[str]) -> str:
+    """A peer in messages, by what it may be."""
+    return "the " + " or ".join(roles)
+
+
 def _connect(
     found: _Found, address: str, peer: str, end: float, timeout: float
 ) -> socket.socket:
@@ -275,21 +282,16 @@ def _connect(
         time.sleep(_PAUSE_S)
 
 
-def _open(
+def _channel(
     sock: socket.socket,
-    context: ssl.SSLContext | None,
     role: str,
     peer_roles: tuple[str, ...],
-    peer: str,
     host: str | None,
-    end: float,
     timeout: float,
 ) -> Channel:
-    """A channel over a connected socket, with TLS and the peer's role checked."""
-    if context is not None:
-        sock = secure(sock, context, server=host is None, end=end, peer=peer)
+    """A channel over a connected socket; under TLS the peer's role is checked."""
     channel = Channel(
-        sock, role=role, peer_roles=peer_roles, timeout=timeout, peer=peer
+        sock, role=role, peer_roles=peer_roles, timeout=timeout, peer=_named(peer_roles)
     )
     if isinstance(sock, ssl.SSLSocket):
         try:

@@ -113,6 +113,7 @@ def test_equal_polynomials_share_one_run():
     assert all(c.run.clip and c.run.recipe.beta > 0 for c in treated)
 
 
+@pytest.mark.slow
 def test_run_learns_records_every_step_and_repeats(data, one_thread):
     outcome, ticks = trained(TREATED, data)
     assert outcome.accuracy is not None and outcome.accuracy > 0.9
@@ -125,6 +126,7 @@ def test_run_learns_records_every_step_and_repeats(data, one_thread):
     assert trained(changed(relu, beta=0.0), data)[0].accuracy == 1.0
 
 
+@pytest.mark.slow
 def test_penalty_and_clip_act_on_large_inputs(data, one_thread):
     """On an interval that is left from the first step."""
     narrow = polynomial("aware", 4, 10, 0.5)
@@ -199,6 +201,7 @@ def unsaved(figure: Any, stem: Path) -> list[Path]:
     return []
 
 
+@pytest.mark.slow
 def test_interrupted_figures_go_on_where_they_were(data, tmp_path, monkeypatch, capsys):
     use(monkeypatch, data)
     monkeypatch.setattr(plots, "save_figure", unsaved)

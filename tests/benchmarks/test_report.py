@@ -25,6 +25,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_page_holds_every_cell_and_needs_no_other_file(folder: Path) -> None:
     files = {file.name for file in render(folder, folder)}
     assert {"inference.csv", "accuracy.csv", "index.html"} <= files

@@ -127,6 +127,7 @@ def test_table_and_csv_show_every_row_and_every_skipped_cell() -> None:
     assert second["mbit"] == "" and second["argmax_agreement"] == ""
 
 
+@pytest.mark.slow
 def test_plots_are_written_as_png_and_svg(tmp_path: Path) -> None:
     points = [(float(x), Spread.of([x + 1.0, x + 2.0])) for x in (0, 50, 100)]
     files = plot_lines(

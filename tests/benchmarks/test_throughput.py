@@ -30,6 +30,7 @@ def test_ratios_are_taken_within_a_round():
     assert "2 in flight" in text and "2.00 [2.00, 4.00]" in text
 
 
+@pytest.mark.slow
 def test_a_small_run():
     network, example = residual()
     model = planned(network, example)

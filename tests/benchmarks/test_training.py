@@ -27,6 +27,7 @@ def options(folder: Path, *more: str) -> list[str]:
     return ["--recipes", "tiny", "--quiet", *places, *more]
 
 
+@pytest.mark.slow
 def test_runs_and_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     kinds = ("--kinds", "finetuned", "polynomial", "relu")
     assert training.main(options(tmp_path, *kinds, "--seeds", "1", "2")) == 0

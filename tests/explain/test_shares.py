@@ -356,6 +356,7 @@ def test_weights_are_rounded_to_nearest(bits):
     assert rounded.requires_grad and rounded.is_leaf
 
 
+@pytest.mark.slow
 def test_the_command_explains_and_compares(capsys, tmp_path):
     path = DATA / "fashion_resnet_poly.safetensors"
     sample = fashion_sample()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -109,3 +111,13 @@ def _mutated(original: bytes, draws: random.Random) -> bytes:
         data[at] = draws.randrange(256)
         at = (at + draws.randrange(3)) % len(data)
     return bytes(data)
+
+
+def run_and_wait(function: Callable[..., None], *args: object) -> int | None:
+    """Run a module's function in a process of its own; its exit code."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["crypten_espn"])
+    process = context.Process(target=function, args=args)
+    process.start()
+    process.join()
+    return process.exitcode

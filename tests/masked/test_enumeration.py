@@ -134,6 +134,7 @@ def second_opening(y: int, v: int, s: int, k: int):
     return x, share, hidden, rho, mine % (1 << v), sent
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("k", [0, 1, 2, 4])
 def test_the_second_opening_hides_its_coins_but_for_what_the_client_drops(k):
     v, s = 9, 4
@@ -157,6 +158,7 @@ def test_a_client_that_draws_its_own_coins_knows_them():
     assert not is_product(ids(r & 7), ids(x)) and share.size == x.size
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("corrected", ["server", "client"])
 def test_a_whole_activation_is_exact_and_hides_all_its_coins(corrected):
     """y = a x**2 + b z through dealing, both shares and the second opening."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
+
 from . import fuzz_plans
 from .cases import fuzzed_plans
 
 
+@pytest.mark.slow
 def test_a_mutated_plan_is_refused_by_name_or_runs():
     outcome = fuzz_plans.run(fuzzed_plans(), seed=1, count=300)
     assert outcome.faults == []
@@ -14,6 +17,7 @@ def test_a_mutated_plan_is_refused_by_name_or_runs():
     assert outcome.counts[fuzz_plans.REFUSED] > 100
 
 
+@pytest.mark.slow
 def test_mutants_are_the_same_for_the_same_seed_and_differ_otherwise():
     texts = fuzzed_plans()
     made = [fuzz_plans.mutant(texts, 1, number) for number in range(50)]

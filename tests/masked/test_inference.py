@@ -239,6 +239,7 @@ class Zoo(torch.nn.Module):
         return self.head(torch.flatten(x, 1))
 
 
+@pytest.mark.slow
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data(), seed=st.integers(0, 2**20))
 def test_random_networks_are_bit_exact_and_close_to_plaintext(data, seed):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 
 from benchmarks.leaks.asking import ask, small_model
@@ -11,6 +12,7 @@ from benchmarks.leaks.attacks import attack_differences, attack_words
 from .cases import without_noise
 
 
+@pytest.mark.slow
 def test_no_word_of_the_client_shows_a_row_of_the_last_layer():
     """Over six networks: masks are drawn anew, and what one shows by chance is chance.
 
@@ -41,6 +43,7 @@ def test_no_word_of_the_client_shows_a_row_of_the_last_layer():
     assert abs(np.median(every) - 0.5) < 0.06
 
 
+@pytest.mark.slow
 def test_answers_to_one_input_do_not_differ_by_rows_of_the_last_layer():
     model = small_model(0)
     torch.manual_seed(100)

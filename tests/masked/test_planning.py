@@ -457,6 +457,7 @@ def test_the_parties_results_have_the_stated_error():
     assert 0.3 * stated <= error <= 1.5 * stated
 
 
+@pytest.mark.slow
 def test_a_bundled_network_has_the_stated_error():
     sample = fashion_sample()
     x = sample.normalization(sample.images[:6])

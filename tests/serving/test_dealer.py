@@ -17,8 +17,10 @@ from crypten_espn.serving.link import Limits
 from crypten_espn.serving.messages import (
     Join,
     Joined,
+    Message,
     Order,
     Paired,
+    Seed,
     hear,
     send_plan,
     tell,
@@ -263,6 +265,23 @@ def test_a_server_that_dies_ends_its_clients_wait(
     with paired(dealer.address, plan) as (server, client):
         server.close()
         assert "Lost the server" in refusal(client)
+
+
+def test_a_server_that_comes_at_once_waits_until_its_client_was_told(
+    dealer: DealerServer, plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = []
+
+    def slowly(channel: Channel, message: Message) -> None:
+        tell(channel, message)
+        if isinstance(message, Joined):
+            time.sleep(0.2)  # the server may come: it finds the seat
+        said.append(type(message))
+
+    monkeypatch.setattr("crypten_espn.serving.dealer.tell", slowly)
+    with paired(dealer.address, plan) as (server, _):
+        takes(server, plan, start=0, count=1, batch=1)
+    assert said == [Joined, Paired, Seed, Seed]
 
 
 def test_an_unforeseen_failure_reaches_both_sides_and_the_log_without_its_text(

@@ -94,6 +94,7 @@ def test_a_seed_is_never_printed() -> None:
     assert NAME not in repr(Seed(seed=NAME, partner=""))
 
 
+@pytest.mark.slow
 def test_mutated_messages_raise_nothing_but_the_packages_errors() -> None:
     kinds = [type(message) for message in EXAMPLES]
     read = refused = 0

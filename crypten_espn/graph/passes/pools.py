@@ -36,13 +36,15 @@ def uniform_pools(graph: NetworkGraph) -> None:
         # What ceil_mode adds beyond the declared pads never counts.
         reach = [(out[i] - 1) * strides[i] + kernel[i] for i in range(2)]
         extra = [max(reach[i] - size[i] - pads[i] - pads[2 + i], 0) for i in range(2)]
+        before_after = (pads[0], pads[2]), (pads[1], pads[3])
         counts = np.outer(
             *(
-                _counts(size[i], kernel[i], strides[i], pads[i], pads[2 + i], out[i],
-                        include)
+                _counts(
+                    size[i], kernel[i], strides[i], before_after[i], out[i], include
+                )
                 for i in range(2)
             )
-        )  # fmt: skip
+        )
         sides = [*pads[:2], *(pads[2 + i] + extra[i] for i in range(2))]
         if any(sides):
             node.inputs[0] = padded(graph, node, node.inputs[0], sides)
@@ -58,9 +60,10 @@ def uniform_pools(graph: NetworkGraph) -> None:
 
 
 def _counts(
-    size: int, kernel: int, stride: int, low: int, high: int, out: int, include: bool
+    size: int, kernel: int, stride: int, pads: tuple[int, int], out: int, include: bool
 ) -> np.ndarray:
     """How many elements each window counts along one axis."""
+    low, high = pads
     first, last = (-low, size + high) if include else (0, size)
     starts = np.arange(out) * stride - low
     return np.minimum(starts + kernel, last) - np.maximum(starts, first)

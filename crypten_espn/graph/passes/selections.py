@@ -190,10 +190,11 @@ def choose(
             graph.remove(before)
             return
     matrix = _matrix(picks, shape[last])
+    node.inputs = [source]
     if len(shape) == 4:
-        as_convolution(graph, node, matrix[:, :, None, None], bias, [1, 1], 1, source)
+        as_convolution(graph, node, matrix[:, :, None, None], bias, [1, 1], 1)
     else:
-        node.op, node.inputs, node.attributes = "Gemm", [source], {"transB": 1}
+        node.op, node.attributes = "Gemm", {"transB": 1}
         set_weights(graph, node, matrix, bias)
 
 
@@ -212,10 +213,9 @@ def as_convolution(
     bias: np.ndarray,
     strides: Sequence[int],
     groups: int,
-    source: str = "",
 ) -> None:
-    """Make a node a convolution of its first input, or of `source`, without pads."""
-    node.op, node.inputs = "Conv", [source or node.inputs[0]]
+    """Make a node a convolution of its first input, without pads."""
+    node.op, node.inputs = "Conv", node.inputs[:1]
     node.attributes = {
         "strides": list(strides),
         "dilations": [1, 1],
@@ -257,6 +257,8 @@ def _pad(graph: NetworkGraph, node: Node) -> None:
         source, shape = cropped, graph.shapes[cropped]
         before, after = ([max(v, 0) for v in side] for side in (before, after))
     channel = 1 if len(shape) == 4 else len(shape) - 1
+    # What is left to pad: channels by choosing, rows and columns by a Pad of zeros
+    # between two shifts by the value.
     image = [i for i in range(1, len(shape)) if i != channel and before[i] + after[i]]
     if before[0] or after[0]:
         node.problem = "it pads the batch; pad channels, rows or columns"
@@ -308,6 +310,8 @@ def _concat(graph: NetworkGraph, node: Node) -> None:
     if axis != channel:
         node.problem = "constants can be put beside channels or features only (dim=1)"
         return
+    # A group for each value, with the constants that follow it; the first has those
+    # before it too.
     groups: list[tuple[str, list[int | None], list[float]]] = []
     waiting: list[float] = []
     for name in node.inputs:
@@ -330,11 +334,13 @@ def _concat(graph: NetworkGraph, node: Node) -> None:
             picks: list[int | None] = [None] * len(waiting)
             groups.append((name, [*picks, *range(size)], [*waiting, *[0.0] * size]))
             waiting = []
+    # One value: the node itself chooses.
     if len(groups) == 1:
         name, places, constants = groups[0]
         node.inputs = [name]
         choose(graph, node, name, places, np.array(constants))
         return
+    # Several: each with constants gets a node of its own, and this one joins them.
     node.inputs = []
     for name, places, constants in groups:
         if None in places:

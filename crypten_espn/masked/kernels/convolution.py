@@ -90,6 +90,7 @@ def _tile(pixels: int, vectors: int) -> Callable[..., None]:
                 value.align = size
                 return value
 
+            # Before the loop: where each pixel and each sum lies, and the sums so far.
             places = [
                 builder.add(x, load(builder.add(offsets, constant(8 * p)), index))
                 for p in range(pixels)
@@ -110,6 +111,8 @@ def _tile(pixels: int, vectors: int) -> Callable[..., None]:
             done = builder.append_basic_block("tile_done")
             builder.branch(loop)
 
+            # The loop over channels: its counter and its sums come from before, or from
+            # the turn that has just ended.
             builder.position_at_end(loop)
             c = builder.phi(index)
             c.add_incoming(constant(0), entry)
@@ -117,11 +120,13 @@ def _tile(pixels: int, vectors: int) -> Callable[..., None]:
             for phis, values in zip(sums, before, strict=True):
                 for phi, value in zip(phis, values, strict=True):
                     phi.add_incoming(value, entry)
+            # One load of each weight vector, for all pixels of the tile.
             start = builder.add(weight, builder.mul(c, row))
             weights = [
                 load(builder.add(start, constant(v * VECTOR)), vector)
                 for v in range(vectors)
             ]
+            # A pixel's one channel in every lane, times each of the weight vectors.
             away = builder.mul(c, constant(size))
             nothing = ir.Constant(vector, ir.Undefined)
             first = ir.Constant(ir.VectorType(half, lanes), [0] * lanes)
@@ -141,11 +146,13 @@ def _tile(pixels: int, vectors: int) -> Callable[..., None]:
                 )
                 for phi, result in zip(phis, results[-1], strict=True):
                     phi.add_incoming(result, loop)
+            # The next channel, if there is one.
             following = builder.add(c, constant(1))
             c.add_incoming(following, loop)
             more = builder.icmp_signed("<", following, count)
             builder.cbranch(more, loop, done)
 
+            # After the loop, the sums meet memory.
             builder.position_at_end(done)
             for line, values in zip(outs, results, strict=True):
                 for address, result in zip(line, values, strict=True):

@@ -39,6 +39,7 @@ _CIFAR100_NORMALIZATION = Normalization(
 
 def cifar(directory: Path, held_out: int | None, classes: int) -> Dataset:
     """Read the binary version of CIFAR: label bytes, then 3072 pixels, per image."""
+    # Where the versions differ: in names, and a coarse label before CIFAR-100's fine.
     folder_name, archive, label_bytes, train, test = {
         10: (
             "cifar-10-batches-bin",
@@ -75,6 +76,7 @@ def cifar(directory: Path, held_out: int | None, classes: int) -> Dataset:
                 raise DataError(
                     f"{path} cannot be read ({error}); fetch it again"
                 ) from error
+            # A file has no header; only its length tells a truncated one.
             if len(raw) != count // len(files) * (label_bytes + 3072):
                 raise DataError(f"{path} has {len(raw)} bytes; fetch it again")
             records.append(torch.frombuffer(bytearray(raw), dtype=torch.uint8))

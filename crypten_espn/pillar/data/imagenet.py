@@ -112,6 +112,7 @@ def imagenet(
                 "it to train/CLASS/*.JPEG and val/CLASS/*.JPEG, and pass the folder "
                 "that holds both as --data"
             )
+    # The augmentation of torchvision's own ResNet recipe, and its resize and crop.
     normalize = [
         v2.PILToTensor(),
         v2.ToDtype(torch.float32, scale=True),
@@ -133,6 +134,7 @@ def imagenet(
             *normalize,
         ]
     )
+    # The validation images come from train; val is the test set.
     whole = ImageFolder(str(directory / "train"))
     keep, hold = held_out_of(
         len(whole.samples), 10_000 if held_out is None else held_out, "imagenet"

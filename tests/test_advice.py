@@ -1,0 +1,104 @@
+"""Advice that is followed makes check pass."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+import crypten_espn as espn
+from tests.conversion_cases import (
+    POLYNOMIAL,
+    Function,
+    image,
+    refusal,
+)
+
+
+def fitted(f):
+    return espn.PolynomialActivation(POLYNOMIAL.fit(f, degree=4))
+
+
+ADVICE = {
+    "silu": (nn.SiLU(), nn.SiLU),
+    "silu as a function": (functional.silu, nn.SiLU),
+    "silu by hand": (lambda y: y * torch.sigmoid(y), nn.SiLU),
+    "gelu": (nn.GELU(), nn.GELU),
+    "gelu by tanh": (nn.GELU("tanh"), nn.GELU),
+    "mish": (nn.Mish(), nn.Mish),
+    "hard-swish": (nn.Hardswish(), nn.Hardswish),
+    "hard-swish by hand": (lambda y: y * functional.relu6(y + 3) / 6, nn.Hardswish),
+    "relu6": (nn.ReLU6(), nn.ReLU6),
+    "hardtanh": (nn.Hardtanh(), nn.Hardtanh),
+    "sigmoid": (torch.sigmoid, nn.Sigmoid),
+    "tanh": (nn.Tanh(), nn.Tanh),
+    "elu": (nn.ELU(), nn.ELU),
+    "selu": (nn.SELU(), nn.SELU),
+    "softplus": (nn.Softplus(), nn.Softplus),
+    "leaky relu": (nn.LeakyReLU(), nn.LeakyReLU),
+    "softsign": (nn.Softsign(), nn.Softsign),
+    "hard-sigmoid": (nn.Hardsigmoid(), nn.Hardsigmoid),
+}
+
+
+def around(inner):
+    """A network with something between two convolutions."""
+    if isinstance(inner, nn.Module):
+        return nn.Sequential(nn.Conv2d(4, 4, 3), inner, nn.Conv2d(4, 2, 1))
+    layers = nn.Conv2d(4, 4, 3), nn.Conv2d(4, 2, 1)
+    return Function(lambda x, a, b: b(inner(a(x))), *layers)
+
+
+@pytest.mark.parametrize("name", ADVICE)
+def test_advice_for_an_activation_makes_check_pass(name):
+    written, module = ADVICE[name]
+    report = espn.check(around(written), image())
+    (found,) = report.findings
+    assert f"{{torch.nn.{module.__name__}: polynomial}}" in found.cure
+    assert f"torch.nn.{module.__name__}()" in found.cure
+    model = around(written if isinstance(written, nn.Module) else module())
+    model = espn.replace_activations(model, {module: POLYNOMIAL})
+    assert espn.check(model, image()).ok
+
+
+@pytest.mark.parametrize(
+    "square", [lambda y: y**2, lambda y: y * y, torch.square], ids=["**", "*", "square"]
+)
+def test_advice_for_a_square_is_exact(square):
+    (found,) = espn.check(around(square), image()).findings
+    given = "espn.PolynomialActivation(espn.Polynomial((0, 0, 1), 0, (-5.0, 5.0)))"
+    assert given in found.cure
+    exact = eval(given, {"espn": espn})
+    model = around(square)
+    model.function = lambda x, a, b: b(exact(a(x)))
+    torch.testing.assert_close(model(image()), around_like(model, square)(image()))
+    assert espn.check(model, image()).ok
+
+
+def around_like(model, inner):
+    return Function(lambda x, a, b: b(inner(a(x))), *model.layers)
+
+
+def test_advice_for_a_function_of_ones_own():
+    def own(y):
+        return y * torch.tanh(2 * y)
+
+    (found,) = espn.check(around(own), image()).findings
+    assert "espn.Polynomial.fit(f, degree=4)" in found.cure
+    assert espn.check(around(fitted(own)), image()).ok
+
+
+def test_other_advice_makes_check_pass():
+    pools = nn.Sequential(nn.Conv2d(4, 4, 3), nn.MaxPool2d(2))
+    (found,) = espn.check(pools, image()).findings
+    assert found.cure == "replace_pooling(model)" and not found.blocking
+    assert espn.check(espn.replace_pooling(pools), image()).masked is None
+    for head in (nn.Softmax(1), nn.LogSoftmax(1)):
+        model = nn.Sequential(nn.Flatten(), nn.Linear(192, 3), head)
+        (found,) = espn.check(model, image()).findings
+        assert "drop the last" in found.cure
+        assert espn.check(model[:-1], image()).ok
+    taking = Function(lambda x, a: a(x)[:, 0], nn.Conv2d(4, 4, 3))
+    assert "x[:, 2:3]" in refusal(taking, image())
+    assert espn.check(Function(lambda x, a: a(x)[:, 2:3], *taking.layers), image()).ok
