@@ -169,7 +169,7 @@ def test_a_whole_activation_is_exact_and_hides_all_its_coins(corrected):
     taken[:, 0], taken[:, 1] = pad0, pad1
     given = np.empty_like(taken)
     shifts, degrees = np.array([shift]), np.array([2])
-    table = np.array([[[0, 0, a], [0, 2 * a, 0]]])
+    coeffs = np.array([[0, 0, a]])[:, :, None]
     kernels.deal_polynomial(
         r[None],
         rho,
@@ -177,8 +177,8 @@ def test_a_whole_activation_is_exact_and_hides_all_its_coins(corrected):
         bits=m,
         shifts=shifts,
         degrees=degrees,
-        table=table,
-        linear=b,
+        coeffs=coeffs,
+        linear=np.array([b]),
         linear_shift=0,
         out=given,
     )
@@ -191,21 +191,22 @@ def test_a_whole_activation_is_exact_and_hides_all_its_coins(corrected):
         c = (z + (1 << (m - 2)) + r) % (1 << m)
         shifted = (c >> shift)[None]
         shares = []
-        for values, public in ((server_values, [0, 0, a]), (client_values, [0, 0, 0])):
+        for values, leading in ((server_values, a), (client_values, 0)):
             out = np.empty_like(r)
             kernels.polynomial_share(
                 shifted,
                 values,
                 widths=m - shifts,
                 degrees=degrees,
-                public=np.array([public]),
-                constant=0,
+                leading=np.array([[leading]]),
                 start=0,
                 step=0,
                 out=out,
             )
             shares.append(out)
-        kernels.add_linear(c, bits=m, shift=0, coefficient=b, out=shares[0])
+        kernels.add_linear(
+            c, bits=m, shift=0, coefficient=np.array([b]), start=0, out=shares[0]
+        )
         sent = shares[1] % (1 << v)
         opened = np.empty_like(r)
         kernels.truncate(shares[0], sent, bits=v, drop=s, step=0, out=opened)

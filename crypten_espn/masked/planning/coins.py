@@ -11,6 +11,7 @@ import math
 import torch
 
 from .layers import Layer
+from .precision import columns_of
 from .scales import Scales
 
 # Inputs, runs of each, and about how many values may be computed in all.
@@ -64,27 +65,29 @@ def _run(scales: Scales, x: torch.Tensor, random: torch.Generator) -> torch.Tens
     network = scales.network
 
     def compute(layer: Layer, inputs: list[torch.Tensor]) -> torch.Tensor:
-        if layer.polynomial is None:
+        if not layer.activates:
             return network.compute(layer, inputs)
-        return _activated(scales, layer.name, inputs[0], random)
+        return _activated(scales, layer, inputs[0], random)
 
     return network.walk(x, [network.output], compute)[network.output]
 
 
 def _activated(
-    scales: Scales, name: str, z: torch.Tensor, random: torch.Generator
+    scales: Scales, layer: Layer, z: torch.Tensor, random: torch.Generator
 ) -> torch.Tensor:
     """A polynomial whose powers and result are truncated with coins."""
-    part = scales.source_of[name] - 1
-    polynomial = scales.network.layers[name].polynomial
-    found = scales.truncations(name, scales.frac_bits[part + 1])
-    assert polynomial is not None and found is not None
-    y = torch.full_like(z, polynomial.coeffs[0])
+    part = scales.source_of[layer.name] - 1
+    found = scales.truncations(layer.name, scales.frac_bits[part + 1])
+    assert found is not None
+    columns = torch.from_numpy(columns_of(layer.rows)).to(z)
+    columns = columns.reshape(*columns.shape, *[1] * (z.dim() - 2))
+    y = torch.zeros_like(z).add_(columns[0])
     terms: list[tuple[int, tuple[int, ...]]] = []
     if found.linear is not None:
         terms.append((found.linear.shift, (1,)))
     terms += [
-        (g.shift, tuple(k for k, c in enumerate(g.coeffs) if c)) for g in found.groups
+        (g.shift, tuple(k for k, c in enumerate(zip(*g.coeffs, strict=True)) if any(c)))
+        for g in found.groups
     ]
     for shift, powers in terms:
         base = _truncated(z, scales.scales[part] - shift, random) if shift else z
@@ -93,7 +96,7 @@ def _activated(
             for _ in range(reached, k):
                 power = power * base
             reached = k
-            y.add_(power, alpha=polynomial.coeffs[k])
+            y.addcmul_(power, columns[k])
     return _truncated(y, scales.frac_bits[part + 1], random)
 
 

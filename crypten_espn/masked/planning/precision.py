@@ -7,65 +7,109 @@ in a power of a polynomial.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from ...polynomial import Polynomial
+from ...polynomial import AnyPolynomial, ChannelPolynomials, Polynomial
 from ..steps import Group, Linear
+
+# By power, real numbers by channel: one for all, or one for each.
+Error = Mapping[int, np.ndarray]
+
+
+def by_channel(polynomial: AnyPolynomial) -> tuple[Polynomial, ...]:
+    """One polynomial for all channels, or one for each."""
+    if isinstance(polynomial, Polynomial):
+        return (polynomial,)
+    first, *others = polynomial.rows
+    return polynomial.rows if any(row != first for row in others) else (first,)
+
+
+def columns_of(rows: Sequence[Polynomial]) -> np.ndarray:
+    """(degree + 1, channels) float64, the degree at least 1."""
+    if len(rows) > 1:
+        table = ChannelPolynomials(tuple(rows)).coeffs.T
+    else:
+        table = np.array(rows[0].coeffs)[:, None]
+    return table if len(table) > 1 else np.vstack([table, np.zeros_like(table)])
+
+
+def radii_of(rows: Sequence[Polynomial]) -> np.ndarray:
+    """(channels,), of each one's interval."""
+    return np.array([max(map(abs, row.interval)) for row in rows])
 
 
 @dataclass(frozen=True)
 class Effect:
     """How far errors of y = p(z) move a network's outputs.
 
-    Both are mean squares, summed over the outputs, for an image of the calibration
-    inputs; the error of an element of y is a polynomial e of that element of z.
+    All are mean squares, summed over the outputs, for an image of the calibration
+    inputs; the error of an element of y is a polynomial e of that element of z, each
+    channel's with coefficients of its own.
 
     Args:
-        independent: [n]: when elements err by random signs. e = sum_k e_k z**k counts
-            sum_jk e_j e_k independent[j + k].
-        coherent: [j, k]: when no sign is random. It counts
-            sum_jk e_j e_k coherent[j, k].
+        independent: [c, n]: when elements err by random signs. e = sum_k e_k z**k
+            counts sum_jk e_j e_k independent[c, j + k].
+        sums: [i, c, k]: when no sign is random. In sample i the outputs move by
+            sum_k e_k sums[i, c, k].
+        elsewhere: [c, n]: what counts beside the samples, as `independent`.
     """
 
     independent: np.ndarray
-    coherent: np.ndarray
+    sums: np.ndarray
+    elsewhere: np.ndarray
 
     @property
     def rounding(self) -> float:
         """When every element errs by 1, its sign random."""
-        return float(self.independent[0])
+        return float(self.independent[:, 0].sum())
 
-    def of_signs(self, error: Mapping[int, float]) -> float:
+    def of_signs(self, error: Error) -> float:
         """What an error of random sign counts, given by its powers' coefficients."""
-        return self._sum(error, lambda j, k: self.independent[j + k])
+        return float(np.maximum(_squares(error, self.independent), 0.0).sum())
 
-    def of_bias(self, error: Mapping[int, float]) -> float:
-        """What an error without random signs counts."""
-        return self._sum(error, lambda j, k: self.coherent[j, k])
+    def of_bias(self, error: Error) -> float:
+        """What an error without random signs counts; channels err independently."""
+        return self._of_sums(error, np.square(self._moved(error)).sum(1))
 
-    @staticmethod
-    def _sum(
-        error: Mapping[int, float], weight: Callable[[int, int], np.float64]
-    ) -> float:
-        total = sum(
-            a * b * float(weight(j, k))
-            for j, a in error.items()
-            for k, b in error.items()
-        )
-        return max(total, 0.0)
+    def of_factor(self, error: Error) -> float:
+        """What such an error counts that is one in all channels."""
+        return self._of_sums(error, np.square(self._moved(error).sum(1)))
+
+    def _moved(self, error: Error) -> np.ndarray:
+        """(samples, channels)."""
+        moved = np.zeros(self.sums.shape[:2])
+        for k, e in error.items():
+            moved += e * self.sums[:, :, k]
+        return moved
+
+    def _of_sums(self, error: Error, squares: np.ndarray) -> float:
+        beside = np.maximum(_squares(error, self.elsewhere), 0.0)
+        return float(squares.mean() + beside.sum())
 
 
-NO_EFFECT = Effect(np.zeros(1), np.zeros((1, 1)))
+def _squares(error: Error, weights: np.ndarray) -> np.ndarray:
+    """By channel, sum_jk e_j e_k weights[c, j + k]."""
+    total = np.zeros(len(weights))
+    for j, a in error.items():
+        for k, b in error.items():
+            total += a * b * weights[:, j + k]
+    return total
+
+
+NO_EFFECT = Effect(np.zeros((1, 1)), np.zeros((1, 1, 1)), np.zeros((1, 1)))
 _ELSEWHERE = 1e-4
 
 
 def measured_effect(
-    z: torch.Tensor, gradients: Sequence[torch.Tensor], *, degree: int, radius: float
+    z: torch.Tensor,
+    gradients: Sequence[torch.Tensor],
+    *,
+    degree: int,
+    radii: np.ndarray,
 ) -> Effect:
     """The effect of errors of a polynomial of z, from the outputs' derivatives.
 
@@ -74,32 +118,33 @@ def measured_effect(
     each does.
 
     Args:
-        z: (batch, ...), the activation's input.
+        z: (batch, channels, ...), the activation's input.
         gradients: of the outputs' sums, signs at random, by y; each shaped like z.
         degree: of the polynomials that errors are.
-        radius: of the interval.
+        radii: of the intervals, one for all channels or one for each.
     """
     if not any(bool(gradient.any()) for gradient in gradients):
         gradients = [torch.ones_like(z)]
-    independent = np.zeros(2 * degree + 1)
-    coherent = np.zeros((degree + 1, degree + 1))
+    shape = len(z), len(radii), -1
+    z = z.reshape(shape)
+    independent = np.zeros((len(radii), 2 * degree + 1))
+    sums = []
     for gradient in gradients:
-        power, sums = torch.ones_like(z), []
+        gradient = gradient.reshape(shape)
+        power = torch.ones_like(z)
         for n in range(2 * degree + 1):
-            independent[n] += float((gradient.square() * power).sum())
+            independent[:, n] += (gradient.square() * power).sum((0, 2)).numpy()
             if n <= degree:
-                sums.append((gradient * power).flatten(1).sum(1).numpy())
+                sums.append((gradient * power).sum(2).numpy())
             power = power * z
-        coherent += np.array(sums) @ np.array(sums).T
     count = len(z) * len(gradients)
     order = np.arange(2 * degree + 1)
-    even = np.where(order % 2 == 0, radius**order / (order + 1.0), 0.0)
-    elsewhere = _ELSEWHERE * independent[0] / count * even
-    pairs = order[: degree + 1]
-    return Effect(
-        independent / count + elsewhere,
-        coherent / count + elsewhere[pairs[:, None] + pairs],
-    )
+    even = np.where(order % 2 == 0, radii[:, None] ** order / (order + 1.0), 0.0)
+    elsewhere = _ELSEWHERE * independent[:, :1] / count * even
+    # (gradients * powers, batch, channels) to (gradients * batch, channels, powers)
+    by_power = np.array(sums).reshape(len(gradients), degree + 1, len(z), len(radii))
+    samples = by_power.transpose(0, 2, 3, 1).reshape(count, len(radii), degree + 1)
+    return Effect(independent / count + elsewhere, samples, elsewhere)
 
 
 @dataclass(frozen=True)
@@ -120,7 +165,7 @@ class Truncations:
 
 
 def choose_truncations(
-    polynomial: Polynomial,
+    rows: Sequence[Polynomial],
     *,
     ring: int,
     frac_bits: int,
@@ -133,48 +178,54 @@ def choose_truncations(
     1. The square has a truncation of its own; from the third power on, an odd one and
        the even one above it share theirs.
     2. A truncation keeps as many bits as its powers' coefficients allow: the rounding
-       of x against the rounding of the coefficient at F - k f_k bits.
+       of x against the rounding of the coefficient at F - k f_k bits, over all
+       channels.
     3. The linear term keeps all bits, or as many as serve its coefficient; it costs no
        dealer value and uses the first group's mask, so it drops no more than that.
     4. No coefficient rounds to 0, or by more than a quarter, unless that moves the
        result by less than a unit on the whole interval.
 
     Args:
-        polynomial: public.
+        rows: public; one for all channels, or one for each.
         ring: bits of z; an opening drops at most all but three.
         frac_bits: g, of the opened z.
         result_bits: f, of the result.
         value_frac_bits: F.
-        effect: of errors of the result.
+        effect: of errors of the result, by the same channels.
 
     Returns: None if too little is left of a coefficient however z is truncated.
     """
-    numerators = polynomial.numerators
     groups = []
     by_coins = by_coefficients = 0.0
     least = max(0, frac_bits - (ring - 3))
-    kept = _Choice(polynomial, frac_bits, result_bits, value_frac_bits, effect)
-    for powers in _shared(k for k in range(2, len(numerators)) if numerators[k]):
+    columns = columns_of(rows)
+    kept = _Choice(
+        columns, radii_of(rows), frac_bits, result_bits, value_frac_bits, effect
+    )
+    for powers in _shared(k for k in range(2, len(columns)) if columns[k].any()):
         best = kept.best(powers, range(least, frac_bits + 1))
         if best is None:
             return None
         bits, coin, coefficient = best
-        coeffs = [0] * (powers[-1] + 1)
-        for k in powers:
-            coeffs[k] = polynomial.integer(k, value_frac_bits - k * bits)
+        coeffs = []
+        for row in rows:
+            own = [0] * (powers[-1] + 1)
+            for k in powers:
+                own[k] = row.integer(k, value_frac_bits - k * bits)
+            coeffs.append(tuple(own))
         groups.append(Group(frac_bits - bits, tuple(coeffs)))
         by_coins += coin
         by_coefficients += coefficient
     linear = None
-    if (len(numerators) > 1 and numerators[1]) or not groups:
+    if columns[1].any() or not groups:
         if groups:
             least = frac_bits - groups[0].shift
         best = kept.best([1], range(least, frac_bits + 1))
         if best is None:
             return None
         bits, coin, coefficient = best
-        factor = polynomial.integer(1, value_frac_bits - bits)
-        linear = Linear(frac_bits - bits, factor)
+        factors = (row.integer(1, value_frac_bits - bits) for row in rows)
+        linear = Linear(frac_bits - bits, tuple(factors))
         by_coins += coin
         by_coefficients += coefficient
     return Truncations(linear, tuple(groups), by_coins, by_coefficients)
@@ -194,9 +245,16 @@ def _shared(powers: Iterable[int]) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class _Choice:
-    """How many bits powers of z keep; fields as `choose_truncations` takes them."""
+    """How many bits powers of z keep.
 
-    polynomial: Polynomial
+    Args:
+        columns: (degree + 1, channels) real coefficients.
+        radii: (channels,) of the intervals.
+        frac_bits, result_bits, value_frac_bits, effect: as of `choose_truncations`.
+    """
+
+    columns: np.ndarray
+    radii: np.ndarray
     frac_bits: int
     result_bits: int
     value_frac_bits: int
@@ -210,16 +268,17 @@ class _Choice:
         A truncation that drops bits goes to one of two neighbours at random, on average
         a sixth of a squared unit away; a coefficient is off in the same way everywhere.
         """
-        coeffs = (*self.polynomial.coeffs, 0.0)
-        by_unit = self.effect.of_signs({k - 1: k * coeffs[k] for k in powers}) / 6
+        columns = self.columns
+        by_unit = self.effect.of_signs({k - 1: k * columns[k] for k in powers}) / 6
         found = []
         for bits in choices:
-            off = {}
+            off, fits = {}, True
             for k in powers:
                 at = self.value_frac_bits - k * bits
-                off[k] = math.ldexp(self.polynomial.integer(k, at), -at)
-                off[k] -= coeffs[k]
-            if any(self._lost(k, coeffs[k], error) for k, error in off.items()):
+                integers = _rounded(np.ldexp(columns[k], at))
+                off[k] = np.ldexp(integers, -at) - columns[k]
+                fits = fits and not self._lost(k, integers, off[k])
+            if not fits:
                 continue
             by_x = by_unit * 2.0 ** (-2 * bits) if bits < self.frac_bits else 0.0
             by_coefficient = self.effect.of_bias(off)
@@ -229,8 +288,17 @@ class _Choice:
         _, bits, by_x, by_coefficient = min(found, key=lambda entry: entry[0])
         return bits, by_x, by_coefficient
 
-    def _lost(self, k: int, coefficient: float, off: float) -> bool:
-        """Whether too little is left of a coefficient that counts."""
-        radius = max(map(abs, self.polynomial.interval))
-        counts = abs(off) * radius**k >= 2.0**-self.result_bits
-        return counts and abs(off) > abs(coefficient) / 4
+    def _lost(self, k: int, integers: np.ndarray, off: np.ndarray) -> bool:
+        """Whether a coefficient is too large, or counts and has too little left."""
+        counts = np.abs(off) * self.radii**k >= 2.0**-self.result_bits
+        lost = counts & (np.abs(off) > np.abs(self.columns[k]) / 4)
+        return bool((lost | (np.abs(integers) >= _LARGEST)).any())
+
+
+_LARGEST = 2.0**62  # of a coefficient's integer
+
+
+def _rounded(values: np.ndarray) -> np.ndarray:
+    """To nearest, half up, exact at any size: as `Polynomial.integer` rounds."""
+    below: np.ndarray = np.floor(values)
+    return np.where(values - below >= 0.5, below + 1, below)
