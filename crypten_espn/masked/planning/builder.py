@@ -91,7 +91,7 @@ class Builder:
         return Activation(
             found.linear,
             found.groups,
-            tuple(row.integer(0, value_frac_bits) for row in layer.rows),
+            found.constant,
             scales.drop,
             frac_bits,
         )

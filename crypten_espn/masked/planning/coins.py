@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 
 from .layers import Layer
-from .precision import columns_of
 from .scales import Scales
 
 # Inputs, runs of each, and about how many values may be computed in all.
@@ -79,20 +79,16 @@ def _activated(
     part = scales.source_of[layer.name] - 1
     found = scales.truncations(layer.name, scales.frac_bits[part + 1])
     assert found is not None
-    columns = torch.from_numpy(columns_of(layer.rows)).to(z)
-    columns = columns.reshape(*columns.shape, *[1] * (z.dim() - 2))
-    y = torch.zeros_like(z).add_(columns[0])
-    terms: list[tuple[int, tuple[int, ...]]] = []
-    if found.linear is not None:
-        terms.append((found.linear.shift, (1,)))
-    terms += [
-        (g.shift, tuple(k for k, c in enumerate(zip(*g.coeffs, strict=True)) if any(c)))
-        for g in found.groups
-    ]
-    for shift, powers in terms:
+    y = torch.zeros_like(z)
+    for shift, real in found.terms:
+        columns = torch.from_numpy(real).to(z)
+        columns = columns.reshape(*real.shape, *[1] * (z.dim() - 2))
         base = _truncated(z, scales.scales[part] - shift, random) if shift else z
         power, reached = base, 1
-        for k in powers:
+        for k in np.flatnonzero(real.any(1)).tolist():
+            if k == 0:
+                y.add_(columns[0])
+                continue
             for _ in range(reached, k):
                 power = power * base
             reached = k

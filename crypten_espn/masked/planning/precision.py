@@ -152,7 +152,9 @@ class Truncations:
     """A polynomial's powers at their truncations, and what rounding does then.
 
     Args:
-        linear, groups: as the plan holds them.
+        linear, groups, constant: as the plan holds them.
+        terms: of the linear term and each group, the bits dropped and the real
+            coefficients that its integers stand for, by power and channel.
         by_coins: the outputs' mean square error by truncated x; it differs from run to
             run.
         by_coefficients: by rounded coefficients; the same in every run.
@@ -160,6 +162,8 @@ class Truncations:
 
     linear: Linear | None
     groups: tuple[Group, ...]
+    constant: tuple[int, ...]
+    terms: tuple[tuple[int, np.ndarray], ...]
     by_coins: float
     by_coefficients: float
 
@@ -176,13 +180,17 @@ def choose_truncations(
     """Which truncation serves which powers of a polynomial.
 
     1. The square has a truncation of its own; from the third power on, an odd one and
-       the even one above it share theirs.
-    2. A truncation keeps as many bits as its powers' coefficients allow: the rounding
+       the even one above it share theirs. They are chosen from the highest down.
+    2. A group of powers from the seventh on is completed: lower powers at its own
+       truncation, which cost nothing more, make it flat where inputs lie, so that
+       truncating x moves it least; lower groups compute what is left. So do they take
+       up what rounding did to its coefficients, as far as lower powers can.
+    3. A truncation keeps as many bits as its powers' coefficients allow: the rounding
        of x against the rounding of the coefficient at F - k f_k bits, over all
        channels.
-    3. The linear term keeps all bits, or as many as serve its coefficient; it costs no
+    4. The linear term keeps all bits, or as many as serve its coefficient; it costs no
        dealer value and uses the first group's mask, so it drops no more than that.
-    4. No coefficient rounds to 0, or by more than a quarter, unless that moves the
+    5. No coefficient rounds to 0, or by more than a quarter, unless that moves the
        result by less than a unit on the whole interval.
 
     Args:
@@ -195,40 +203,63 @@ def choose_truncations(
 
     Returns: None if too little is left of a coefficient however z is truncated.
     """
-    groups = []
-    by_coins = by_coefficients = 0.0
+    left = columns_of(rows).copy()
+    kept = _Choice(radii_of(rows), frac_bits, result_bits, value_frac_bits, effect)
     least = max(0, frac_bits - (ring - 3))
-    columns = columns_of(rows)
-    kept = _Choice(
-        columns, radii_of(rows), frac_bits, result_bits, value_frac_bits, effect
-    )
-    for powers in _shared(k for k in range(2, len(columns)) if columns[k].any()):
-        best = kept.best(powers, range(least, frac_bits + 1))
-        if best is None:
-            return None
-        bits, coin, coefficient = best
-        coeffs = []
-        for row in rows:
-            own = [0] * (powers[-1] + 1)
+    choices: Iterable[int] = range(least, frac_bits + 1)
+    groups: list[Group] = []
+    terms: list[tuple[int, np.ndarray]] = []
+    by_coins = by_coefficients = 0.0
+    for powers in reversed(_shared(k for k in range(2, len(left)) if left[k].any())):
+        own = np.zeros((powers[-1] + 1, left.shape[1]))
+        own[powers] = left[powers]
+        lower = {}
+        if powers[0] >= _COMPLETED:
             for k in powers:
-                own[k] = row.integer(k, value_frac_bits - k * bits)
-            coeffs.append(tuple(own))
-        groups.append(Group(frac_bits - bits, tuple(coeffs)))
-        by_coins += coin
-        by_coefficients += coefficient
-    linear = None
-    if columns[1].any() or not groups:
-        if groups:
-            least = frac_bits - groups[0].shift
-        best = kept.best([1], range(least, frac_bits + 1))
+                flat = _smallest(effect.independent, kept.radii, k, powers[0], slope=1)
+                own[: powers[0]] += left[k] * flat
+                lower[k] = _smallest(
+                    effect.independent, kept.radii, k, powers[0], slope=0
+                )
+        best = kept.best(own, powers, choices, lower)
         if best is None:
             return None
         bits, coin, coefficient = best
-        factors = (row.integer(1, value_frac_bits - bits) for row in rows)
-        linear = Linear(frac_bits - bits, tuple(factors))
+        integers = kept.integers(own, bits)
+        table = integers.astype(np.int64).T.tolist()
+        groups.insert(0, Group(frac_bits - bits, tuple(map(tuple, table))))
+        terms.insert(0, (frac_bits - bits, own))
         by_coins += coin
         by_coefficients += coefficient
-    return Truncations(linear, tuple(groups), by_coins, by_coefficients)
+        taken = kept.reals(integers, bits)
+        for k, powers_below in lower.items():
+            left[: powers[0]] += (taken[k] - left[k]) * powers_below
+        left[: powers[0]] -= taken[: powers[0]]
+    linear = None
+    if left[1].any() or not groups:
+        if groups:
+            choices = range(frac_bits - groups[0].shift, frac_bits + 1)
+        own = np.stack([np.zeros_like(left[1]), left[1]])
+        best = kept.best(own, [1], choices, {})
+        if best is None:
+            return None
+        bits, coin, coefficient = best
+        factors = kept.integers(own, bits)[1].astype(np.int64)
+        linear = Linear(frac_bits - bits, tuple(factors.tolist()))
+        terms.insert(0, (frac_bits - bits, own))
+        by_coins += coin
+        by_coefficients += coefficient
+    constant = kept.integers(left[:1], 0)[0]
+    if float(np.abs(constant).max()) >= _LARGEST:
+        return None
+    return Truncations(
+        linear,
+        tuple(groups),
+        tuple(constant.astype(np.int64).tolist()),
+        ((0, left[:1]), *terms),
+        by_coins,
+        by_coefficients,
+    )
 
 
 def _shared(powers: Iterable[int]) -> list[list[int]]:
@@ -243,43 +274,98 @@ def _shared(powers: Iterable[int]) -> list[list[int]]:
     return buckets
 
 
+_COMPLETED = 7  # the power from which on bits are lacking
+
+
+def _smallest(
+    moments: np.ndarray, radii: np.ndarray, k: int, below: int, *, slope: int
+) -> np.ndarray:
+    """Powers below a given one that make z**k with them smallest in mean square.
+
+    Args:
+        moments: (channels, orders) of z, as `Effect.independent`.
+        radii: (channels,) of z.
+        slope: 1 to make the derivative smallest, 0 the value.
+
+    Returns: (below, channels), coefficients of the powers 0, 1, ...; where the slope
+        counts, the constant stays 0.
+    """
+    powers = np.arange(slope, below)
+    order = np.arange(moments.shape[1])
+    scaled = moments / radii[:, None] ** order
+    scaled /= np.maximum(scaled[:, :1], 2.0**-1000)
+    by = powers.astype(float) ** slope  # what the derivative brings down
+    squares = scaled[:, powers[:, None] + powers - 2 * slope] * by[:, None] * by
+    given = -scaled[:, powers + k - 2 * slope] * by * float(k) ** slope
+    # Where nothing is known of z there is nothing to complete.
+    squares += np.eye(len(powers)) * (2.0**-44 * squares.max((1, 2), keepdims=True))
+    squares += np.eye(len(powers)) * 2.0**-900
+    found = np.linalg.solve(squares, given[:, :, None])[:, :, 0]
+    result = np.zeros((below, len(radii)))
+    result[slope:] = (found * radii[:, None] ** (k - powers)).T
+    return result
+
+
 @dataclass(frozen=True)
 class _Choice:
     """How many bits powers of z keep.
 
     Args:
-        columns: (degree + 1, channels) real coefficients.
         radii: (channels,) of the intervals.
         frac_bits, result_bits, value_frac_bits, effect: as of `choose_truncations`.
     """
 
-    columns: np.ndarray
     radii: np.ndarray
     frac_bits: int
     result_bits: int
     value_frac_bits: int
     effect: Effect
 
+    def integers(self, real: np.ndarray, bits: int) -> np.ndarray:
+        """Coefficients by power as whole numbers, of a z that keeps `bits`."""
+        scaled: np.ndarray = np.ldexp(real, self._exponents(len(real), bits))
+        return _rounded(scaled)
+
+    def reals(self, integers: np.ndarray, bits: int) -> np.ndarray:
+        """What they stand for."""
+        real: np.ndarray = np.ldexp(integers, -self._exponents(len(integers), bits))
+        return real
+
+    def _exponents(self, powers: int, bits: int) -> np.ndarray:
+        return self.value_frac_bits - bits * np.arange(powers)[:, None]
+
     def best(
-        self, powers: Sequence[int], choices: Iterable[int]
+        self,
+        real: np.ndarray,
+        powers: Sequence[int],
+        choices: Iterable[int],
+        lower: Mapping[int, np.ndarray],
     ) -> tuple[int, float, float] | None:
         """The fractional bits that move the output least, and both errors then.
 
         A truncation that drops bits goes to one of two neighbours at random, on average
         a sixth of a squared unit away; a coefficient is off in the same way everywhere.
+
+        Args:
+            real: coefficients by power and channel.
+            powers: those whose rounding counts; others are made up for.
+            choices: of fractional bits.
+            lower: by power, the lower ones that make up for its rounding.
         """
-        columns = self.columns
-        by_unit = self.effect.of_signs({k - 1: k * columns[k] for k in powers}) / 6
+        slopes = {k - 1: k * a for k, a in enumerate(real) if k and a.any()}
+        by_unit = self.effect.of_signs(slopes) / 6
         found = []
         for bits in choices:
-            off, fits = {}, True
-            for k in powers:
-                at = self.value_frac_bits - k * bits
-                integers = _rounded(np.ldexp(columns[k], at))
-                off[k] = np.ldexp(integers, -at) - columns[k]
-                fits = fits and not self._lost(k, integers, off[k])
-            if not fits:
+            integers = self.integers(real, bits)
+            if float(np.abs(integers).max()) >= _LARGEST:
                 continue
+            error = self.reals(integers, bits) - real
+            off = {k: error[k] for k in powers}
+            if any(self._lost(k, real[k], e, k in lower) for k, e in off.items()):
+                continue
+            for k, below in lower.items():
+                for j, column in enumerate(below):
+                    off[j] = off.get(j, 0.0) + error[k] * column
             by_x = by_unit * 2.0 ** (-2 * bits) if bits < self.frac_bits else 0.0
             by_coefficient = self.effect.of_bias(off)
             found.append((by_x + by_coefficient, bits, by_x, by_coefficient))
@@ -288,11 +374,15 @@ class _Choice:
         _, bits, by_x, by_coefficient = min(found, key=lambda entry: entry[0])
         return bits, by_x, by_coefficient
 
-    def _lost(self, k: int, integers: np.ndarray, off: np.ndarray) -> bool:
-        """Whether a coefficient is too large, or counts and has too little left."""
-        counts = np.abs(off) * self.radii**k >= 2.0**-self.result_bits
-        lost = counts & (np.abs(off) > np.abs(self.columns[k]) / 4)
-        return bool((lost | (np.abs(integers) >= _LARGEST)).any())
+    def _lost(self, k: int, real: np.ndarray, off: np.ndarray, made_up: bool) -> bool:
+        """Whether too little is left of a coefficient that counts."""
+        unit, most = 2.0**-self.result_bits, self.radii**k
+        limit = np.full(len(most), unit)
+        if made_up:
+            # z**k less the best lower powers reaches 2**(1 - k) of it (Chebyshev).
+            most, limit = most * 2.0 ** (1 - k), np.maximum(unit, self.radii / 256)
+        lost = (np.abs(off) * most >= limit) & (np.abs(off) > np.abs(real) / 4)
+        return bool(lost.any())
 
 
 _LARGEST = 2.0**62  # of a coefficient's integer
