@@ -181,10 +181,10 @@ def choose_truncations(
 
     1. The square has a truncation of its own; from the third power on, an odd one and
        the even one above it share theirs. They are chosen from the highest down.
-    2. A group of powers from the seventh on is completed: lower powers at its own
-       truncation, which cost nothing more, make it flat where inputs lie, so that
-       truncating x moves it least; lower groups compute what is left. So do they take
-       up what rounding did to its coefficients, as far as lower powers can.
+    2. Above degree 6 a group is completed: lower powers at its own truncation, which
+       cost nothing more, make it flat where inputs lie, so that truncating x moves it
+       least; lower groups compute what is left. They also take up what rounding did to
+       its coefficients, as far as lower powers can.
     3. A truncation keeps as many bits as its powers' coefficients allow: the rounding
        of x against the rounding of the coefficient at F - k f_k bits, over all
        channels.
@@ -210,16 +210,18 @@ def choose_truncations(
     groups: list[Group] = []
     terms: list[tuple[int, np.ndarray]] = []
     by_coins = by_coefficients = 0.0
-    for powers in reversed(_shared(k for k in range(2, len(left)) if left[k].any())):
+    used = [k for k in range(2, len(left)) if left[k].any()]
+    for powers in reversed(_shared(used)):
         own = np.zeros((powers[-1] + 1, left.shape[1]))
         own[powers] = left[powers]
-        lower = {}
-        if powers[0] >= _COMPLETED:
+        lower: dict[int, np.ndarray] = {}
+        if used[-1] > _PLAIN_DEGREE:
+            below = [1, *(k for k in used if k < powers[0])]
             for k in powers:
-                flat = _smallest(effect.independent, kept.radii, k, powers[0], slope=1)
-                own[: powers[0]] += left[k] * flat
+                flat = _smallest(effect.independent, kept.radii, k, below, slope=1)
+                own[: len(flat)] += left[k] * flat
                 lower[k] = _smallest(
-                    effect.independent, kept.radii, k, powers[0], slope=0
+                    effect.independent, kept.radii, k, [0, *below], slope=0
                 )
         best = kept.best(own, powers, choices, lower)
         if best is None:
@@ -232,8 +234,8 @@ def choose_truncations(
         by_coins += coin
         by_coefficients += coefficient
         taken = kept.reals(integers, bits)
-        for k, powers_below in lower.items():
-            left[: powers[0]] += (taken[k] - left[k]) * powers_below
+        for k, made_up in lower.items():
+            left[: len(made_up)] += (taken[k] - left[k]) * made_up
         left[: powers[0]] -= taken[: powers[0]]
     linear = None
     if left[1].any() or not groups:
@@ -274,23 +276,23 @@ def _shared(powers: Iterable[int]) -> list[list[int]]:
     return buckets
 
 
-_COMPLETED = 7  # the power from which on bits are lacking
+_PLAIN_DEGREE = 6  # above it bits are lacking
 
 
 def _smallest(
-    moments: np.ndarray, radii: np.ndarray, k: int, below: int, *, slope: int
+    moments: np.ndarray, radii: np.ndarray, k: int, below: Sequence[int], *, slope: int
 ) -> np.ndarray:
-    """Powers below a given one that make z**k with them smallest in mean square.
+    """Lower powers that make z**k with them smallest in mean square.
 
     Args:
         moments: (channels, orders) of z, as `Effect.independent`.
         radii: (channels,) of z.
+        below: the powers to use, rising.
         slope: 1 to make the derivative smallest, 0 the value.
 
-    Returns: (below, channels), coefficients of the powers 0, 1, ...; where the slope
-        counts, the constant stays 0.
+    Returns: (max(below) + 1, channels), coefficients of the powers 0, 1, ...
     """
-    powers = np.arange(slope, below)
+    powers = np.array(below)
     order = np.arange(moments.shape[1])
     scaled = moments / radii[:, None] ** order
     scaled /= np.maximum(scaled[:, :1], 2.0**-1000)
@@ -301,8 +303,8 @@ def _smallest(
     squares += np.eye(len(powers)) * (2.0**-44 * squares.max((1, 2), keepdims=True))
     squares += np.eye(len(powers)) * 2.0**-900
     found = np.linalg.solve(squares, given[:, :, None])[:, :, 0]
-    result = np.zeros((below, len(radii)))
-    result[slope:] = (found * radii[:, None] ** (k - powers)).T
+    result = np.zeros((below[-1] + 1, len(radii)))
+    result[powers] = (found * radii[:, None] ** (k - powers)).T
     return result
 
 
@@ -363,8 +365,8 @@ class _Choice:
             off = {k: error[k] for k in powers}
             if any(self._lost(k, real[k], e, k in lower) for k, e in off.items()):
                 continue
-            for k, below in lower.items():
-                for j, column in enumerate(below):
+            for k, made_up in lower.items():
+                for j, column in enumerate(made_up):
                     off[j] = off.get(j, 0.0) + error[k] * column
             by_x = by_unit * 2.0 ** (-2 * bits) if bits < self.frac_bits else 0.0
             by_coefficient = self.effect.of_bias(off)
