@@ -209,38 +209,50 @@ def test_the_linear_term_keeps_every_bit_and_coefficients_are_exact(small):
     assert act.constant[0] / 2.0**value == QUARTIC.coeffs[0]
 
 
-def test_all_degrees_are_grouped():
-    for degree in range(1, 11):
-        numerators = tuple(range(1, degree + 2))
-        polynomial = espn.Polynomial(numerators, 12, (-2.0, 2.0))
-        x = np.linspace(-2, 2, 41)
-        moments = np.array([(x**n).mean() for n in range(2 * degree + 1)])
-        sums = x[:, None, None] ** np.arange(degree + 1) / len(x) ** 0.5
-        effect = Effect(moments[None], sums, np.zeros((1, 2 * degree + 1)))
-        found = choose_truncations(
-            (polynomial,),
-            ring=32,
-            frac_bits=25,
-            result_bits=11,
-            value_frac_bits=43,
-            effect=effect,
-        )
-        assert found is not None and found.linear is not None
-        powers = [k for g in found.groups for k, a in enumerate(g.coeffs[0]) if a]
-        assert powers == list(range(2, degree + 1))
-        if found.groups:
-            assert found.linear.shift <= found.groups[0].shift
-        total = np.full_like(x, 1 / 4096)
-        terms = [(found.linear.shift, 1, found.linear.coefficient[0])]
-        for group in found.groups:
-            terms += [(group.shift, k, a) for k, a in enumerate(group.coeffs[0])]
-        for shift, k, a in terms:
-            bits = 25 - shift
-            total += a * np.rint(x * 2.0**bits) ** k / 2.0**43
-        expected = np.polynomial.polynomial.polyval(x, polynomial.coeffs)
-        error = np.abs(total - expected).max()
-        allowed = 0.01 if degree <= 4 else 0.1
-        assert error < allowed * max(1, np.abs(expected).max()), (degree, error)
+SHAPES = {
+    **{f"degree {d}": tuple(range(1, d + 2)) for d in range(1, 11)},
+    "even": (9, 0, 8, 0, -7, 0, 6, 0, -5, 0, 4),
+    "odd": (0, 9, 0, -8, 0, 7, 0, -6, 0, 5),
+    "the top alone": (0, 0, 0, 0, 0, 0, 0, 0, 3),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_all_degrees_are_grouped(name):
+    """The groups' integers add up to the polynomial, completed ones included."""
+    numerators = SHAPES[name]
+    degree = len(numerators) - 1
+    polynomial = espn.Polynomial(numerators, 12, (-2.0, 2.0))
+    x = np.linspace(-2, 2, 41) + 0.1
+    moments = np.array([(x**n).mean() for n in range(2 * degree + 1)])
+    sums = x[:, None, None] ** np.arange(degree + 1) / len(x) ** 0.5
+    effect = Effect(moments[None], sums, np.zeros((1, 2 * degree + 1)))
+    found = choose_truncations(
+        (polynomial,),
+        ring=32,
+        frac_bits=25,
+        result_bits=11,
+        value_frac_bits=43,
+        effect=effect,
+    )
+    assert found is not None
+    wanted = [k for k in range(2, degree + 1) if numerators[k]]
+    groups = [{k for k, a in enumerate(g.coeffs[0]) if a} for g in found.groups]
+    assert set().union(*groups) - {1} == set(wanted)
+    terms = [(g.shift, k, a) for g in found.groups for k, a in enumerate(g.coeffs[0])]
+    if found.linear is not None:
+        terms.append((found.linear.shift, 1, found.linear.coefficient[0]))
+        assert all(found.linear.shift <= g.shift for g in found.groups[:1])
+    exact = np.full_like(x, found.constant[0] * 2.0**-43)
+    total = exact.copy()
+    for shift, k, a in terms:
+        bits = 25 - shift
+        exact += a * x**k * 2.0 ** (k * bits - 43)
+        total += a * np.rint(x * 2.0**bits) ** k / 2.0**43
+    expected = np.polynomial.polynomial.polyval(x, polynomial.coeffs)
+    largest = max(1, np.abs(expected).max())
+    assert np.abs(exact - expected).max() < 1e-3 * largest
+    assert np.abs(total - expected).max() < 0.01 * largest
 
 
 def test_evaluated_layers_match_plaintext(small):

@@ -17,7 +17,7 @@ import numpy as np
 from ...compiled import compiled, heats
 from .ring import require, same_ring
 
-BLOCK = 1024  # elements a polynomial pass keeps in the first-level cache
+BLOCK = 512  # elements a polynomial pass keeps in the first-level cache
 
 
 @compiled
@@ -58,8 +58,6 @@ def _polynomial_share(
         phase = here % period
         size = min(BLOCK, period - phase, total - start)
         result = out[start : start + size]
-        for i in range(size):
-            result[i] = 0
         index = 0
         for g in range(opened.shape[0]):
             width = widths[g]
@@ -72,8 +70,12 @@ def _polynomial_share(
                 top[i] = -(u >> (width - 1))
             first = values[0, index, here : here + size]
             second = values[1, index, here : here + size]
-            for i in range(size):
-                result[i] += second[i] ^ ((first[i] ^ second[i]) & top[i])
+            if g == 0:
+                for i in range(size):
+                    result[i] = second[i] ^ ((first[i] ^ second[i]) & top[i])
+            else:
+                for i in range(size):
+                    result[i] += second[i] ^ ((first[i] ^ second[i]) & top[i])
             degree = degrees[g]
             if degree > 1:
                 offset = np.int64(1) << (width - 2)

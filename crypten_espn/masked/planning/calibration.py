@@ -60,10 +60,7 @@ class Calibration:
         def checked(layer: Layer, inputs: list[torch.Tensor]) -> torch.Tensor:
             result = self.network.compute(layer, inputs)
             if not bool(torch.isfinite(result).all()):
-                raise PlanError(
-                    f"{layer.title}: the calibration data overflow here. The "
-                    "activations leave the interval their polynomial was fitted on."
-                )
+                raise _overflow(layer)
             return result
 
         return self.network.walk(x, self.network.layers, checked)
@@ -115,6 +112,8 @@ class Calibration:
             layer.effect = measured_effect(
                 z.detach(), gradients, degree=degree, radii=radii
             )
+            if not np.isfinite(layer.effect.independent).all():
+                raise _overflow(layer)
             if layer.weight:
                 weight = self.network.tensor(layer.weight)
                 depth = weight.numel() / len(weight)
@@ -149,3 +148,10 @@ class Calibration:
             / 12
         )
         return float(torch.stack(sums).square().mean()) + any_values
+
+
+def _overflow(layer: Layer) -> PlanError:
+    return PlanError(
+        f"{layer.title}: the calibration data overflow here. The activations leave the "
+        "interval their polynomial was fitted on."
+    )
