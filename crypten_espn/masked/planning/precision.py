@@ -13,7 +13,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ...polynomial import AnyPolynomial, ChannelPolynomials, Polynomial
+from ...polynomial import (
+    AnyPolynomial,
+    ChannelPolynomials,
+    Polynomial,
+)
 from ..steps import Group, Linear
 
 # By power, real numbers by channel: one for all, or one for each.
@@ -153,8 +157,8 @@ class Truncations:
 
     Args:
         linear, groups, constant: as the plan holds them.
-        terms: of the linear term and each group, the bits dropped and the real
-            coefficients that its integers stand for, by power and channel.
+        terms: of the constant, the linear term and each group, the bits dropped and
+            the real coefficients that its integers stand for, by power and channel.
         by_coins: the outputs' mean square error by truncated x; it differs from run to
             run.
         by_coefficients: by rounded coefficients; the same in every run.
@@ -180,17 +184,13 @@ def choose_truncations(
     """Which truncation serves which powers of a polynomial.
 
     1. The square has a truncation of its own; from the third power on, an odd one and
-       the even one above it share theirs. They are chosen from the highest down.
-    2. Above degree 6 a group is completed: lower powers at its own truncation, which
-       cost nothing more, make it flat where inputs lie, so that truncating x moves it
-       least; lower groups compute what is left. They also take up what rounding did to
-       its coefficients, as far as lower powers can.
-    3. A truncation keeps as many bits as its powers' coefficients allow: the rounding
+       the even one above it share theirs.
+    2. A truncation keeps as many bits as its powers' coefficients allow: the rounding
        of x against the rounding of the coefficient at F - k f_k bits, over all
        channels.
-    4. The linear term keeps all bits, or as many as serve its coefficient; it costs no
+    3. The linear term keeps all bits, or as many as serve its coefficient; it costs no
        dealer value and uses the first group's mask, so it drops no more than that.
-    5. No coefficient rounds to 0, or by more than a quarter, unless that moves the
+    4. No coefficient rounds to 0, or by more than a quarter, unless that moves the
        result by less than a unit on the whole interval.
 
     Args:
@@ -214,16 +214,7 @@ def choose_truncations(
     for powers in reversed(_shared(used)):
         own = np.zeros((powers[-1] + 1, left.shape[1]))
         own[powers] = left[powers]
-        lower: dict[int, np.ndarray] = {}
-        if used[-1] > _PLAIN_DEGREE:
-            below = [1, *(k for k in used if k < powers[0])]
-            for k in powers:
-                flat = _smallest(effect.independent, kept.radii, k, below, slope=1)
-                own[: len(flat)] += left[k] * flat
-                lower[k] = _smallest(
-                    effect.independent, kept.radii, k, [0, *below], slope=0
-                )
-        best = kept.best(own, powers, choices, lower)
+        best = kept.best(own, powers, choices)
         if best is None:
             return None
         bits, coin, coefficient = best
@@ -233,16 +224,12 @@ def choose_truncations(
         terms.insert(0, (frac_bits - bits, own))
         by_coins += coin
         by_coefficients += coefficient
-        taken = kept.reals(integers, bits)
-        for k, made_up in lower.items():
-            left[: len(made_up)] += (taken[k] - left[k]) * made_up
-        left[: powers[0]] -= taken[: powers[0]]
     linear = None
     if left[1].any() or not groups:
         if groups:
             choices = range(frac_bits - groups[0].shift, frac_bits + 1)
         own = np.stack([np.zeros_like(left[1]), left[1]])
-        best = kept.best(own, [1], choices, {})
+        best = kept.best(own, [1], choices)
         if best is None:
             return None
         bits, coin, coefficient = best
@@ -274,38 +261,6 @@ def _shared(powers: Iterable[int]) -> list[list[int]]:
         else:
             buckets.append([k])
     return buckets
-
-
-_PLAIN_DEGREE = 6  # above it bits are lacking
-
-
-def _smallest(
-    moments: np.ndarray, radii: np.ndarray, k: int, below: Sequence[int], *, slope: int
-) -> np.ndarray:
-    """Lower powers that make z**k with them smallest in mean square.
-
-    Args:
-        moments: (channels, orders) of z, as `Effect.independent`.
-        radii: (channels,) of z.
-        below: the powers to use, rising.
-        slope: 1 to make the derivative smallest, 0 the value.
-
-    Returns: (max(below) + 1, channels), coefficients of the powers 0, 1, ...
-    """
-    powers = np.array(below)
-    order = np.arange(moments.shape[1])
-    scaled = moments / radii[:, None] ** order
-    scaled /= np.maximum(scaled[:, :1], 2.0**-1000)
-    by = powers.astype(float) ** slope  # what the derivative brings down
-    squares = scaled[:, powers[:, None] + powers - 2 * slope] * by[:, None] * by
-    given = -scaled[:, powers + k - 2 * slope] * by * float(k) ** slope
-    # Where nothing is known of z there is nothing to complete.
-    squares += np.eye(len(powers)) * (2.0**-44 * squares.max((1, 2), keepdims=True))
-    squares += np.eye(len(powers)) * 2.0**-900
-    found = np.linalg.solve(squares, given[:, :, None])[:, :, 0]
-    result = np.zeros((below[-1] + 1, len(radii)))
-    result[powers] = (found * radii[:, None] ** (k - powers)).T
-    return result
 
 
 @dataclass(frozen=True)
@@ -341,7 +296,6 @@ class _Choice:
         real: np.ndarray,
         powers: Sequence[int],
         choices: Iterable[int],
-        lower: Mapping[int, np.ndarray],
     ) -> tuple[int, float, float] | None:
         """The fractional bits that move the output least, and both errors then.
 
@@ -350,9 +304,8 @@ class _Choice:
 
         Args:
             real: coefficients by power and channel.
-            powers: those whose rounding counts; others are made up for.
+            powers: those that are not 0.
             choices: of fractional bits.
-            lower: by power, the lower ones that make up for its rounding.
         """
         slopes = {k - 1: k * a for k, a in enumerate(real) if k and a.any()}
         by_unit = self.effect.of_signs(slopes) / 6
@@ -363,11 +316,8 @@ class _Choice:
                 continue
             error = self.reals(integers, bits) - real
             off = {k: error[k] for k in powers}
-            if any(self._lost(k, real[k], e, k in lower) for k, e in off.items()):
+            if any(self._lost(k, real[k], e) for k, e in off.items()):
                 continue
-            for k, made_up in lower.items():
-                for j, column in enumerate(made_up):
-                    off[j] = off.get(j, 0.0) + error[k] * column
             by_x = by_unit * 2.0 ** (-2 * bits) if bits < self.frac_bits else 0.0
             by_coefficient = self.effect.of_bias(off)
             found.append((by_x + by_coefficient, bits, by_x, by_coefficient))
@@ -376,15 +326,10 @@ class _Choice:
         _, bits, by_x, by_coefficient = min(found, key=lambda entry: entry[0])
         return bits, by_x, by_coefficient
 
-    def _lost(self, k: int, real: np.ndarray, off: np.ndarray, made_up: bool) -> bool:
+    def _lost(self, k: int, real: np.ndarray, off: np.ndarray) -> bool:
         """Whether too little is left of a coefficient that counts."""
-        unit, most = 2.0**-self.result_bits, self.radii**k
-        limit = np.full(len(most), unit)
-        if made_up:
-            # z**k less the best lower powers reaches 2**(1 - k) of it (Chebyshev).
-            most, limit = most * 2.0 ** (1 - k), np.maximum(unit, self.radii / 256)
-        lost = (np.abs(off) * most >= limit) & (np.abs(off) > np.abs(real) / 4)
-        return bool(lost.any())
+        counts = np.abs(off) * self.radii**k >= 2.0**-self.result_bits
+        return bool((counts & (np.abs(off) > np.abs(real) / 4)).any())
 
 
 _LARGEST = 2.0**62  # of a coefficient's integer
