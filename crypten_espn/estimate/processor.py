@@ -169,17 +169,19 @@ def _polynomials() -> _Task:
     deltas = np.ones((1, _MANY), dtype=np.int32)
     openings = np.empty((2, _MANY), dtype=np.int32)
     values = np.ones((2, _VALUES, _MANY), dtype=np.int64)
-    public = np.ones((2, 5), dtype=np.int64)
+    leading = np.ones((2, 1), dtype=np.int64)
     out = np.empty(_MANY, dtype=np.int64)
     following = np.empty(_MANY, dtype=np.int32)
 
     def run() -> None:
         kernels.shifted_openings(c, deltas, bits=_RING, shifts=_SHIFTS, out=openings)
         kernels.polynomial_share(
-            openings, values, widths=_RING - _SHIFTS, degrees=_DEGREES, public=public,
-            constant=1, start=0, step=0, out=out,
+            openings, values, widths=_RING - _SHIFTS, degrees=_DEGREES,
+            leading=leading, start=0, step=0, out=out,
         )  # fmt: skip
-        kernels.add_linear(c, bits=_RING, shift=0, coefficient=1, out=out)
+        kernels.add_linear(
+            c, bits=_RING, shift=0, coefficient=leading[0], start=0, out=out
+        )
         kernels.truncate(out, out, bits=64, drop=_DROP, step=_STEP, out=following)
 
     return run, _VALUES * _MANY
@@ -190,7 +192,7 @@ def _deals() -> _Task:
     stream = Keystream()
     masks = np.ones((2, _ELEMENTS), dtype=np.int32)
     rounding = np.ones(_ELEMENTS, dtype=np.int64)
-    table = np.ones((2, 4, 5), dtype=np.int64)
+    coeffs = np.ones((2, 5, 1), dtype=np.int64)
 
     def run() -> None:
         taken = torch.empty(2, _VALUES, _ELEMENTS, dtype=torch.int64)
@@ -198,7 +200,8 @@ def _deals() -> _Task:
         array = taken.numpy()
         kernels.deal_polynomial(
             masks, rounding, array, bits=_RING, shifts=_SHIFTS, degrees=_DEGREES,
-            table=table, linear=1, linear_shift=0, out=np.empty_like(array),
+            coeffs=coeffs, linear=coeffs[0, 1], linear_shift=0,
+            out=np.empty_like(array),
         )  # fmt: skip
 
     return run, 2 * _VALUES * _ELEMENTS

@@ -139,15 +139,20 @@ def _beyond(
 def _polynomial(step: Step, z: torch.Tensor) -> torch.Tensor:
     """A step's polynomial on real values, from its integer coefficients."""
     act = step.activation
-    terms = [(g.shift, g.coeffs) for g in act.groups]
+    terms = [
+        (group.shift, k, column)
+        for group in act.groups
+        for k, column in enumerate(zip(*group.coeffs, strict=True))
+    ]
     if act.linear is not None:
-        terms.append((act.linear.shift, (0, act.linear.coefficient)))
-    result = torch.full_like(z, act.constant * 2.0**-act.value_frac_bits)
-    for shift, coeffs in terms:
-        bits = step.frac_bits - shift
-        for k, c in enumerate(coeffs):
-            if c:
-                result += c * 2.0 ** (k * bits - act.value_frac_bits) * z**k
+        terms.append((act.linear.shift, 1, act.linear.coefficient))
+    terms.append((0, 0, act.constant))
+    result = torch.zeros_like(z)
+    for shift, k, column in terms:
+        if any(column):
+            exponent = k * (step.frac_bits - shift) - act.value_frac_bits
+            # By channel, the last axis.
+            result += torch.tensor(column).double() * 2.0**exponent * z**k
     return result
 
 

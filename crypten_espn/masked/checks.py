@@ -12,7 +12,7 @@ from .steps import VALUE_RING, Activation
 if TYPE_CHECKING:
     from .plan import Plan
 
-VERSION = 2
+VERSION = 3
 MAX_TEXT = 1 << 24
 MAX_DEPTH = 100
 MAX_OPERATIONS = 1 << 16
@@ -21,6 +21,7 @@ MAX_ELEMENTS = 1 << 28  # of all values of one input
 MAX_STEP_DEALT = 1 << 27  # words from the dealer for one step of one input
 MAX_DEALT = 1 << 29  # of all steps
 MAX_WEIGHTS = 1 << 28
+MAX_COEFFS = 1 << 22  # of all polynomials, each channel as long as the longest group
 MAX_WORK = 1 << 42  # multiplications and additions of one input
 
 
@@ -36,7 +37,7 @@ class Checked:
                 f"A plan of version {plan.version}; this is version {VERSION}. Use the "
                 "same crypten-espn on both sides."
             )
-        self.elements = self.weights = self.work = 0
+        self.elements = self.weights = self.work = self.coeffs = 0
         self._operations = self._dealt = self._numbered = 0
         shape = plan.input.shape
         if len(shape) == 2:
@@ -53,6 +54,7 @@ class Checked:
             place = f"step {number}"
             result = self._expression(step.root, step.ring, place)
             self._activation(step.activation, step.ring, place)
+            self._columns(step.activation, result[-1], place)
             dealt = 2 * step.activation.values * math.prod(result)
             self._dealt += dealt
             if dealt > MAX_STEP_DEALT or self._dealt > MAX_DEALT:
@@ -149,7 +151,7 @@ class Checked:
         for group in act.groups:
             if not 0 <= group.shift <= ring - 3:
                 raise PlanError(f"{place}: drops {group.shift} of {ring} bits.")
-            if group.coeffs[0] != 0:
+            if any(row[0] for row in group.coeffs):
                 raise PlanError(f"{place}: a group's constant stands apart.")
         if act.linear is not None:
             # The client receives what lies above the mask's shift; nothing that the
@@ -162,3 +164,22 @@ class Checked:
                 )
         if act.value_frac_bits > VALUE_RING - 2:
             raise PlanError(f"{place}: {act.value_frac_bits} fractional bits.")
+
+    def _columns(self, act: Activation, channels: int, place: str) -> None:
+        """Its numbers are for all channels or each; tables of them stay small."""
+        for columns in act.columns:
+            if columns not in (1, channels):
+                raise PlanError(
+                    f"{place}: coefficients of {columns:,} channels for a result of "
+                    f"{channels:,}; one for all or one for each is allowed."
+                )
+        degree = max((group.degree for group in act.groups), default=1)
+        for group in act.groups:
+            if any(len(row) != group.degree + 1 for row in group.coeffs):
+                raise PlanError(f"{place}: channels of different degrees in a group.")
+        self.coeffs += max(act.columns) * (act.masks * (degree + 1) + 2)
+        if self.coeffs > MAX_COEFFS:
+            raise PlanError(
+                f"{place}: {self.coeffs:,} coefficients so far; a plan may have "
+                f"{MAX_COEFFS:,}."
+            )

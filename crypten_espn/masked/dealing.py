@@ -154,7 +154,7 @@ class Dealing:
             bits=step.ring,
             shifts=tables.shifts,
             degrees=tables.degrees,
-            table=tables.table,
+            coeffs=tables.coeffs,
             linear=tables.linear,
             linear_shift=tables.linear_shift,
             out=out,

@@ -155,18 +155,18 @@ def _open(
         material.values[number],
         widths=tables.widths,
         degrees=tables.degrees,
-        public=tables.public,
-        constant=tables.constant,
+        leading=tables.leading,
         start=start,
         step=0,
         out=half,
     )
-    if tables.linear:
+    if tables.linear.any():
         kernels.add_linear(
             c,
             bits=step.ring,
             shift=tables.linear_shift,
             coefficient=tables.linear,
+            start=start,
             out=half,
         )
     return half
@@ -231,7 +231,7 @@ def client_layers(plan: Plan, material: ClientMaterial) -> Protocol[np.ndarray]:
     """
     for number, step in enumerate(plan.steps):
         act, tables = step.activation, step.tables
-        public = np.zeros_like(tables.public)
+        nothing = np.zeros_like(tables.leading)
         elements = plan.elements(number)
         for chunk in chunks(material.pairing.batch):
             count = (chunk.stop - chunk.start) * elements
@@ -247,8 +247,7 @@ def client_layers(plan: Plan, material: ClientMaterial) -> Protocol[np.ndarray]:
                 material.values[number],
                 widths=tables.widths,
                 degrees=tables.degrees,
-                public=public,
-                constant=0,
+                leading=nothing,
                 start=chunk.start * elements,
                 step=act.drop - act.kept,
                 out=half,

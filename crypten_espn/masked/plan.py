@@ -252,7 +252,8 @@ class Plan(Strict, frozen=True, dict=True):
             ),
             default=0,
         )
-        return 8 * (self._totals.weights + batch * (self._totals.elements + 2 * step))
+        once = self._totals.weights + 2 * self._totals.coeffs
+        return 8 * (once + batch * (self._totals.elements + 2 * step))
 
     # -- the input
 

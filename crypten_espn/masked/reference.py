@@ -74,17 +74,18 @@ def evaluate(
 def activate(step: Step, z: np.ndarray, coins: Rounding | None) -> np.ndarray:
     """A step's polynomial of integers z, truncated to the next source's integers."""
     act = step.activation
-    y = np.full(z.shape, act.constant, dtype=np.int64)
+    y = np.empty(z.shape, dtype=np.int64)
+    y[:] = act.constant  # by channel, the last axis
     if act.linear is not None:
         base = _truncated(
             z, act.linear.shift, None if coins is None else coins.first[0]
         )
-        y += base * np.int64(act.linear.coefficient)
+        y += base * np.array(act.linear.coefficient)
     for k, group in enumerate(act.groups):
         base = _truncated(z, group.shift, None if coins is None else coins.first[k])
         power = base.copy()
-        for coefficient in group.coeffs[1:]:
-            y += power * np.int64(coefficient)
+        for coefficients in np.array(group.coeffs).T[1:]:
+            y += power * coefficients
             power *= base
     if coins is None:
         return _truncated(y, act.drop, None)

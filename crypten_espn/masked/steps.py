@@ -2,11 +2,13 @@
 
 Every type is strict: decoding accepts exactly its fields and their types, and bounds
 each number. What the numbers have to do with each other is `checks`' business.
+
+A polynomial's numbers stand by channel, the last axis of a step's result: one for all
+channels, or one for each.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated
@@ -28,6 +30,10 @@ Int64 = Annotated[int, Meta(ge=-(1 << 63), le=(1 << 63) - 1)]
 Ring = Annotated[int, Meta(ge=RING_LIMITS[0], le=RING_LIMITS[1])]
 Bits = Annotated[int, Meta(ge=0, le=62)]
 Size = Annotated[int, Meta(ge=1, le=1 << 26)]
+# By channel; as many as a text of the largest plan could hold.
+Integers = Annotated[tuple[Int64, ...], Meta(min_length=1, max_length=1 << 22)]
+Row = Annotated[tuple[Int64, ...], Meta(min_length=3, max_length=17)]
+Rows = Annotated[tuple[Row, ...], Meta(min_length=1, max_length=1 << 22)]
 
 
 class Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -35,26 +41,32 @@ class Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Linear(Strict, frozen=True):
-    """The power 1 of a polynomial: coefficient * (z >> shift), at the server alone."""
+    """The power 1 of a polynomial: coefficient * (z >> shift), at the server alone.
+
+    Args:
+        shift: bits dropped.
+        coefficient: integers by channel.
+    """
 
     shift: Bits
-    coefficient: Int64
+    coefficient: Integers
 
 
 class Group(Strict, frozen=True):
     """Powers of x that share one truncation: x_k = z >> shift, up to one unit.
 
     Args:
-        shift: bits dropped.
-        coeffs: integers; coeffs[k] multiplies x_k**k, and the first is 0.
+        shift: bits dropped, in every channel.
+        coeffs: integers by channel; coeffs[c][k] multiplies x_k**k, and the first is 0.
     """
 
     shift: Bits
-    coeffs: Annotated[tuple[Int64, ...], Meta(min_length=3, max_length=17)]
+    coeffs: Rows
 
     @property
     def degree(self) -> int:
-        return len(self.coeffs) - 1
+        """The highest power, of every channel alike."""
+        return len(self.coeffs[0]) - 1
 
 
 class Activation(Strict, frozen=True):
@@ -66,18 +78,25 @@ class Activation(Strict, frozen=True):
     Args:
         linear: the power 1, or None.
         groups: the higher powers, each at its own truncation.
-        constant: integer constant term at F bits.
+        constant: integer constant terms at F bits, by channel.
         drop: s = F - f, bits dropped by the second opening.
         frac_bits: f, of the resulting source.
     """
 
     linear: Linear | None
     groups: Annotated[tuple[Group, ...], Meta(max_length=8)]
-    constant: Int64
+    constant: Integers
     drop: Annotated[
         int, Meta(ge=VALUE_RING - RING_LIMITS[1], le=VALUE_RING - RING_LIMITS[0])
     ]
     frac_bits: Bits
+
+    @property
+    def columns(self) -> tuple[int, ...]:
+        """How many channels each of its parts tells apart."""
+        linear = () if self.linear is None else (len(self.linear.coefficient),)
+        groups = (len(group.coeffs) for group in self.groups)
+        return (len(self.constant), *linear, *groups)
 
     @property
     def value_frac_bits(self) -> int:
@@ -120,23 +139,22 @@ class Activation(Strict, frozen=True):
 
 @dataclass(frozen=True)
 class PolynomialTables:
-    """A step's activation as the kernels take it.
+    """A step's activation as the kernels take it, its C columns by channel.
 
     Args:
         shifts, widths, degrees: (masks,) of each opening.
-        public: (masks, K + 1) coefficients of the opened value's own powers.
-        table: table[g, j, k] multiplies D**j t**k in p(D + t).
-        linear, linear_shift, constant: the rest of the polynomial.
+        coeffs: (masks, K + 1, C) of each mask's powers; the constant is the first's.
+        leading: (masks, C) of each mask's highest power.
+        linear, linear_shift: (C,) the power 1, and bits dropped from it.
     """
 
     shifts: np.ndarray
     widths: np.ndarray
     degrees: np.ndarray
-    public: np.ndarray
-    table: np.ndarray
-    linear: int
+    coeffs: np.ndarray
+    leading: np.ndarray
+    linear: np.ndarray
     linear_shift: int
-    constant: int
 
 
 class Step(Strict, frozen=True, dict=True):
@@ -163,26 +181,24 @@ class Step(Strict, frozen=True, dict=True):
     def tables(self) -> PolynomialTables:
         act = self.activation
         shifts = np.array(act.shifts(self.ring), dtype=np.int64)
-        degrees = [group.degree for group in act.groups] or [1]
-        top = max(degrees)
-        public = np.zeros((act.masks, top + 1), dtype=np.int64)
-        table = np.zeros((act.masks, top, top + 1), dtype=np.int64)
+        degrees = np.array([group.degree for group in act.groups] or [1])
+        shape = act.masks, int(degrees.max()) + 1, max(act.columns)
+        coeffs = np.zeros(shape, dtype=np.int64)
         for g, group in enumerate(act.groups):
-            public[g, : group.degree + 1] = group.coeffs
-            for j in range(group.degree):
-                for k in range(1, group.degree - j + 1):
-                    product = group.coeffs[j + k] * math.comb(j + k, j)
-                    table[g, j, k] = wrapped(product)
-        linear = act.linear or Linear(0, 0)
+            rows = np.array(group.coeffs, dtype=np.int64)
+            coeffs[g, : group.degree + 1] = rows.T
+        coeffs[0, 0] = act.constant
+        linear = np.zeros(shape[2], dtype=np.int64)
+        if act.linear is not None:
+            linear[:] = act.linear.coefficient
         return PolynomialTables(
             shifts,
             self.ring - shifts,
-            np.array(degrees, dtype=np.int64),
-            public,
-            table,
-            linear.coefficient,
-            linear.shift,
-            act.constant,
+            degrees,
+            coeffs,
+            coeffs[np.arange(act.masks), degrees],
+            linear,
+            0 if act.linear is None else act.linear.shift,
         )
 
 
@@ -217,9 +233,3 @@ class Input(Strict, frozen=True):
     ring: Ring
     frac_bits: Bits
     bound: Annotated[float, Meta(gt=0, le=2.0**60)]
-
-
-def wrapped(value: int) -> int:
-    """The int64 congruent to `value` modulo 2**64."""
-    value &= (1 << 64) - 1
-    return value - (1 << 64) if value >> 63 else value

@@ -18,6 +18,7 @@ from crypten_espn.masked.model import MaskedModel
 from crypten_espn.masked.planning import masked_model
 from crypten_espn.masked.preparing import ClientPreparation, ServerPreparation
 from crypten_espn.masked.reference import Rounding
+from crypten_espn.polynomial import ChannelPolynomials
 from crypten_espn.randomness import Keystream
 
 QUARTIC = espn.Polynomial((322, 512, 160, 0, -3), 10, (-5.0, 5.0))
@@ -120,17 +121,30 @@ def client_low_bits(step, z, masks, drawn):
     return dropped.reshape(z.shape)
 
 
+def channel_polynomials(radii, *, degree: int = 4) -> ChannelPolynomials:
+    """ReLU fitted on each channel's own radius; the last channel is constant."""
+    x = np.linspace(-1, 1, 101)
+    powers = np.arange(degree + 1)
+    fitted = np.linalg.lstsq(x[:, None] ** powers, np.maximum(x, 0), rcond=None)[0]
+    rows = []
+    for radius in map(float, radii[:-1]):
+        exponent = round(math.log2(radius))
+        numerators = fitted * (radius / 2.0**exponent) ** (1.0 - powers) * 2.0**16
+        whole = tuple(map(round, numerators.tolist()))
+        rows.append(espn.Polynomial(whole, 16, (-radius, radius), exponent=exponent))
+    rows.append(espn.Polynomial((5,), 10, (-1.0, 1.0)))
+    return ChannelPolynomials(tuple(rows))
+
+
 class Residual(torch.nn.Module):
     """Stem, a strided block with a projection, average pool and a linear head."""
 
-    def __init__(self, polynomial=QUARTIC):
+    def __init__(self, *polynomials):
         super().__init__()
-
-        def act():
-            return espn.PolynomialActivation(polynomial)
-
         self.stem = torch.nn.Conv2d(3, 8, 3, padding=1)
-        self.act0, self.act1, self.act2 = act(), act(), act()
+        self.act0, self.act1, self.act2 = map(
+            espn.PolynomialActivation, polynomials or [QUARTIC] * 3
+        )
         self.conv1 = torch.nn.Conv2d(8, 16, 3, stride=2, padding=1, bias=False)
         self.conv2 = torch.nn.Conv2d(16, 16, 3, padding=1)
         self.project = torch.nn.Conv2d(8, 16, 1, stride=2)
@@ -142,9 +156,28 @@ class Residual(torch.nn.Module):
         return self.head(x.mean((2, 3)))
 
 
-def residual(polynomial=QUARTIC):
+def residual(*polynomials):
     torch.manual_seed(1)
-    return Residual(polynomial).eval().requires_grad_(False), torch.randn(4, 3, 8, 8)
+    network = Residual(*polynomials)
+    return network.eval().requires_grad_(False), torch.randn(4, 3, 8, 8)
+
+
+def by_channel(degree: int = 4):
+    """The same network with polynomials fitted to what each channel sees."""
+    network, x = residual()
+    network.stem.weight *= 2.0 ** torch.linspace(-1, 1, 8)[:, None, None, None]
+    for name in ("act0", "act1", "act2"):
+        seen: list[torch.Tensor] = []
+
+        def note(_, given, seen=seen):
+            seen.append(given[0].abs().amax((0, 2, 3)))
+
+        hook = getattr(network, name).register_forward_pre_hook(note)
+        network(x)
+        hook.remove()
+        polynomial = channel_polynomials(1.25 * seen[0], degree=degree)
+        setattr(network, name, espn.PolynomialActivation(polynomial))
+    return network.eval(), x
 
 
 class Layers(torch.nn.Module):
@@ -186,7 +219,7 @@ def fuzzed_plans() -> list[str]:
     flat = torch.nn.Sequential(
         torch.nn.Linear(6, 7), espn.PolynomialActivation(QUARTIC), torch.nn.Linear(7, 3)
     )
-    pairs = [layers(5, 6), residual(), (flat, torch.randn(4, 6))]
+    pairs = [layers(5, 6), residual(), by_channel(), (flat, torch.randn(4, 6))]
     return [
         planned(network, example, precision=precision).plan.to_json()
         for network, example in pairs

@@ -31,7 +31,7 @@ def mutant(texts: Sequence[str], seed: int, number: int) -> str:
     toss = random.Random(f"{seed} {number}")
     plan = json.loads(toss.choice(texts))
     for _ in range(toss.choice((1, 1, 1, 2, 2, 3, 6))):
-        mutate(plan, toss, {"wrap": _wrap})
+        mutate(plan, toss, {"wrap": _wrap, "channels": _channels})
     return json.dumps(plan)
 
 
@@ -42,6 +42,32 @@ def _wrap(plan: dict[str, Any], toss: random.Random) -> None:
     if nodes:
         container, key = toss.choice(nodes)
         container[key] = _wrapped(container[key], toss)
+
+
+def _channels(plan: dict[str, Any], toss: random.Random) -> None:
+    """Another number of channels, or of powers, at one place of a polynomial."""
+    names = ("coeffs", "constant", "coefficient")
+    known = [
+        (c, k)
+        for c, k in places(plan)
+        if k in names and isinstance(c[k], list) and c[k]
+    ]
+    if not known:
+        return
+    container, key = toss.choice(known)
+    columns = container[key]
+    kind = toss.randrange(5)
+    if kind == 0:
+        columns.append(copy.deepcopy(columns[-1]))
+    elif kind == 1:
+        columns.pop(toss.randrange(len(columns)))
+    elif kind == 2:
+        container[key] = columns[:1] * toss.choice((1, 2, 8, 16, 1 << 12))
+    elif isinstance(columns[0], list):
+        row = toss.choice(columns)
+        row[len(row) if kind == 3 else 0 :] = [toss.randrange(-9, 9)] * toss.randrange(
+            3
+        )
 
 
 def _wrapped(node: Any, toss: random.Random) -> dict[str, Any]:

@@ -40,20 +40,24 @@ def logits(model, parameters, image):
     for step in plan.steps:
         z = _value(step.root, sources, weights)
         sources.append(
-            {at: _activate(step, centred(v, step.ring)) for at, v in z.items()}
+            {at: _activate(step, centred(v, step.ring), at[-1]) for at, v in z.items()}
         )
     z = _value(plan.output.root, sources, weights)
     return {at: centred(v, plan.output.ring) for at, v in z.items()}
 
 
-def _activate(step, z: int) -> int:
+def _activate(step, z: int, channel: int) -> int:
     act = step.activation
-    y = act.constant
+
+    def own(columns):
+        return columns[channel if len(columns) > 1 else 0]
+
+    y = own(act.constant)
     if act.linear is not None:
-        y += act.linear.coefficient * rounded(z, act.linear.shift)
+        y += own(act.linear.coefficient) * rounded(z, act.linear.shift)
     for group in act.groups:
         x = rounded(z, group.shift)
-        y += sum(a * x**k for k, a in enumerate(group.coeffs))
+        y += sum(a * x**k for k, a in enumerate(own(group.coeffs)))
     return rounded(y, act.drop)
 
 

@@ -159,17 +159,28 @@ def test_a_client_that_draws_its_own_coins_knows_them():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("corrected", ["server", "client"])
-def test_a_whole_activation_is_exact_and_hides_all_its_coins(corrected):
-    """y = a x**2 + b z through dealing, both shares and the second opening."""
-    m, shift, v, a, b = 4, 1, 5, 1, 1
-    s = v - m
-    r, pad0, pad1, rho, hidden = listed(1 << m, 1 << v, 1 << v, 1 << s, 1 << m)
+@pytest.mark.parametrize(
+    "corrected, squares, slopes",
+    [("server", [1], [1]), ("client", [1], [1]), ("server", [3, 2], [1, 3])],
+)
+def test_a_whole_activation_is_exact_and_hides_all_its_coins(
+    corrected, squares, slopes
+):
+    """y = a x**2 + b z through dealing, both shares and the second opening.
+
+    Every mask is listed in every channel; the last is looked at.
+    """
+    m, shift, v, a, b = 4, 1, 5, squares[-1], slopes[-1]
+    s, channels = v - m, len(squares)
+    all_masks = listed(1 << m, 1 << v, 1 << v, 1 << s, 1 << m)
+    r, pad0, pad1, rho, hidden = (np.repeat(x, channels) for x in all_masks)
+    last = slice(channels - 1, None, channels)
     taken = np.empty((2, 2, len(r)), dtype=np.int64)
     taken[:, 0], taken[:, 1] = pad0, pad1
     given = np.empty_like(taken)
     shifts, degrees = np.array([shift]), np.array([2])
-    table = np.array([[[0, 0, a], [0, 2 * a, 0]]])
+    coeffs = np.zeros((1, 3, channels), dtype=np.int64)
+    coeffs[0, 2] = squares
     kernels.deal_polynomial(
         r[None],
         rho,
@@ -177,8 +188,8 @@ def test_a_whole_activation_is_exact_and_hides_all_its_coins(corrected):
         bits=m,
         shifts=shifts,
         degrees=degrees,
-        table=table,
-        linear=b,
+        coeffs=coeffs,
+        linear=np.array(slopes),
         linear_shift=0,
         out=given,
     )
@@ -191,28 +202,32 @@ def test_a_whole_activation_is_exact_and_hides_all_its_coins(corrected):
         c = (z + (1 << (m - 2)) + r) % (1 << m)
         shifted = (c >> shift)[None]
         shares = []
-        for values, public in ((server_values, [0, 0, a]), (client_values, [0, 0, 0])):
+        for values, leading in (
+            (server_values, squares),
+            (client_values, [0] * channels),
+        ):
             out = np.empty_like(r)
             kernels.polynomial_share(
                 shifted,
                 values,
                 widths=m - shifts,
                 degrees=degrees,
-                public=np.array([public]),
-                constant=0,
+                leading=np.array([leading]),
                 start=0,
                 step=0,
                 out=out,
             )
             shares.append(out)
-        kernels.add_linear(c, bits=m, shift=0, coefficient=b, out=shares[0])
+        kernels.add_linear(
+            c, bits=m, shift=0, coefficient=np.array(slopes), start=0, out=shares[0]
+        )
         sent = shares[1] % (1 << v)
         opened = np.empty_like(r)
         kernels.truncate(shares[0], sent, bits=v, drop=s, step=0, out=opened)
         x = (opened - hidden) % (1 << m)
         rounded = (z + (r & ((1 << shift) - 1))) >> shift
         y = a * rounded * rounded + b * z
-        assert (x == ((y + rho) >> s) % (1 << m)).all()
+        assert (x == ((y + rho) >> s) % (1 << m))[last].all()
         top = c >> (m - 1)
         case = np.where(top == 1, 0, 1)
         rows = np.arange(len(r))
@@ -222,7 +237,8 @@ def test_a_whole_activation_is_exact_and_hides_all_its_coins(corrected):
             for j in (0, 1)
         ]
         mine = held[0] - (hidden << s)
-        view = ids(c >> shift, mine % (1 << v), held[1], hidden)
-        assert is_product(view, ids((y + rho) >> s))
+        view = ids(*(x[last] for x in (c >> shift, mine % (1 << v), held[1], hidden)))
+        assert is_product(view, ids(((y + rho) >> s)[last]))
         # As many rows as views: uniform means that no view comes twice.
-        assert len(np.unique(ids(c, held[2], held[3], sent))) == len(r)
+        theirs = ids(*(x[last] for x in (c, held[2], held[3], sent)))
+        assert len(np.unique(theirs)) == len(r[last])

@@ -102,12 +102,28 @@ def test_pool_sum_is_exact():
             assert np.array_equal(out[:, i, j], window.sum((1, 2), dtype=np.int32))
 
 
+def channels(count, degree, seed=0):
+    """Rows of any integers, and one of none."""
+    rows = np.random.default_rng(seed).integers(-(2**50), 2**50, (count, degree + 1))
+    rows[:, 0] = rows[-1] = 0
+    return tuple(map(tuple, rows.tolist()))
+
+
+# The last has channels that fill a block, others that divide it or leave a rest.
 POLYNOMIALS = [
-    (Linear(0, 5 << 30), ()),
-    (Linear(9, 7), (Group(9, (0, 0, -11)), Group(15, (0, 0, 0, 3, 1)))),
-    (None, (Group(4, (0, 1, -2, 3, -4, 5, -6)),)),
-    (Linear(3, -9), (Group(12, (0, 0, 5)),)),
+    (Linear(0, (5 << 30,)), ()),
+    (Linear(9, (7,)), (Group(9, ((0, 0, -11),)), Group(15, ((0, 0, 0, 3, 1),)))),
+    (None, (Group(4, ((0, 1, -2, 3, -4, 5, -6),)),)),
+    (Linear(3, (-9,)), (Group(12, ((0, 0, 5),)),)),
+    (Linear(9, (7, -8, 9)), (Group(9, channels(3, 2)), Group(15, channels(3, 4)))),
+    (Linear(2, (1,)), (Group(4, ((0, 0, 4),)), Group(9, channels(1500, 3)))),
+    (None, (Group(4, channels(50, 3)), Group(9, channels(50, 10)))),
 ]
+
+
+def of_channel(columns, i):
+    """What element i reads, channels last."""
+    return columns[i % len(columns)]
 
 
 @pytest.mark.parametrize("bits", [24, 32, 33, 56])
@@ -116,7 +132,9 @@ def test_polynomial_of_an_opening_is_exact(bits, linear, groups):
     """dealer + both parties = p of the floor-or-floor-plus-one, modulo 2**64."""
     rng = np.random.default_rng(3)
     count = 3000
-    act = Activation(linear, groups, 987654321, 32, 11)
+    count_of = [len(group.coeffs) for group in groups]
+    constant = tuple(987654321 + c for c in range(max([1, *count_of])))
+    act = Activation(linear, groups, constant, 32, 11)
     step = Step(Read(0), bits, 20, act)
     tables, dtype = step.tables, kernels.ring_dtype(bits)
     bound = 2 ** (bits - 2) - 1
@@ -134,7 +152,7 @@ def test_polynomial_of_an_opening_is_exact(bits, linear, groups):
         bits=bits,
         shifts=tables.shifts,
         degrees=tables.degrees,
-        table=tables.table,
+        coeffs=tables.coeffs,
         linear=tables.linear,
         linear_shift=tables.linear_shift,
         out=given,
@@ -162,8 +180,7 @@ def test_polynomial_of_an_opening_is_exact(bits, linear, groups):
             values,
             widths=tables.widths,
             degrees=tables.degrees,
-            public=tables.public if server else np.zeros_like(tables.public),
-            constant=tables.constant if server else 0,
+            leading=tables.leading if server else np.zeros_like(tables.leading),
             start=0,
             step=0,
             out=out,
@@ -174,46 +191,59 @@ def test_polynomial_of_an_opening_is_exact(bits, linear, groups):
                 bits=bits,
                 shift=tables.linear_shift,
                 coefficient=tables.linear,
+                start=0,
                 out=out,
             )
         shares.append(out)
     for i in range(0, count, 7):
-        expected = act.constant + int(coins[i])
+        expected = of_channel(act.constant, i) + int(coins[i])
         if linear is not None:
             x = (int(z[i]) + int(r[0, i]) % 2**linear.shift) >> linear.shift
-            expected += linear.coefficient * x
+            expected += of_channel(linear.coefficient, i) * x
         for g, group in enumerate(groups):
             s = group.shift
             x = (int(z[i]) + int(r[g, i]) % 2**s) >> s
             assert x in (int(z[i]) >> s, (int(z[i]) >> s) + 1)
-            expected += sum(a * x**k for k, a in enumerate(group.coeffs))
+            row = of_channel(group.coeffs, i)
+            expected += sum(a * x**k for k, a in enumerate(row))
         got = int(shares[0][i]) + int(shares[1][i])
         assert (got - expected) % 2**64 == 0
 
 
-@pytest.mark.parametrize("start, size, step", [(0, 100, 0), (1500, 1100, 16)])
-def test_a_share_of_some_elements_is_that_of_all(start, size, step):
+@pytest.mark.parametrize("count", [1, 7, 1200])
+@pytest.mark.parametrize("start, size, step", [(0, 100, 0), (1501, 1100, 16)])
+def test_a_share_of_some_elements_is_that_of_all(start, size, step, count):
     rng = np.random.default_rng(5)
     degrees, widths = np.array([2, 4]), np.array([30, 20])
     opened = rng.integers(0, 2**20, (2, 3000)).astype(np.int32)
     values = rng.integers(-(2**63), 2**63 - 1, (2, 6, 3000))
-    public = rng.integers(-99, 99, (2, 5))
+    leading = rng.integers(-99, 99, (2, count))
     found = []
-    for first, count, drop in ((0, 3000, 0), (start, size, step)):
-        out = np.empty(count, dtype=np.int64)
+    for first, number, drop in ((0, 3000, 0), (start, size, step)):
+        out = np.empty(number, dtype=np.int64)
         kernels.polynomial_share(
-            opened[:, first : first + count],
+            opened[:, first : first + number],
             values,
             widths=widths,
             degrees=degrees,
-            public=public,
-            constant=3,
+            leading=leading,
             start=first,
             step=drop,
             out=out,
         )
-        found.append(out)
-    assert np.array_equal(found[1], found[0][start : start + size] >> step)
+        linear = np.zeros_like(out)
+        kernels.add_linear(
+            opened[0, first : first + number],
+            bits=30,
+            shift=3,
+            coefficient=leading[1],
+            start=first,
+            out=linear,
+        )
+        found.append((out, linear))
+    (all_shares, all_linear), (shares, linear) = found
+    assert np.array_equal(shares, all_shares[start : start + size] >> step)
+    assert np.array_equal(linear, all_linear[start : start + size])
 
 
 @pytest.mark.parametrize("drop, kept", [(32, 16), (24, 16), (12, 12), (8, 8), (44, 16)])
@@ -286,18 +316,19 @@ def right_calls():
         "polynomial_share": Call(
             kernels.polynomial_share,
             {"opened": narrow(2, 5), "values": words(2, 6, 7), "widths": 32 - shifts,
-             "degrees": degrees, "public": words(2, 5), "constant": 1, "start": 2,
-             "step": 16, "out": words(5)},
+             "degrees": degrees, "leading": words(2, 3), "start": 2, "step": 16,
+             "out": words(5)},
         ),
         "add_linear": Call(
             kernels.add_linear,
-            {"c": narrow(5), "bits": 32, "shift": 2, "coefficient": 3, "out": words(5)},
+            {"c": narrow(5), "bits": 32, "shift": 2, "coefficient": words(3),
+             "start": 1, "out": words(5)},
         ),
         "deal_polynomial": Call(
             kernels.deal_polynomial,
             {"masks": narrow(2, 5), "rounding": words(5), "taken": words(2, 6, 5),
-             "bits": 32, "shifts": shifts, "degrees": degrees, "table": words(2, 4, 5),
-             "linear": 1, "linear_shift": 2, "out": words(2, 6, 5)},
+             "bits": 32, "shifts": shifts, "degrees": degrees, "coeffs": words(2, 5, 3),
+             "linear": words(3), "linear_shift": 2, "out": words(2, 6, 5)},
         ),
         "truncate": Call(
             kernels.truncate,
@@ -350,18 +381,26 @@ WRONG = [
     ("polynomial_share", {"degrees": np.array([6])}),
     ("polynomial_share", {"degrees": np.array([6, 0])}),
     ("polynomial_share", {"degrees": np.array([-1, 7])}),
-    ("polynomial_share", {"degrees": np.array([1, 5])}),
     ("polynomial_share", {"widths": np.array([30])}),
     ("polynomial_share", {"widths": np.array([30, 64])}),
     ("polynomial_share", {"widths": np.array([0, 30])}),
-    ("polynomial_share", {"public": words(2, 4)}),
-    ("polynomial_share", {"public": words(1, 5)}),
+    ("polynomial_share", {"leading": words(2, 0)}),
+    ("polynomial_share", {"leading": words(1, 3)}),
+    ("polynomial_share", {"leading": words(3, 3)}),
+    ("polynomial_share", {"leading": words(2)}),
+    ("polynomial_share", {"leading": words(2, 3, 1)}),
+    ("polynomial_share", {"leading": narrow(2, 3)}),
+    ("polynomial_share", {"leading": np.ones((2, 3))}),
     ("polynomial_share", {"step": 64}),
     ("polynomial_share", {"out": words(4)}),
     ("polynomial_share", {"out": narrow(5)}),
     ("add_linear", {"c": narrow(6)}),
     ("add_linear", {"out": narrow(5)}),
     ("add_linear", {"c": narrow(5, 1), "out": words(5, 1)}),
+    ("add_linear", {"coefficient": words(0)}),
+    ("add_linear", {"coefficient": words(1, 3)}),
+    ("add_linear", {"coefficient": narrow(3)}),
+    ("add_linear", {"start": -1}),
     ("add_linear", {"shift": 31}),
     ("add_linear", {"shift": -1}),
     ("deal_polynomial", {"masks": narrow(1, 5)}),
@@ -373,9 +412,16 @@ WRONG = [
     ("deal_polynomial", {"out": narrow(2, 6, 5)}),
     ("deal_polynomial", {"degrees": np.array([6, 0])}),
     ("deal_polynomial", {"degrees": np.array([1, 5])}),
-    ("deal_polynomial", {"table": words(2, 3, 5)}),
-    ("deal_polynomial", {"table": words(2, 4, 4)}),
-    ("deal_polynomial", {"table": words(2, 20)}),
+    ("deal_polynomial", {"coeffs": words(2, 4, 3)}),
+    ("deal_polynomial", {"coeffs": words(1, 5, 3)}),
+    ("deal_polynomial", {"coeffs": words(2, 5, 4)}),
+    ("deal_polynomial", {"coeffs": words(2, 15)}),
+    ("deal_polynomial", {"coeffs": np.ones((2, 5, 3))}),
+    ("deal_polynomial", {"coeffs": words(2, 5, 0), "linear": words(0)}),
+    ("deal_polynomial", {"linear": words(1)}),
+    ("deal_polynomial", {"linear": narrow(3)}),
+    ("deal_polynomial", {"degrees": np.array([-1, 7])}),
+    ("deal_polynomial", {"shifts": np.array([-1, 9])}),
     ("deal_polynomial", {"shifts": np.array([3])}),
     ("deal_polynomial", {"shifts": np.array([3, 40])}),
     ("deal_polynomial", {"linear_shift": 32}),
@@ -454,8 +500,10 @@ for bits in (32, 64):
     cases.check_convolution(
         rng, bits, 2, 3, 19, (3, 2), (2, 1), (1, 2), (1, 0, 2, 1), (7, 6), 2
     )
-cases.test_polynomial_of_an_opening_is_exact(32, *cases.POLYNOMIALS[1])
-cases.test_a_share_of_some_elements_is_that_of_all(1500, 1100, 16)
+for polynomial in cases.POLYNOMIALS:
+    cases.test_polynomial_of_an_opening_is_exact(32, *polynomial)
+for channels in (1, 7, 1200):
+    cases.test_a_share_of_some_elements_is_that_of_all(1501, 1100, 16, channels)
 print("all in bounds")
 """
 

@@ -200,47 +200,60 @@ def test_the_linear_term_keeps_every_bit_and_coefficients_are_exact(small):
     act = step.activation
     value = act.value_frac_bits
     assert act.linear is not None and act.linear.shift == 0
-    powers = [(act.linear.shift, 1, act.linear.coefficient)]
+    powers = [(act.linear.shift, 1, act.linear.coefficient[0])]
     for group in act.groups:
-        powers += [(group.shift, k, a) for k, a in enumerate(group.coeffs) if a]
+        powers += [(group.shift, k, a) for k, a in enumerate(group.coeffs[0]) if a]
     for shift, k, integer in powers:
         exact = integer / 2.0 ** (value - k * (step.frac_bits - shift))
         assert exact == QUARTIC.coeffs[k]
-    assert act.constant / 2.0**value == QUARTIC.coeffs[0]
+    assert act.constant[0] / 2.0**value == QUARTIC.coeffs[0]
 
 
-def test_all_degrees_are_grouped():
-    for degree in range(1, 11):
-        numerators = tuple(range(1, degree + 2))
-        polynomial = espn.Polynomial(numerators, 12, (-2.0, 2.0))
-        x = np.linspace(-2, 2, 41)
-        moments = np.array([(x**n).mean() for n in range(2 * degree + 1)])
-        order = np.arange(degree + 1)
-        effect = Effect(moments, moments[order[:, None] + order])
-        found = choose_truncations(
-            polynomial,
-            ring=32,
-            frac_bits=25,
-            result_bits=11,
-            value_frac_bits=43,
-            effect=effect,
-        )
-        assert found is not None and found.linear is not None
-        powers = [k for g in found.groups for k, a in enumerate(g.coeffs) if a]
-        assert powers == list(range(2, degree + 1))
-        if found.groups:
-            assert found.linear.shift <= found.groups[0].shift
-        total = np.full_like(x, 1 / 4096)
-        terms = [(found.linear.shift, 1, found.linear.coefficient)]
-        for group in found.groups:
-            terms += [(group.shift, k, a) for k, a in enumerate(group.coeffs)]
-        for shift, k, a in terms:
-            bits = 25 - shift
-            total += a * np.rint(x * 2.0**bits) ** k / 2.0**43
-        expected = np.polynomial.polynomial.polyval(x, polynomial.coeffs)
-        error = np.abs(total - expected).max()
-        allowed = 0.01 if degree <= 4 else 0.1
-        assert error < allowed * max(1, np.abs(expected).max()), (degree, error)
+SHAPES = {
+    **{f"degree {d}": tuple(range(1, d + 2)) for d in range(1, 11)},
+    "even": (9, 0, 8, 0, -7, 0, 6, 0, -5, 0, 4),
+    "odd": (0, 9, 0, -8, 0, 7, 0, -6, 0, 5),
+    "the top alone": (0, 0, 0, 0, 0, 0, 0, 0, 3),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_all_degrees_are_grouped(name):
+    """The groups' integers add up to the polynomial."""
+    numerators = SHAPES[name]
+    degree = len(numerators) - 1
+    polynomial = espn.Polynomial(numerators, 12, (-2.0, 2.0))
+    x = np.linspace(-2, 2, 41)
+    moments = np.array([(x**n).mean() for n in range(2 * degree + 1)])
+    sums = x[:, None, None] ** np.arange(degree + 1) / len(x) ** 0.5
+    effect = Effect(moments[None], sums, np.zeros((1, 2 * degree + 1)))
+    found = choose_truncations(
+        (polynomial,),
+        ring=32,
+        frac_bits=25,
+        result_bits=11,
+        value_frac_bits=43,
+        effect=effect,
+    )
+    assert found is not None
+    wanted = [k for k in range(2, degree + 1) if numerators[k]]
+    groups = [{k for k, a in enumerate(g.coeffs[0]) if a} for g in found.groups]
+    assert set().union(*groups) - {1} == set(wanted)
+    terms = [(g.shift, k, a) for g in found.groups for k, a in enumerate(g.coeffs[0])]
+    if found.linear is not None:
+        terms.append((found.linear.shift, 1, found.linear.coefficient[0]))
+        assert all(found.linear.shift <= g.shift for g in found.groups[:1])
+    exact = np.full_like(x, found.constant[0] * 2.0**-43)
+    total = exact.copy()
+    for shift, k, a in terms:
+        bits = 25 - shift
+        exact += a * x**k * 2.0 ** (k * bits - 43)
+        total += a * np.rint(x * 2.0**bits) ** k / 2.0**43
+    expected = np.polynomial.polynomial.polyval(x, polynomial.coeffs)
+    largest = max(1, np.abs(expected).max())
+    allowed = 0.01 if degree <= 4 else 0.1
+    assert np.abs(exact - expected).max() < allowed * largest
+    assert np.abs(total - expected).max() < allowed * largest
 
 
 def test_evaluated_layers_match_plaintext(small):
@@ -283,9 +296,9 @@ def test_weights_without_an_activation_between_get_a_rescaling():
         (step,) = model.plan.steps
         assert "(rescaled)" in model.report.parts[0].name
         act = step.activation
-        assert act.groups == () and act.constant == 0 and act.linear is not None
+        assert act.groups == () and act.constant == (0,) and act.linear is not None
         kept = step.frac_bits - act.linear.shift
-        assert act.linear.coefficient == 2 ** (act.value_frac_bits - kept)
+        assert act.linear.coefficient[0] == 2 ** (act.value_frac_bits - kept)
         found = logits(model, example)
         assert found.shape == (2, 4, 4, 4)
         error = float((found - net(example)).abs().max())
@@ -356,20 +369,24 @@ def test_effects_are_what_errors_of_a_result_do_to_the_output():
     net = torch.nn.Sequential(first, act(), ending)
     reader = Network(espn.convert(net, x.float()))
     Calibration(reader, x)
-    (layer,) = [one for one in reader.layers.values() if one.polynomial]
+    (layer,) = [one for one in reader.layers.values() if one.activates]
     w = ending.weight.detach().double().numpy()[0]
     for n in range(9):
         wanted = (w**2 * z**n).sum(1).mean()
         # One element in ten thousand may lie anywhere in [-5, 5].
         wanted += 1e-4 * (w**2).sum() * (5**n / (n + 1) if n % 2 == 0 else 0)
-        assert layer.effect.independent[n] == pytest.approx(wanted, rel=1e-4, abs=1e-6)
+        assert layer.effect.independent[0, n] == pytest.approx(
+            wanted, rel=1e-4, abs=1e-6
+        )
     sums = np.array([(w * z**k).sum(1) for k in range(5)])
-    coherent = layer.effect.coherent - sums @ sums.T / 8
-    assert coherent[0, 0] == pytest.approx(1e-4 * (w**2).sum(), rel=1e-3)
-    assert coherent[1, 3] == pytest.approx(1e-4 * (w**2).sum() * 5**4 / 5, rel=1e-3)
-    assert coherent[0, 3] == pytest.approx(0, abs=1e-6)
+    found = layer.effect.sums[:, 0].T
+    assert np.abs(found @ found.T / 16 - sums @ sums.T / 8).max() < 1e-4
+    elsewhere = layer.effect.elsewhere[0]
+    assert elsewhere[0] == pytest.approx(1e-4 * (w**2).sum(), rel=1e-3)
+    assert elsewhere[4] == pytest.approx(1e-4 * (w**2).sum() * 5**4 / 5, rel=1e-3)
+    assert elsewhere[3] == 0
     assert layer.effect.rounding == pytest.approx((w**2).sum(), rel=1e-3)
-    slope = {0: 0.5, 1: -2.0}
+    slope = {0: np.array([0.5]), 1: np.array([-2.0])}
     error = 0.5 - 2.0 * z
     assert layer.effect.of_signs(slope) == pytest.approx(
         (w**2 * error**2).sum(1).mean(), rel=1e-2
@@ -400,7 +417,7 @@ def test_a_plan_from_inputs_that_are_all_zero_still_keeps_bits():
     assert step.activation.linear is not None
     kept = step.frac_bits - step.activation.linear.shift
     exact = 2 ** (step.activation.value_frac_bits - kept)
-    assert step.activation.linear.coefficient == exact
+    assert step.activation.linear.coefficient == (exact,)
 
 
 def test_a_network_without_weights_or_activations_has_a_plan():

@@ -315,11 +315,13 @@ def test_rescalings_are_right_in_every_ring(name, ring):
 
 
 def test_a_coefficient_never_rounds_to_nothing():
-    flat = Effect(np.zeros(9), np.zeros((5, 5)))  # calibration saw nothing of it
+    flat = Effect(
+        np.zeros((1, 9)), np.zeros((1, 1, 5)), np.zeros((1, 9))
+    )  # calibration saw nothing of it
 
     def chosen(polynomial, g, f, ring):
         return choose_truncations(
-            polynomial,
+            (polynomial,),
             ring=ring,
             frac_bits=g,
             result_bits=f,
@@ -333,14 +335,15 @@ def test_a_coefficient_never_rounds_to_nothing():
         assert found is not None and found.linear is not None
         assert found.linear.shift <= ring - 3
         bits = ring - 3 - found.linear.shift
-        assert found.linear.coefficient == 2 ** (12 + 64 - ring - bits)
+        assert found.linear.coefficient[0] == 2 ** (12 + 64 - ring - bits)
     for ring in range(20, 57):
         found = chosen(QUARTIC, ring - 5, 12, ring)
         if found is None:
             continue
-        kept = {k: c for g in found.groups for k, c in enumerate(g.coeffs) if c}
+        kept = {k: c for g in found.groups for k, c in enumerate(g.coeffs[0]) if c}
         assert set(kept) == {2, 4} and found.linear is not None
-        assert found.linear.coefficient and found.linear.shift <= found.groups[0].shift
+        assert found.linear.coefficient[0]
+        assert found.linear.shift <= found.groups[0].shift
     # A coefficient that counts and has no bits left at any truncation.
     tiny = espn.Polynomial((0, 0, 1), 40, (-(2.0**19), 2.0**19))
     assert chosen(tiny, 30, 12, 52) is None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -30,7 +32,7 @@ from crypten_espn.masked.steps import Step
 from crypten_espn.randomness import Keystream
 from crypten_espn.wire.packing import packed_bytes
 
-from .cases import SESSION, Pair, planned, residual, without_noise
+from .cases import SESSION, Pair, by_channel, planned, residual, without_noise
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +46,10 @@ def seeds_of(pair, index):
     return [inference_seeds(s).take(index) for s in (own, *pair.dealing.seeds)]
 
 
-def test_dealt_values_are_the_powers_of_the_mask(small):
+@pytest.mark.parametrize("made", [residual, by_channel])
+def test_dealt_values_are_the_powers_of_the_mask(made):
     """The linear parts add up to B*t + r, the values to powers of t, by integers."""
-    pair, batch = Pair(small), 2
+    pair, batch = Pair(planned(*made())), 2
     plan = pair.plan
     dealt, theirs = [], seeds_of(pair, 0)
     for event in pair.dealing.deal(0, batch):
@@ -77,8 +80,11 @@ def test_dealt_values_are_the_powers_of_the_mask(small):
         )
         whole = dealt[number][1] + drawn.values
         sources[number + 1] = source_mask(drawn.hidden, total.shape, act.ring)
-        tables = part.tables.table.tolist()
         for i in range(0, flat.size, 97):
+
+            def own(columns, i=i):
+                return columns[i % len(columns)]
+
             for case in (0, 1):
                 index = 0
                 for g, group in enumerate(act.groups):
@@ -87,13 +93,14 @@ def test_dealt_values_are_the_powers_of_the_mask(small):
                         mask -= 1 << m  # an arithmetic shift where the top bit is 0
                     t = -(mask >> group.shift)
                     for j in range(group.degree):
+                        # The coefficient of D**j in p(D + t), its own included.
                         expected = sum(
-                            tables[g][j][k] * t**k
-                            for k in range(1, group.degree - j + 1)
+                            own(group.coeffs)[k] * math.comb(k, j) * t ** (k - j)
+                            for k in range(j, group.degree + 1)
                         )
                         if j == g == 0:
-                            expected += int(secret.rounding[i])
-                            expected -= act.linear.coefficient * (
+                            expected += own(act.constant) + int(secret.rounding[i])
+                            expected -= own(act.linear.coefficient) * (
                                 mask >> act.linear.shift
                             )
                         got = int(whole[case, index + j, i])

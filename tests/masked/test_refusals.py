@@ -31,9 +31,9 @@ STEP: dict[str, Any] = {
     "ring": 32,
     "frac_bits": 20,
     "activation": {
-        "linear": {"shift": 2, "coefficient": 5},
-        "groups": [{"shift": 9, "coeffs": [0, 0, 7]}],
-        "constant": -3,
+        "linear": {"shift": 2, "coefficient": [5]},
+        "groups": [{"shift": 9, "coeffs": [[0, 0, 7]]}],
+        "constant": [-3],
         "drop": 32,
         "frac_bits": 10,
     },
@@ -112,8 +112,8 @@ REFUSALS = [
     ("text for the bound", "input.bound", "8", "Expected `float`"),
     ("pads of three", f"{ROOT}.pads", [1, 1, 1], "length 4"),
     ("a kernel of one", f"{ROOT}.kernel", [3], "length 2"),
-    ("other version", "version", 1, "version 1"),
-    ("future version", "version", 3, "version 3"),
+    ("other version", "version", 2, "version 2"),
+    ("future version", "version", 4, "version 4"),
     # Numbers.
     ("negative drop", f"{ACT}.drop", -1, ">= 8"),
     ("negative shift", f"{ACT}.groups.0.shift", -1, ">= 0"),
@@ -132,8 +132,8 @@ REFUSALS = [
     ("huge dilation", f"{ROOT}.dilation", [1 << 40, 1], "<= 65536"),
     ("huge pads", f"{ROOT}.pads", [1 << 20, 0, 0, 0], "<= 4096"),
     ("huge filters", f"{ROOT}.filters", 1 << 30, "<= 16777216"),
-    ("a number beyond 64 bits", f"{ACT}.constant", 1 << 70, ANY),
-    ("huge coefficient", f"{ACT}.linear.coefficient", 1 << 63, "<= 92233720"),
+    ("a number beyond 64 bits", f"{ACT}.constant", [1 << 70], ANY),
+    ("huge coefficient", f"{ACT}.linear.coefficient", [1 << 63], "<= 92233720"),
     ("a kernel wider than its input", f"{ROOT}.kernel", [11, 11], "does not fit"),
     ("a dilation wider than its input", f"{ROOT}.dilation", [5, 1], "does not fit"),
     ("an empty input", "input.shape", [2, 0, 8], ">= 1"),
@@ -147,13 +147,31 @@ REFUSALS = [
     ("shift beyond the ring", f"{ACT}.groups.0.shift", 30, "drops 30 of 32 bits"),
     ("huge shift", f"{ACT}.groups.0.shift", 63, "<= 62"),
     ("linear shift above its mask's", f"{ACT}.linear.shift", 10, "drops 10 bits"),
-    ("a group's constant", f"{ACT}.groups.0.coeffs", [1, 0, 7], "stands apart"),
-    ("a group of degree 1", f"{ACT}.groups.0.coeffs", [0, 7], "length >= 3"),
-    ("a group of degree 17", f"{ACT}.groups.0.coeffs", [0] * 18, "length <= 17"),
-    ("too many groups", f"{ACT}.groups", [{"shift": 9, "coeffs": [0, 0, 1]}] * 9,
+    ("a group's constant", f"{ACT}.groups.0.coeffs", [[1, 0, 7]], "stands apart"),
+    ("a group of degree 1", f"{ACT}.groups.0.coeffs", [[0, 7]], "length >= 3"),
+    ("a group of degree 17", f"{ACT}.groups.0.coeffs", [[0] * 18], "length <= 17"),
+    ("too many groups", f"{ACT}.groups", [{"shift": 9, "coeffs": [[0, 0, 1]]}] * 9,
      "length <= 8"),
     ("a polynomial without a power", ACT,
      {**STEP["activation"], "linear": None, "groups": []}, "without a power"),
+    # Channels.
+    ("a number for a channel's", f"{ACT}.constant", 3, "Expected `array`"),
+    ("a row for all rows", f"{ACT}.groups.0.coeffs", [0, 0, 7], "Expected `array`"),
+    ("no constant", f"{ACT}.constant", [], "length >= 1"),
+    ("no linear coefficient", f"{ACT}.linear.coefficient", [], "length >= 1"),
+    ("no row", f"{ACT}.groups.0.coeffs", [], "length >= 1"),
+    ("constants of 3 channels", f"{ACT}.constant", [1, 2, 3],
+     "step 0: coefficients of 3 channels for a result of 4"),
+    ("coefficients of 5 channels", f"{ACT}.linear.coefficient", [1] * 5,
+     "coefficients of 5 channels for a result of 4"),
+    ("rows of 8 channels", f"{ACT}.groups.0.coeffs", [[0, 0, 7]] * 8,
+     "coefficients of 8 channels for a result of 4"),
+    ("rows of all elements", f"{ACT}.groups.0.coeffs", [[0, 0, 7]] * 256,
+     "coefficients of 256 channels"),
+    ("rows of different degrees", f"{ACT}.groups.0.coeffs",
+     [[0, 0, 7], [0, 0, 7, 1], [0, 0, 7], [0, 0, 7]], "different degrees in a group"),
+    ("a channel's constant in a group", f"{ACT}.groups.0.coeffs",
+     [[0, 0, 7]] * 3 + [[1, 0, 7]], "stands apart"),
     ("huge drop", f"{ACT}.drop", 45, "<= 44"),
     ("value beyond its ring", f"{ACT}.frac_bits", 40, "72 fractional bits"),
     ("noise wider than the ring", "output.noise_bits", 30, "noise"),
@@ -201,6 +219,12 @@ REFUSALS = [
     ("reads that add up too much", None,
      changed(ROOT, {"type": "add", "terms": [READ] * 9}, changed("input", BIG)),
      "elements"),
+    ("coefficients that add up", None,
+     changed(f"{ACT}.groups", [{"shift": 9, "coeffs": [[0] * 17]},
+                               *[{"shift": 9, "coeffs": [[0, 0, 1]]}] * 7],
+             changed(f"{ACT}.constant", [7] * (1 << 15),
+                     changed(ROOT, READ, changed("input.shape", [1 << 15])))),
+     "coefficients so far; a plan may have 4,194,304"),
     ("values from the dealer that add up", None,
      changed(ROOT, READ, changed("input", BIG)), "words from the dealer"),
 ]  # fmt: skip
@@ -302,15 +326,17 @@ CODE = Conv(Read(0), 0, 4, (3, 3), pads=(1, 1, 1, 1))
 
 
 def test_every_operation_survives_a_plans_text():
-    act = Activation(Linear(2, 5), (Group(9, (0, 0, 7)),), 3, 32, 10)
+    act = Activation(
+        Linear(2, (5,)), (Group(9, tuple((0, 0, k) for k in range(6))),), (3,), 32, 10
+    )
     pool = Pool(Pad(Read(0, 3), (1, 1, 0, 0)), (3, 3), (2, 2), (0, 0, 0, 0))
-    root = Flatten(Concat((pool, Conv(Read(0), 0, 4, (2, 2), (2, 2)))))
+    root = Concat((pool, Conv(Read(0), 0, 4, (2, 2), (2, 2))))
     plan = Plan(
         VERSION,
         Input((2, 8, 8), 32, 12, 8.0),
         (Step(root, 32, 20, act),),
-        Output(Add((Read(1), Read(1, 2))), 32, 20, 0),
+        Output(Flatten(Add((Read(1), Read(1, 2)))), 32, 20, 0),
     )
     again = Plan.from_json(plan.to_json())
     assert again == plan and again.digest == plan.digest
-    assert again.shapes[1] == (4 * 4 * 6,)
+    assert again.shapes[1] == (4, 4, 6) and again.logits_shape == (4 * 4 * 6,)

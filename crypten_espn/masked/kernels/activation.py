@@ -5,6 +5,9 @@ polynomial's powers reads it through a mask of its own, c_k = c + delta_k, shift
 s_k: D_k = (c_k >> s_k) - 2**(m-2-s_k), and x_k = D_k + t_k with the dealer-known
 t_k = -(r_k >> s_k), a logical shift where the top bit of c_k is 1 and an arithmetic one
 where it is 0.
+
+Values are channels-last, and coefficients stand by channel: element i reads column
+i % C of C columns. A polynomial for all channels has one column.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import numpy as np
 from ...compiled import compiled, heats
 from .ring import require, same_ring
 
-BLOCK = 1024  # elements a polynomial pass keeps in the first-level cache
+BLOCK = 512  # elements a polynomial pass keeps in the first-level cache
 
 
 @compiled
@@ -40,8 +43,7 @@ def _polynomial_share(
     widths: np.ndarray,
     degrees: np.ndarray,
     values: np.ndarray,
-    public: np.ndarray,
-    constant: np.int64,
+    leading: np.ndarray,
     first_element: int,
     step: int,
     out: np.ndarray,
@@ -49,13 +51,13 @@ def _polynomial_share(
     reduced = np.empty(BLOCK, np.int64)
     top = np.empty(BLOCK, np.int64)
     acc = np.empty(BLOCK, np.int64)
-    total = out.shape[0]
-    for start in range(0, total, BLOCK):
-        size = min(BLOCK, total - start)
+    total, period = out.shape[0], leading.shape[1]
+    start = 0
+    while start < total:
         here = first_element + start
+        phase = here % period
+        size = min(BLOCK, period - phase, total - start)
         result = out[start : start + size]
-        for i in range(size):
-            result[i] = constant
         index = 0
         for g in range(opened.shape[0]):
             width = widths[g]
@@ -68,39 +70,57 @@ def _polynomial_share(
                 top[i] = -(u >> (width - 1))
             first = values[0, index, here : here + size]
             second = values[1, index, here : here + size]
-            for i in range(size):
-                result[i] += second[i] ^ ((first[i] ^ second[i]) & top[i])
+            if g == 0:
+                for i in range(size):
+                    result[i] = second[i] ^ ((first[i] ^ second[i]) & top[i])
+            else:
+                for i in range(size):
+                    result[i] += second[i] ^ ((first[i] ^ second[i]) & top[i])
             degree = degrees[g]
             if degree > 1:
                 offset = np.int64(1) << (width - 2)
-                lead = public[g, degree]
+                lead = leading[g, phase : phase + size]
                 for i in range(size):
                     reduced[i] -= offset
-                    acc[i] = lead
+                    acc[i] = lead[i]
                 # Horner in the opened value; values hold the rising powers 1, 2, ...
                 for j in range(degree - 1, 0, -1):
-                    coefficient = public[g, j]
                     first = values[0, index + j, here : here + size]
                     second = values[1, index + j, here : here + size]
                     for i in range(size):
                         v = second[i] ^ ((first[i] ^ second[i]) & top[i])
-                        acc[i] = acc[i] * reduced[i] + coefficient + v
+                        acc[i] = acc[i] * reduced[i] + v
                 for i in range(size):
                     result[i] += acc[i] * reduced[i]
             index += degree
         if step > 0:
             for i in range(size):
                 result[i] >>= step
+        start += size
 
 
 @compiled
 def _add_linear(
-    c: np.ndarray, bits: int, shift: int, coefficient: np.int64, out: np.ndarray
+    c: np.ndarray,
+    bits: int,
+    shift: int,
+    coefficient: np.ndarray,
+    first_element: int,
+    out: np.ndarray,
 ) -> None:
     mask = np.int64(-1) if bits == 64 else (np.int64(1) << bits) - 1
     offset = np.int64(1) << (bits - 2 - shift)
-    for i in range(out.shape[0]):
-        out[i] += coefficient * (((np.int64(c[i]) & mask) >> shift) - offset)
+    total, period = out.shape[0], coefficient.shape[0]
+    start = 0
+    while start < total:
+        phase = (first_element + start) % period
+        size = min(period - phase, total - start)
+        result, opened = out[start : start + size], c[start : start + size]
+        factor = coefficient[phase : phase + size]
+        for i in range(size):
+            d = ((np.int64(opened[i]) & mask) >> shift) - offset
+            result[i] += factor[i] * d
+        start += size
 
 
 @compiled
@@ -109,8 +129,8 @@ def _deal_polynomial(
     bits: int,
     shifts: np.ndarray,
     degrees: np.ndarray,
-    table: np.ndarray,
-    linear: np.int64,
+    coeffs: np.ndarray,
+    linear: np.ndarray,
     linear_shift: int,
     rounding: np.ndarray,
     taken: np.ndarray,
@@ -118,64 +138,70 @@ def _deal_polynomial(
 ) -> None:
     mask = np.int64(-1) if bits == 64 else (np.int64(1) << bits) - 1
     sign = 64 - bits
-    limit = table.shape[1]
-    powers = np.empty((limit + 1, BLOCK), np.int64)
-    acc = np.empty(BLOCK, np.int64)
-    total = masks.shape[1]
-    for start in range(0, total, BLOCK):
-        size = min(BLOCK, total - start)
+    total, period = masks.shape[1], coeffs.shape[2]
+    t = np.empty(BLOCK, np.int64)
+    product = np.empty(BLOCK, np.int64)
+    found = np.empty((coeffs.shape[1], BLOCK), np.int64)
+    start = 0
+    while start < total:
+        phase = start % period
+        size = min(BLOCK, period - phase, total - start)
         stop = start + size
         for case in range(2):
             index = 0
             for g in range(masks.shape[0]):
                 r = masks[g, start:stop]
-                if g == 0:
+                degree = degrees[g]
+                shift = shifts[g]
+                if case == 0:
                     for i in range(size):
-                        if case == 0:
-                            t = -((np.int64(r[i]) & mask) >> linear_shift)
-                        else:
-                            t = -(((np.int64(r[i]) << sign) >> sign) >> linear_shift)
-                        acc[i] = linear * t + rounding[start + i]
+                        t[i] = -((np.int64(r[i]) & mask) >> shift)
                 else:
                     for i in range(size):
-                        acc[i] = 0
-                degree = degrees[g]
-                if degree > 1:
-                    shift = shifts[g]
-                    base = powers[1]
-                    if case == 0:
-                        for i in range(size):
-                            base[i] = -((np.int64(r[i]) & mask) >> shift)
-                    else:
-                        for i in range(size):
-                            base[i] = -(((np.int64(r[i]) << sign) >> sign) >> shift)
-                    for k in range(2, degree + 1):
-                        low = powers[k - 1]
-                        high = powers[k]
-                        for i in range(size):
-                            high[i] = low[i] * base[i]
-                    for k in range(1, degree + 1):
-                        weight = table[g, 0, k]
-                        power = powers[k]
-                        for i in range(size):
-                            acc[i] += weight * power[i]
-                drawn = taken[case, index, start:stop]
-                given = out[case, index, start:stop]
+                        t[i] = -(((np.int64(r[i]) << sign) >> sign) >> shift)
+                constant = found[0]
+                row = coeffs[g, 0, phase : phase + size]
                 for i in range(size):
-                    given[i] = acc[i] - drawn[i]
-                for j in range(1, degree):
+                    constant[i] = row[i]
+                if degree > 1:
+                    # The coefficients of p(D + t) in D, by repeated division; the
+                    # leading one is p's.
+                    lead = coeffs[g, degree, phase : phase + size]
                     for i in range(size):
-                        acc[i] = 0
-                    for k in range(1, degree - j + 1):
-                        weight = table[g, j, k]
-                        power = powers[k]
+                        product[i] = lead[i] * t[i]
+                    last = found[degree - 1]
+                    row = coeffs[g, degree - 1, phase : phase + size]
+                    for i in range(size):
+                        last[i] = row[i] + product[i]
+                    for j in range(degree - 2, -1, -1):
+                        line, above = found[j], found[j + 1]
+                        row = coeffs[g, j, phase : phase + size]
                         for i in range(size):
-                            acc[i] += weight * power[i]
+                            line[i] = row[i] + above[i] * t[i]
+                    for k in range(1, degree):
+                        for i in range(size):
+                            last[i] += product[i]
+                        for j in range(degree - 2, k - 1, -1):
+                            line, above = found[j], found[j + 1]
+                            for i in range(size):
+                                line[i] += above[i] * t[i]
+                if g == 0:
+                    factor = linear[phase : phase + size]
+                    coins = rounding[start:stop]
+                    for i in range(size):
+                        if case == 0:
+                            d = -((np.int64(r[i]) & mask) >> linear_shift)
+                        else:
+                            d = -(((np.int64(r[i]) << sign) >> sign) >> linear_shift)
+                        constant[i] += factor[i] * d + coins[i]
+                for j in range(degree):
+                    line = found[j]
                     drawn = taken[case, index + j, start:stop]
                     given = out[case, index + j, start:stop]
                     for i in range(size):
-                        given[i] = acc[i] - drawn[i]
+                        given[i] = line[i] - drawn[i]
                 index += degree
+        start = stop
 
 
 @compiled
@@ -197,14 +223,16 @@ def _truncate(
         out[i] = ((c >> drop) & keep) - reduced
 
 
-def _degrees_fit(degrees: np.ndarray, by_power: np.ndarray) -> bool:
-    """Whether each group has a degree, and a coefficient up to the largest."""
-    return (
-        degrees.ndim == 1
-        and by_power.ndim == 2
-        and len(by_power) == len(degrees) > 0
-        and 1 <= int(degrees.min()) <= int(degrees.max()) < by_power.shape[1]
-    )
+def _periods(columns: np.ndarray) -> np.ndarray:
+    """Coefficients by channel, the last axis, repeated to about a block's length.
+
+    So a block reads each row from its first element's channel on, without a gap.
+    """
+    *before, channels = columns.shape
+    times = max(1, BLOCK // channels)
+    repeated = np.empty((*before, times, channels), dtype=np.int64)
+    repeated[:] = columns[..., None, :]
+    return repeated.reshape(*before, times * channels)
 
 
 def shifted_openings(
@@ -244,16 +272,15 @@ def polynomial_share(
     *,
     widths: np.ndarray,
     degrees: np.ndarray,
-    public: np.ndarray,
-    constant: int,
+    leading: np.ndarray,
     start: int,
     step: int,
     out: np.ndarray,
 ) -> None:
     """One party's share of p(x) but for its linear term, each operand read once.
 
-    With D_k = opened[k] - 2**(widths[k]-2), adds for each group its selected constant
-    and sum_j D_k**j * (public[k, j] + selected values of that power).
+    With D_k = opened[k] - 2**(widths[k]-2), the sum over the groups of
+    leading * D_k**degree and, for each lower power of D_k, its selected value.
 
     Args:
         opened: (groups, n), row k modulo 2**widths[k]: c_k >> s_k.
@@ -261,8 +288,8 @@ def polynomial_share(
             constant and the powers 1 to degree - 1; [0] where the top bit of opened[k]
             is 1, [1] where it is 0.
         widths, degrees: (groups,) int64; a group of degree 1 has its constant alone.
-        public: (groups, max degree + 1) integer coefficients; zero for the client.
-        constant: added to every element; zero for the client.
+        leading: (groups, C) integer coefficients of each group's highest power; zero
+            for the client. Element i of the N belongs to channel i % C.
         start: which of the N elements the first of the n is.
         step: low bits dropped from the share at the end.
         out: (n,) int64, the share modulo 2**64, shifted by `step`.
@@ -272,10 +299,14 @@ def polynomial_share(
         opened.shape == (groups, n)
         and out.ndim == 1
         and same_ring(opened)
-        and same_ring(out, values, public, widths, degrees)
+        and same_ring(out, values, leading, widths, degrees)
         and out.dtype == np.int64
-        and widths.shape == (groups,)
-        and _degrees_fit(degrees, public)
+        and widths.shape == degrees.shape == (groups,)
+        and groups > 0
+        and int(degrees.min()) >= 1
+        and leading.ndim == 2
+        and len(leading) == groups
+        and leading.size > 0
         and values.ndim == 3
         and values.shape[:2] == (2, int(degrees.sum()))
         and 0 <= start <= values.shape[2] - n
@@ -284,27 +315,35 @@ def polynomial_share(
         "polynomial_share",
         opened,
         values,
-        public,
+        leading,
         out,
     )
     _polynomial_share(
-        opened, widths, degrees, values, public, np.int64(constant), start, step, out
+        opened, widths, degrees, values, _periods(leading), start, step, out
     )
 
 
 def add_linear(
-    c: np.ndarray, *, bits: int, shift: int, coefficient: int, out: np.ndarray
+    c: np.ndarray,
+    *,
+    bits: int,
+    shift: int,
+    coefficient: np.ndarray,
+    start: int,
+    out: np.ndarray,
 ) -> None:
     """Add coefficient * ((c >> shift) - 2**(bits-2-shift)): the linear term's D.
 
     Args:
         c: (n,) modulo 2**bits.
+        coefficient: (C,) int64; the first element is of channel start % C.
         out: (n,) int64.
     """
-    fits = c.shape == out.shape and c.ndim == 1
-    fits = fits and same_ring(c) and out.dtype == np.int64
-    require(fits and 0 <= shift <= bits - 2 <= 62, "add_linear", c, out)
-    _add_linear(c, bits, shift, np.int64(coefficient), out)
+    fits = c.shape == out.shape and c.ndim == 1 and coefficient.ndim == 1
+    fits = fits and same_ring(c) and out.dtype == coefficient.dtype == np.int64
+    fits = fits and coefficient.size > 0 and start >= 0
+    require(fits and 0 <= shift <= bits - 2 <= 62, "add_linear", c, coefficient, out)
+    _add_linear(c, bits, shift, _periods(coefficient), start, out)
 
 
 def deal_polynomial(
@@ -315,22 +354,27 @@ def deal_polynomial(
     bits: int,
     shifts: np.ndarray,
     degrees: np.ndarray,
-    table: np.ndarray,
-    linear: int,
+    coeffs: np.ndarray,
+    linear: np.ndarray,
     linear_shift: int,
     out: np.ndarray,
 ) -> None:
     """The dealer's values for both cases of each mask, less the shares already taken.
+
+    A group's value j is the coefficient of D**j in its polynomial of D + t, for j below
+    its degree. They are found by repeated synthetic division (Shaw and Traub, On the
+    number of multiplications for the evaluation of a polynomial, JACM 1974).
 
     Args:
         masks: (groups, n) uniform masks r_k modulo 2**bits.
         rounding: (n,) int64, added to the first group's constant: the second opening's
             rounding coins.
         taken: (2, V, n) the other party's shares, uniform modulo 2**64.
-        shifts, degrees: (groups,) int64.
-        table: (groups, K, K + 1): table[g, j, k] multiplies t**k in the value that
-            belongs to D**j; K is the largest degree.
-        linear, linear_shift: the linear term's coefficient, and bits dropped from x.
+        shifts, degrees: (groups,) int64; of a group of degree 1 the constant counts.
+        coeffs: (groups, K + 1, C): coeffs[g, k] multiplies x**k; K is at least the
+            largest degree. Element i is of channel i % C.
+        linear, linear_shift: (C,) the linear term's coefficient, and bits dropped from
+            x; it goes with the first group's constant.
         out: (2, V, n) what this party gets.
     """
     groups, n = len(degrees), len(rounding)
@@ -338,12 +382,15 @@ def deal_polynomial(
         masks.shape == (groups, n)
         and rounding.ndim == 1
         and same_ring(masks)
-        and same_ring(out, taken, table, rounding, shifts, degrees)
+        and same_ring(out, taken, coeffs, linear, rounding, shifts, degrees)
         and out.dtype == np.int64
-        and shifts.shape == (groups,)
-        and table.ndim == 3
-        and _degrees_fit(degrees, table[:, 0])
-        and table.shape[1] >= int(degrees.max())
+        and shifts.shape == degrees.shape == (groups,)
+        and groups > 0
+        and coeffs.ndim == 3
+        and len(coeffs) == groups
+        and 1 <= int(degrees.min()) <= int(degrees.max()) < coeffs.shape[1]
+        and linear.shape == (coeffs.shape[2],)
+        and linear.size > 0
         and taken.shape == out.shape == (2, int(degrees.sum()), n)
         and 1 <= bits <= 64
         and 0 <= int(shifts.min()) <= int(shifts.max()) < bits
@@ -351,7 +398,8 @@ def deal_polynomial(
         "deal_polynomial",
         masks,
         taken,
-        table,
+        coeffs,
+        linear,
         out,
     )
     _deal_polynomial(
@@ -359,8 +407,8 @@ def deal_polynomial(
         bits,
         shifts,
         degrees,
-        table,
-        np.int64(linear),
+        _periods(coeffs),
+        _periods(linear),
         linear_shift,
         rounding,
         taken,
@@ -394,7 +442,7 @@ def truncate(
 @heats
 def _all_types() -> None:
     shifts, degrees = np.array([1, 2]), np.array([2, 2])
-    public, table = np.zeros((2, 3), np.int64), np.zeros((2, 2, 3), np.int64)
+    coeffs = np.zeros((2, 3, 2), np.int64)
     values = np.zeros((2, 4, 4), np.int64)
     half, rounding = np.zeros(4, np.int64), np.zeros(4, np.int64)
     for bits, dtype in ((32, np.int32), (40, np.int64)):
@@ -408,13 +456,12 @@ def _all_types() -> None:
             values,
             widths=bits - shifts,
             degrees=degrees,
-            public=public,
-            constant=0,
+            leading=coeffs[:, 2],
             start=0,
             step=0,
             out=half,
         )
-        add_linear(c, bits=bits, shift=0, coefficient=1, out=half)
+        add_linear(c, bits=bits, shift=0, coefficient=coeffs[0, 1], start=0, out=half)
         deal_polynomial(
             openings,
             rounding,
@@ -422,8 +469,8 @@ def _all_types() -> None:
             bits=bits,
             shifts=shifts,
             degrees=degrees,
-            table=table,
-            linear=1,
+            coeffs=coeffs,
+            linear=coeffs[0, 1],
             linear_shift=0,
             out=np.empty_like(values),
         )

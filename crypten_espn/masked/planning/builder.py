@@ -77,8 +77,7 @@ class Builder:
         """
         scales = self.scales
         layer = scales.activation(index)
-        assert layer is not None and layer.polynomial is not None
-        polynomial = layer.polynomial
+        assert layer is not None
         frac_bits = scales.frac_bits[index + 1]
         value_frac_bits = frac_bits + scales.drop
         found = scales.truncations(layer.name, frac_bits)
@@ -92,7 +91,7 @@ class Builder:
         return Activation(
             found.linear,
             found.groups,
-            polynomial.integer(0, value_frac_bits),
+            found.constant,
             scales.drop,
             frac_bits,
         )

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 
 from ...errors import PlanError
 from .layers import Layer
 from .network import Network
-from .precision import measured_effect
+from .precision import columns_of, measured_effect, radii_of
 
 _EFFECT_IMAGES, _EFFECT_SIGNS = 8, 2
 
@@ -37,6 +38,10 @@ class Calibration:
             layer = self.network.layers[name]
             layer.largest = float(result.abs().max())
             layer.mean_square = float(result.square().mean())
+            if layer.activates:
+                z = values[layer.inputs[0]].abs()
+                by_row = z.reshape(len(z), len(layer.rows), -1)
+                layer.reach = by_row.amax((0, 2)).numpy()
         del values
         self.samples = x[:_EFFECT_IMAGES].to(torch.float64)
         self._differentiate(self.samples)
@@ -55,10 +60,7 @@ class Calibration:
         def checked(layer: Layer, inputs: list[torch.Tensor]) -> torch.Tensor:
             result = self.network.compute(layer, inputs)
             if not bool(torch.isfinite(result).all()):
-                raise PlanError(
-                    f"{layer.title}: the calibration data overflow here. The "
-                    "activations leave the interval their polynomial was fitted on."
-                )
+                raise _overflow(layer)
             return result
 
         return self.network.walk(x, self.network.layers, checked)
@@ -103,13 +105,15 @@ class Calibration:
         for name, gradients in zip(values, columns, strict=False):
             layer = self.network.layers[name]
             # A rescaling may follow, whose coefficient errs as the power 1.
-            z, degree, radius = values[name], 1, 1.0
-            if layer.polynomial is not None:
-                z, degree = values[layer.inputs[0]], len(layer.polynomial.coeffs) - 1
-                radius = max(map(abs, layer.polynomial.interval))
+            z, degree, radii = values[name], 1, np.ones(1)
+            if layer.activates:
+                z, degree = values[layer.inputs[0]], len(columns_of(layer.rows)) - 1
+                radii = radii_of(layer.rows)
             layer.effect = measured_effect(
-                z.detach(), gradients, degree=degree, radius=radius
+                z.detach(), gradients, degree=degree, radii=radii
             )
+            if not np.isfinite(layer.effect.independent).all():
+                raise _overflow(layer)
             if layer.weight:
                 weight = self.network.tensor(layer.weight)
                 depth = weight.numel() / len(weight)
@@ -122,9 +126,9 @@ class Calibration:
         """The outputs' mean square error when a source is off by that factor less 1."""
         if off == 0.0:
             return 0.0
-        if layer.polynomial is not None:
-            coeffs = layer.polynomial.coeffs
-            return layer.effect.of_bias({k: off * c for k, c in enumerate(coeffs)})
+        if layer.activates:
+            columns = columns_of(layer.rows)
+            return layer.effect.of_factor({k: off * c for k, c in enumerate(columns)})
         x, gradients = self._input_gradients
         sums = [(x * gradient).flatten(1).sum(1) for gradient in gradients]
         return off**2 * float(torch.stack(sums).square().mean())
@@ -144,3 +148,10 @@ class Calibration:
             / 12
         )
         return float(torch.stack(sums).square().mean()) + any_values
+
+
+def _overflow(layer: Layer) -> PlanError:
+    return PlanError(
+        f"{layer.title}: the calibration data overflow here. The activations leave the "
+        "interval their polynomial was fitted on."
+    )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 
 from .layers import Layer
@@ -64,36 +65,34 @@ def _run(scales: Scales, x: torch.Tensor, random: torch.Generator) -> torch.Tens
     network = scales.network
 
     def compute(layer: Layer, inputs: list[torch.Tensor]) -> torch.Tensor:
-        if layer.polynomial is None:
+        if not layer.activates:
             return network.compute(layer, inputs)
-        return _activated(scales, layer.name, inputs[0], random)
+        return _activated(scales, layer, inputs[0], random)
 
     return network.walk(x, [network.output], compute)[network.output]
 
 
 def _activated(
-    scales: Scales, name: str, z: torch.Tensor, random: torch.Generator
+    scales: Scales, layer: Layer, z: torch.Tensor, random: torch.Generator
 ) -> torch.Tensor:
     """A polynomial whose powers and result are truncated with coins."""
-    part = scales.source_of[name] - 1
-    polynomial = scales.network.layers[name].polynomial
-    found = scales.truncations(name, scales.frac_bits[part + 1])
-    assert polynomial is not None and found is not None
-    y = torch.full_like(z, polynomial.coeffs[0])
-    terms: list[tuple[int, tuple[int, ...]]] = []
-    if found.linear is not None:
-        terms.append((found.linear.shift, (1,)))
-    terms += [
-        (g.shift, tuple(k for k, c in enumerate(g.coeffs) if c)) for g in found.groups
-    ]
-    for shift, powers in terms:
+    part = scales.source_of[layer.name] - 1
+    found = scales.truncations(layer.name, scales.frac_bits[part + 1])
+    assert found is not None
+    y = torch.zeros_like(z)
+    for shift, real in found.terms:
+        columns = torch.from_numpy(real).to(z)
+        columns = columns.reshape(*real.shape, *[1] * (z.dim() - 2))
         base = _truncated(z, scales.scales[part] - shift, random) if shift else z
         power, reached = base, 1
-        for k in powers:
+        for k in np.flatnonzero(real.any(1)).tolist():
+            if k == 0:
+                y.add_(columns[0])
+                continue
             for _ in range(reached, k):
                 power = power * base
             reached = k
-            y.add_(power, alpha=polynomial.coeffs[k])
+            y.addcmul_(power, columns[k])
     return _truncated(y, scales.frac_bits[part + 1], random)
 
 

@@ -17,7 +17,7 @@ import torch
 
 from ...errors import PlanError
 from ...layers.arithmetic import Arithmetic, Function, Pair, Windows
-from ...polynomial import AnyPolynomial, ChannelPolynomials, Polynomial
+from ...polynomial import AnyPolynomial, ChannelPolynomials
 from ..linear import Add, Concat, Conv, Expression, Flatten, Pad, Pool, Scale
 
 # Public factors by position are whole numbers over one denominator, none above this.
@@ -42,7 +42,7 @@ class Form:
     write: Write | None = None
     divisor: int = 1
     weighted: bool = False
-    polynomial: Polynomial | None = None
+    polynomial: AnyPolynomial | None = None
 
     @property
     def shape(self) -> torch.Size:
@@ -121,14 +121,10 @@ class Forms(Arithmetic[Form]):
         raise self.unsupported()
 
     def polynomial(self, polynomial: AnyPolynomial, x: Form) -> Form:
-        if isinstance(polynomial, ChannelPolynomials):
-            raise self._refused(
-                f"polynomials of {polynomial.channels} channels, each its own; the "
-                "masked engine computes one polynomial for a layer. Convert with "
-                'protocol="espn".'
-            )
         if x.weighted or x.divisor != 1:
             raise self.unsupported()
+        if isinstance(polynomial, ChannelPolynomials):
+            polynomial.check_channels(tuple(x.shape))
         return replace(x, polynomial=polynomial)
 
     def convolution(

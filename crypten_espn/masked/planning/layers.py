@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
 
 from ...errors import EspnError, PlanError
 from ...layers import Kind
 from ...polynomial import Polynomial
 from .forms import Form
-from .precision import NO_EFFECT, Effect
+from .precision import NO_EFFECT, Effect, by_channel
 
 RESCALED = ":rescaled"
 
@@ -25,6 +28,7 @@ class Layer:
         form: how the plan writes it.
         weight, bias: names of parameters; empty where there are none.
         largest, mean_square: of the result.
+        reach: (channels,) of an activation's |input|, the largest by `rows`.
         effect: of errors of the result, as a function of an activation's input.
         weight_effect: the outputs' mean square error when every weight is off by 1,
             its sign random.
@@ -38,6 +42,7 @@ class Layer:
     bias: str = ""
     largest: float = 0.0
     mean_square: float = 0.0
+    reach: np.ndarray = field(default_factory=lambda: np.zeros(1))
     effect: Effect = NO_EFFECT
     weight_effect: float = 0.0
 
@@ -51,9 +56,15 @@ class Layer:
         return tuple(self.form.shape[1:])
 
     @property
-    def polynomial(self) -> Polynomial | None:
-        """An activation's."""
-        return self.form.polynomial
+    def activates(self) -> bool:
+        """Whether it is a polynomial of what it reads."""
+        return self.form.polynomial is not None
+
+    @cached_property
+    def rows(self) -> tuple[Polynomial, ...]:
+        """An activation's polynomials: one for all channels, or one for each."""
+        assert self.form.polynomial is not None
+        return by_channel(self.form.polynomial)
 
     @property
     def weighted(self) -> bool:

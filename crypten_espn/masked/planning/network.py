@@ -140,7 +140,7 @@ class Network:
     def ends(self) -> list[str]:
         """Names of the values that end the linear parts, the output last."""
         layers = [self.layers[name] for name in self.order]
-        ends = [layer.inputs[0] for layer in layers if layer.polynomial]
+        ends = [layer.inputs[0] for layer in layers if layer.activates]
         return [*ends, self.output]
 
     def cut(self) -> None:
@@ -159,14 +159,14 @@ class Network:
         order: list[str] = []
         for name in self.order:
             layer = self.layers[name]
-            if layer.polynomial is None:
+            if not layer.activates:
                 for index, value in enumerate(layer.inputs):
                     needs = layer.weighted or len(readers[value]) > 1
                     if weighted[value] and needs:
                         layer.inputs[index] = self._rescale(value, rescaled, order)
             order.append(name)
             weighted[name] = layer.weighted or (
-                layer.polynomial is None
+                not layer.activates
                 and any(weighted.get(value, False) for value in layer.inputs)
             )
         self.order = order
@@ -175,7 +175,7 @@ class Network:
         if value not in rescaled:
             before = self.layers[value]
             name = value + RESCALED
-            rounding = np.array([before.effect.rounding, 0.0, 0.0])
+            rounding = np.array([[before.effect.rounding, 0.0, 0.0]])
             kind = Activation(Polynomial((0, 1), 0, (-1.0, 1.0)))
             self.layers[name] = Layer(
                 name,
@@ -184,7 +184,8 @@ class Network:
                 kind.apply(Forms(PlanError, name), [read_form(before.shape, 0)]),
                 largest=before.largest,
                 mean_square=before.mean_square,
-                effect=Effect(rounding, np.zeros((2, 2))),
+                reach=np.array([before.largest]),
+                effect=Effect(rounding, np.zeros((1, 1, 2)), np.zeros((1, 3))),
             )
             rescaled[value] = name
             order.append(name)

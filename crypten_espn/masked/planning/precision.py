@@ -7,65 +7,113 @@ in a power of a polynomial.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from ...polynomial import Polynomial
+from ...polynomial import (
+    AnyPolynomial,
+    ChannelPolynomials,
+    Polynomial,
+)
 from ..steps import Group, Linear
+
+# By power, real numbers by channel: one for all, or one for each.
+Error = Mapping[int, np.ndarray]
+
+
+def by_channel(polynomial: AnyPolynomial) -> tuple[Polynomial, ...]:
+    """One polynomial for all channels, or one for each."""
+    if isinstance(polynomial, Polynomial):
+        return (polynomial,)
+    first, *others = polynomial.rows
+    return polynomial.rows if any(row != first for row in others) else (first,)
+
+
+def columns_of(rows: Sequence[Polynomial]) -> np.ndarray:
+    """(degree + 1, channels) float64, the degree at least 1."""
+    if len(rows) > 1:
+        table = ChannelPolynomials(tuple(rows)).coeffs.T
+    else:
+        table = np.array(rows[0].coeffs)[:, None]
+    return table if len(table) > 1 else np.vstack([table, np.zeros_like(table)])
+
+
+def radii_of(rows: Sequence[Polynomial]) -> np.ndarray:
+    """(channels,), of each one's interval."""
+    return np.array([max(map(abs, row.interval)) for row in rows])
 
 
 @dataclass(frozen=True)
 class Effect:
     """How far errors of y = p(z) move a network's outputs.
 
-    Both are mean squares, summed over the outputs, for an image of the calibration
-    inputs; the error of an element of y is a polynomial e of that element of z.
+    All are mean squares, summed over the outputs, for an image of the calibration
+    inputs; the error of an element of y is a polynomial e of that element of z, each
+    channel's with coefficients of its own.
 
     Args:
-        independent: [n]: when elements err by random signs. e = sum_k e_k z**k counts
-            sum_jk e_j e_k independent[j + k].
-        coherent: [j, k]: when no sign is random. It counts
-            sum_jk e_j e_k coherent[j, k].
+        independent: [c, n]: when elements err by random signs. e = sum_k e_k z**k
+            counts sum_jk e_j e_k independent[c, j + k].
+        sums: [i, c, k]: when no sign is random. In sample i the outputs move by
+            sum_k e_k sums[i, c, k].
+        elsewhere: [c, n]: what counts beside the samples, as `independent`.
     """
 
     independent: np.ndarray
-    coherent: np.ndarray
+    sums: np.ndarray
+    elsewhere: np.ndarray
 
     @property
     def rounding(self) -> float:
         """When every element errs by 1, its sign random."""
-        return float(self.independent[0])
+        return float(self.independent[:, 0].sum())
 
-    def of_signs(self, error: Mapping[int, float]) -> float:
+    def of_signs(self, error: Error) -> float:
         """What an error of random sign counts, given by its powers' coefficients."""
-        return self._sum(error, lambda j, k: self.independent[j + k])
+        return float(np.maximum(_squares(error, self.independent), 0.0).sum())
 
-    def of_bias(self, error: Mapping[int, float]) -> float:
-        """What an error without random signs counts."""
-        return self._sum(error, lambda j, k: self.coherent[j, k])
+    def of_bias(self, error: Error) -> float:
+        """What an error without random signs counts; channels err independently."""
+        return self._of_sums(error, np.square(self._moved(error)).sum(1))
 
-    @staticmethod
-    def _sum(
-        error: Mapping[int, float], weight: Callable[[int, int], np.float64]
-    ) -> float:
-        total = sum(
-            a * b * float(weight(j, k))
-            for j, a in error.items()
-            for k, b in error.items()
-        )
-        return max(total, 0.0)
+    def of_factor(self, error: Error) -> float:
+        """What such an error counts that is one in all channels."""
+        return self._of_sums(error, np.square(self._moved(error).sum(1)))
+
+    def _moved(self, error: Error) -> np.ndarray:
+        """(samples, channels)."""
+        moved = np.zeros(self.sums.shape[:2])
+        for k, e in error.items():
+            moved += e * self.sums[:, :, k]
+        return moved
+
+    def _of_sums(self, error: Error, squares: np.ndarray) -> float:
+        beside = np.maximum(_squares(error, self.elsewhere), 0.0)
+        return float(squares.mean() + beside.sum())
 
 
-NO_EFFECT = Effect(np.zeros(1), np.zeros((1, 1)))
+def _squares(error: Error, weights: np.ndarray) -> np.ndarray:
+    """By channel, sum_jk e_j e_k weights[c, j + k]."""
+    total = np.zeros(len(weights))
+    for j, a in error.items():
+        for k, b in error.items():
+            total += a * b * weights[:, j + k]
+    return total
+
+
+NO_EFFECT = Effect(np.zeros((1, 1)), np.zeros((1, 1, 1)), np.zeros((1, 1)))
 _ELSEWHERE = 1e-4
 
 
 def measured_effect(
-    z: torch.Tensor, gradients: Sequence[torch.Tensor], *, degree: int, radius: float
+    z: torch.Tensor,
+    gradients: Sequence[torch.Tensor],
+    *,
+    degree: int,
+    radii: np.ndarray,
 ) -> Effect:
     """The effect of errors of a polynomial of z, from the outputs' derivatives.
 
@@ -74,32 +122,33 @@ def measured_effect(
     each does.
 
     Args:
-        z: (batch, ...), the activation's input.
+        z: (batch, channels, ...), the activation's input.
         gradients: of the outputs' sums, signs at random, by y; each shaped like z.
         degree: of the polynomials that errors are.
-        radius: of the interval.
+        radii: of the intervals, one for all channels or one for each.
     """
     if not any(bool(gradient.any()) for gradient in gradients):
         gradients = [torch.ones_like(z)]
-    independent = np.zeros(2 * degree + 1)
-    coherent = np.zeros((degree + 1, degree + 1))
+    shape = len(z), len(radii), -1
+    z = z.reshape(shape)
+    independent = np.zeros((len(radii), 2 * degree + 1))
+    sums = []
     for gradient in gradients:
-        power, sums = torch.ones_like(z), []
+        gradient = gradient.reshape(shape)
+        power = torch.ones_like(z)
         for n in range(2 * degree + 1):
-            independent[n] += float((gradient.square() * power).sum())
+            independent[:, n] += (gradient.square() * power).sum((0, 2)).numpy()
             if n <= degree:
-                sums.append((gradient * power).flatten(1).sum(1).numpy())
+                sums.append((gradient * power).sum(2).numpy())
             power = power * z
-        coherent += np.array(sums) @ np.array(sums).T
     count = len(z) * len(gradients)
     order = np.arange(2 * degree + 1)
-    even = np.where(order % 2 == 0, radius**order / (order + 1.0), 0.0)
-    elsewhere = _ELSEWHERE * independent[0] / count * even
-    pairs = order[: degree + 1]
-    return Effect(
-        independent / count + elsewhere,
-        coherent / count + elsewhere[pairs[:, None] + pairs],
-    )
+    even = np.where(order % 2 == 0, radii[:, None] ** order / (order + 1.0), 0.0)
+    elsewhere = _ELSEWHERE * independent[:, :1] / count * even
+    # (gradients * powers, batch, channels) to (gradients * batch, channels, powers)
+    by_power = np.array(sums).reshape(len(gradients), degree + 1, len(z), len(radii))
+    samples = by_power.transpose(0, 2, 3, 1).reshape(count, len(radii), degree + 1)
+    return Effect(independent / count + elsewhere, samples, elsewhere)
 
 
 @dataclass(frozen=True)
@@ -107,7 +156,9 @@ class Truncations:
     """A polynomial's powers at their truncations, and what rounding does then.
 
     Args:
-        linear, groups: as the plan holds them.
+        linear, groups, constant: as the plan holds them.
+        terms: of the constant, the linear term and each group, the bits dropped and
+            the real coefficients that its integers stand for, by power and channel.
         by_coins: the outputs' mean square error by truncated x; it differs from run to
             run.
         by_coefficients: by rounded coefficients; the same in every run.
@@ -115,12 +166,14 @@ class Truncations:
 
     linear: Linear | None
     groups: tuple[Group, ...]
+    constant: tuple[int, ...]
+    terms: tuple[tuple[int, np.ndarray], ...]
     by_coins: float
     by_coefficients: float
 
 
 def choose_truncations(
-    polynomial: Polynomial,
+    rows: Sequence[Polynomial],
     *,
     ring: int,
     frac_bits: int,
@@ -133,51 +186,69 @@ def choose_truncations(
     1. The square has a truncation of its own; from the third power on, an odd one and
        the even one above it share theirs.
     2. A truncation keeps as many bits as its powers' coefficients allow: the rounding
-       of x against the rounding of the coefficient at F - k f_k bits.
+       of x against the rounding of the coefficient at F - k f_k bits, over all
+       channels.
     3. The linear term keeps all bits, or as many as serve its coefficient; it costs no
        dealer value and uses the first group's mask, so it drops no more than that.
     4. No coefficient rounds to 0, or by more than a quarter, unless that moves the
        result by less than a unit on the whole interval.
 
     Args:
-        polynomial: public.
+        rows: public; one for all channels, or one for each.
         ring: bits of z; an opening drops at most all but three.
         frac_bits: g, of the opened z.
         result_bits: f, of the result.
         value_frac_bits: F.
-        effect: of errors of the result.
+        effect: of errors of the result, by the same channels.
 
     Returns: None if too little is left of a coefficient however z is truncated.
     """
-    numerators = polynomial.numerators
-    groups = []
-    by_coins = by_coefficients = 0.0
+    left = columns_of(rows).copy()
+    kept = _Choice(radii_of(rows), frac_bits, result_bits, value_frac_bits, effect)
     least = max(0, frac_bits - (ring - 3))
-    kept = _Choice(polynomial, frac_bits, result_bits, value_frac_bits, effect)
-    for powers in _shared(k for k in range(2, len(numerators)) if numerators[k]):
-        best = kept.best(powers, range(least, frac_bits + 1))
+    choices: Iterable[int] = range(least, frac_bits + 1)
+    groups: list[Group] = []
+    terms: list[tuple[int, np.ndarray]] = []
+    by_coins = by_coefficients = 0.0
+    used = [k for k in range(2, len(left)) if left[k].any()]
+    for powers in reversed(_shared(used)):
+        own = np.zeros((powers[-1] + 1, left.shape[1]))
+        own[powers] = left[powers]
+        best = kept.best(own, powers, choices)
         if best is None:
             return None
         bits, coin, coefficient = best
-        coeffs = [0] * (powers[-1] + 1)
-        for k in powers:
-            coeffs[k] = polynomial.integer(k, value_frac_bits - k * bits)
-        groups.append(Group(frac_bits - bits, tuple(coeffs)))
+        integers = kept.integers(own, bits)
+        table = integers.astype(np.int64).T.tolist()
+        groups.insert(0, Group(frac_bits - bits, tuple(map(tuple, table))))
+        terms.insert(0, (frac_bits - bits, own))
         by_coins += coin
         by_coefficients += coefficient
     linear = None
-    if (len(numerators) > 1 and numerators[1]) or not groups:
+    if left[1].any() or not groups:
         if groups:
-            least = frac_bits - groups[0].shift
-        best = kept.best([1], range(least, frac_bits + 1))
+            choices = range(frac_bits - groups[0].shift, frac_bits + 1)
+        own = np.stack([np.zeros_like(left[1]), left[1]])
+        best = kept.best(own, [1], choices)
         if best is None:
             return None
         bits, coin, coefficient = best
-        factor = polynomial.integer(1, value_frac_bits - bits)
-        linear = Linear(frac_bits - bits, factor)
+        factors = kept.integers(own, bits)[1].astype(np.int64)
+        linear = Linear(frac_bits - bits, tuple(factors.tolist()))
+        terms.insert(0, (frac_bits - bits, own))
         by_coins += coin
         by_coefficients += coefficient
-    return Truncations(linear, tuple(groups), by_coins, by_coefficients)
+    constant = kept.integers(left[:1], 0)[0]
+    if float(np.abs(constant).max()) >= _LARGEST:
+        return None
+    return Truncations(
+        linear,
+        tuple(groups),
+        tuple(constant.astype(np.int64).tolist()),
+        ((0, left[:1]), *terms),
+        by_coins,
+        by_coefficients,
+    )
 
 
 def _shared(powers: Iterable[int]) -> list[list[int]]:
@@ -194,32 +265,58 @@ def _shared(powers: Iterable[int]) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class _Choice:
-    """How many bits powers of z keep; fields as `choose_truncations` takes them."""
+    """How many bits powers of z keep.
 
-    polynomial: Polynomial
+    Args:
+        radii: (channels,) of the intervals.
+        frac_bits, result_bits, value_frac_bits, effect: as of `choose_truncations`.
+    """
+
+    radii: np.ndarray
     frac_bits: int
     result_bits: int
     value_frac_bits: int
     effect: Effect
 
+    def integers(self, real: np.ndarray, bits: int) -> np.ndarray:
+        """Coefficients by power as whole numbers, of a z that keeps `bits`."""
+        scaled: np.ndarray = np.ldexp(real, self._exponents(len(real), bits))
+        return _rounded(scaled)
+
+    def reals(self, integers: np.ndarray, bits: int) -> np.ndarray:
+        """What they stand for."""
+        real: np.ndarray = np.ldexp(integers, -self._exponents(len(integers), bits))
+        return real
+
+    def _exponents(self, powers: int, bits: int) -> np.ndarray:
+        return self.value_frac_bits - bits * np.arange(powers)[:, None]
+
     def best(
-        self, powers: Sequence[int], choices: Iterable[int]
+        self,
+        real: np.ndarray,
+        powers: Sequence[int],
+        choices: Iterable[int],
     ) -> tuple[int, float, float] | None:
         """The fractional bits that move the output least, and both errors then.
 
         A truncation that drops bits goes to one of two neighbours at random, on average
         a sixth of a squared unit away; a coefficient is off in the same way everywhere.
+
+        Args:
+            real: coefficients by power and channel.
+            powers: those that are not 0.
+            choices: of fractional bits.
         """
-        coeffs = (*self.polynomial.coeffs, 0.0)
-        by_unit = self.effect.of_signs({k - 1: k * coeffs[k] for k in powers}) / 6
+        slopes = {k - 1: k * a for k, a in enumerate(real) if k and a.any()}
+        by_unit = self.effect.of_signs(slopes) / 6
         found = []
         for bits in choices:
-            off = {}
-            for k in powers:
-                at = self.value_frac_bits - k * bits
-                off[k] = math.ldexp(self.polynomial.integer(k, at), -at)
-                off[k] -= coeffs[k]
-            if any(self._lost(k, coeffs[k], error) for k, error in off.items()):
+            integers = self.integers(real, bits)
+            if float(np.abs(integers).max()) >= _LARGEST:
+                continue
+            error = self.reals(integers, bits) - real
+            off = {k: error[k] for k in powers}
+            if any(self._lost(k, real[k], e) for k, e in off.items()):
                 continue
             by_x = by_unit * 2.0 ** (-2 * bits) if bits < self.frac_bits else 0.0
             by_coefficient = self.effect.of_bias(off)
@@ -229,8 +326,16 @@ class _Choice:
         _, bits, by_x, by_coefficient = min(found, key=lambda entry: entry[0])
         return bits, by_x, by_coefficient
 
-    def _lost(self, k: int, coefficient: float, off: float) -> bool:
+    def _lost(self, k: int, real: np.ndarray, off: np.ndarray) -> bool:
         """Whether too little is left of a coefficient that counts."""
-        radius = max(map(abs, self.polynomial.interval))
-        counts = abs(off) * radius**k >= 2.0**-self.result_bits
-        return counts and abs(off) > abs(coefficient) / 4
+        counts = np.abs(off) * self.radii**k >= 2.0**-self.result_bits
+        return bool((counts & (np.abs(off) > np.abs(real) / 4)).any())
+
+
+_LARGEST = 2.0**62  # of a coefficient's integer
+
+
+def _rounded(values: np.ndarray) -> np.ndarray:
+    """To nearest, half up, exact at any size: as `Polynomial.integer` rounds."""
+    below: np.ndarray = np.floor(values)
+    return np.where(values - below >= 0.5, below + 1, below)

@@ -19,7 +19,7 @@ from ..steps import VALUE_RING
 from ..weights import Quantisation
 from .calibration import Calibration
 from .layers import RESCALED, Layer
-from .precision import Truncations, choose_truncations
+from .precision import Truncations, choose_truncations, radii_of
 from .units import Natural, Public, Readings, Unit, Weighing
 
 FRAC_BITS = range(2, 31)
@@ -44,6 +44,7 @@ class Scales:
         source_of: numbers of the input and the activations, by name.
         ends: names of the values that end the linear parts.
         bounds, scales: by part: the largest |z| allowed for, and z's fractional bits.
+        reaches: by part, the largest |z| allowed for by the activation's channels.
         frac_bits: by source.
 
     Raises: NarrowError naming the layer whose values or weights do not fit the ring.
@@ -59,12 +60,13 @@ class Scales:
         self.source_of = {network.input: INPUT}
         self.ends = network.ends
         for name in network.order:
-            if network.layers[name].polynomial:
+            if network.layers[name].activates:
                 self.source_of[name] = len(self.source_of)
         self._names = list(self.source_of)
         self._naturals: dict[str, Natural] = {}
         self._found: dict[tuple[str, int], Truncations | None] = {}
-        self.bounds = [self._bound(i) for i in range(len(self.ends))]
+        self.reaches = [self._reach(i) for i in range(len(self.ends))]
+        self.bounds = [max(float(r.max()), 2.0**-4) for r in self.reaches]
         self.scales = [self._scale(i) for i in range(len(self.ends))]
         self.readings = Readings()
         self._visits = 0
@@ -138,18 +140,16 @@ class Scales:
 
     # -- parts
 
-    def _bound(self, index: int) -> float:
-        """Headroom times the largest value seen, and at least the interval."""
-        seen = self.network.layers[self.ends[index]].largest
+    def _reach(self, index: int) -> np.ndarray:
+        """Headroom times the largest values seen, and at least the intervals."""
         act = self.activation(index)
-        bound = self.headroom * seen
-        if (
-            act is not None
-            and act.polynomial is not None
-            and not act.name.endswith(RESCALED)
-        ):
-            bound = max(bound, 1.25 * max(map(abs, act.polynomial.interval)))
-        return max(bound, 2.0**-4)
+        if act is None:
+            seen = self.network.layers[self.ends[index]].largest
+            return np.array([self.headroom * seen])
+        reach = self.headroom * act.reach
+        if act.name.endswith(RESCALED):
+            return reach
+        return np.maximum(reach, 1.25 * radii_of(act.rows))
 
     def _scale(self, index: int) -> int:
         scale = math.floor(self.ring - 2 - math.log2(self.bounds[index]))
@@ -216,7 +216,7 @@ class Scales:
 
     def _own_error(self, layer: Layer, bits: int) -> float | None:
         """What a source's own rounding does to the outputs."""
-        if layer.polynomial is None:
+        if not layer.activates:
             return self.calibration.input_error(bits)
         found = self.truncations(layer.name, bits)
         if found is None:
@@ -257,9 +257,8 @@ class Scales:
         if key not in self._found:
             layer = self.network.layers[name]
             part = self.source_of[name] - 1
-            assert layer.polynomial is not None
             self._found[key] = choose_truncations(
-                layer.polynomial,
+                layer.rows,
                 ring=self.ring,
                 frac_bits=self.scales[part],
                 result_bits=bits,
@@ -274,11 +273,13 @@ class Scales:
         if layer.kind is None:
             # Public, so rounded up: the largest image is nobody's business.
             return 2.0 ** math.ceil(math.log2(self.headroom * max(layer.largest, 0.5)))
-        assert layer.polynomial is not None
-        bound = self.bounds[self.source_of[name] - 1]
-        grid = np.linspace(-bound, bound, 2001)
-        values = np.polynomial.polynomial.polyval(grid, layer.polynomial.coeffs)
-        return float(np.abs(values).max()) * 1.01 + 0.01
+        largest = 0.0
+        reaches = self.reaches[self.source_of[name] - 1]
+        for row, reach in zip(layer.rows, reaches, strict=True):
+            grid = np.linspace(-reach, reach, 2001)
+            values = np.polynomial.polynomial.polyval(grid, row.coeffs)
+            largest = max(largest, float(np.abs(values).max()))
+        return largest * 1.01 + 0.01
 
     # -- what is left of precision
 
@@ -339,7 +340,7 @@ class Scales:
                 )
                 for reader in self.readings.public.get(source, [])
             )
-            if layer.polynomial is None:
+            if not layer.activates:
                 yield 0.0, off + self.calibration.input_error(bits)
                 continue
             found = self.truncations(name, bits)

@@ -1,0 +1,144 @@
+"""A polynomial a channel in the masked engine, one for all being the special case."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import crypten_espn as espn
+from crypten_espn.errors import EspnError, PlanError
+from crypten_espn.masked.inference import message_sizes
+from crypten_espn.masked.plan import Plan
+from crypten_espn.masked.planning import masked_model
+from crypten_espn.masked.planning.network import parameters_of
+from crypten_espn.masked.reference import evaluate
+from crypten_espn.polynomial import ChannelPolynomials
+
+from . import oracle
+from .cases import (
+    QUARTIC,
+    Pair,
+    by_channel,
+    channel_polynomials,
+    planned,
+    residual,
+    without_noise,
+)
+from .networks import coins
+
+
+def vector_network(polynomial, features):
+    torch.manual_seed(4)
+    network = torch.nn.Sequential(
+        torch.nn.Linear(6, features),
+        espn.PolynomialActivation(polynomial),
+        torch.nn.Linear(features, 3),
+    )
+    return network.eval().requires_grad_(False), torch.randn(16, 6)
+
+
+def rms(values):
+    return float(values.double().square().mean().sqrt())
+
+
+@pytest.mark.parametrize(
+    "degree, precision, batch", [(2, 26, 3), (4, "fast", 9), (5, "high", 2), (8, 44, 1)]
+)
+def test_two_parties_give_the_references_integers(degree, precision, batch):
+    network, example = by_channel(degree)
+    pair = Pair(without_noise(planned(network, example, precision=precision)))
+    x = (
+        example[:1].expand(batch, -1, -1, -1)
+        * torch.linspace(0.5, 1, batch)[:, None, None, None]
+    )
+    z, transcript = pair.infer(x, index=degree)
+    model, plan = pair.model, pair.plan
+    roundings = pair.roundings(degree, batch)
+    _, trace = evaluate(plan, model.weights, x, roundings=roundings)
+    assert np.array_equal(z, trace[-1])
+    sent = sorted((sender, size) for sender, _, size in transcript.messages)
+    assert sent == sorted(message_sizes(plan, batch=batch))
+    assert {len(s.activation.groups[0].coeffs) for s in plan.steps} == {8, 16}
+
+
+def test_the_reference_is_what_python_integers_give():
+    network, example = by_channel()
+    example = example[:, :, :4, :5]
+    private = espn.convert(network, example[:1])
+    model = planned(network, example)
+    _, trace = evaluate(model.plan, model.weights, example[:2])
+    integers = model.plan.encode(example[:2]).transpose(0, 3, 1, 2)
+    for image, found in zip(integers, trace[-1], strict=True):
+        expected = oracle.logits(model, parameters_of(private), image.tolist())
+        assert found.tolist() == [expected[i,] for i in range(5)]
+
+
+@pytest.mark.parametrize("degree", [2, 4, 6, 8, 10])
+@pytest.mark.parametrize("precision", ["fast", "high"])
+def test_errors_are_as_stated_and_small_at_every_degree(degree, precision):
+    network, example = by_channel(degree)
+    x = torch.cat([example, example.flip(2), example.flip(3)])
+    model = planned(network, x, precision=precision, headroom=1.5)
+    logits, _ = evaluate(model.plan, model.weights, x, roundings=coins(model.plan, 1))
+    expected = network.double()(x.double())
+    error = rms(logits - expected)
+    assert error <= 2 * model.report.logits_error
+    allowed = {2: 2e-4, 4: 5e-4, 6: 5e-3, 8: 0.06, 10: 0.5}[degree]
+    assert error < allowed * rms(expected)
+
+
+def test_a_plan_of_channels_survives_its_text():
+    model = planned(*by_channel(8))
+    again = Plan.from_json(model.plan.to_json())
+    assert again == model.plan and again.digest == model.plan.digest
+    shared = planned(*residual())
+    assert len(shared.plan.to_json()) < 3000
+
+
+def test_channels_that_are_alike_give_the_plan_of_one_polynomial():
+    alike = (ChannelPolynomials((QUARTIC,) * c) for c in (8, 16, 16))
+    one, other = planned(*residual()), planned(*residual(*alike))
+    assert one.plan == other.plan and one.report.coins_error == other.report.coins_error
+    assert one.plan.dealer_memory() == other.plan.dealer_memory()
+
+
+def test_channels_cost_the_parties_nothing_more():
+    """Bytes follow from the shifts alone; the dealer's tables count once."""
+    one, other = planned(*residual()).plan, planned(*by_channel()).plan
+    assert other.dealer_bytes() == one.dealer_bytes()
+    assert other.messages == one.messages
+    assert 0 < other.dealer_memory() - one.dealer_memory() < 1 << 16
+
+
+def test_a_narrow_channel_is_not_judged_by_a_wide_one():
+    """What reaches 20 in one channel does not reach the polynomial of another."""
+    quartic = espn.Polynomial.fit(torch.relu, degree=4, interval=(-1, 1), frac_bits=16)
+    rows = [
+        espn.Polynomial(quartic.numerators, 16, (-(2.0**e), 2.0**e), exponent=e)
+        for e in (-4, 4)
+    ]
+    polynomial = ChannelPolynomials(tuple(rows * 4))
+    network, x = vector_network(polynomial, 8)
+    with torch.no_grad():
+        network[0].weight[::2] *= 2.0**-6
+        network[0].bias[::2] *= 2.0**-6
+        network[0].weight[1::2] *= 4
+        network[2].weight[:, ::2] *= 2.0**6
+    model = planned(network, x)
+    logits, _ = evaluate(model.plan, model.weights, x, roundings=coins(model.plan, 1))
+    assert rms(logits - network(x)) <= 1.5 * model.report.logits_error
+    assert model.report.logits_error < 0.1 * rms(network(x))
+
+
+def test_channels_that_do_not_fit_the_layer_are_refused_by_name():
+    network, x = vector_network(channel_polynomials([1.0] * 7), 8)
+    with pytest.raises(EspnError, match=r"7.*channels"):
+        masked_model(espn.convert(network, x[:1]), x)
+
+
+def test_a_channel_whose_coefficient_has_no_bits_left_is_refused_by_name():
+    tiny = espn.Polynomial((0, 0, 1), 40, (-(2.0**30), 2.0**30))
+    network, x = vector_network(ChannelPolynomials((QUARTIC, tiny)), 2)
+    with pytest.raises(PlanError, match=r"^1: a coefficient of its polynomial rounds"):
+        planned(network, x, precision=56)
