@@ -41,6 +41,12 @@ class ChannelHistogram:
         """(channels,) whether all values of a channel are the same."""
         return self.low == self.high
 
+    @property
+    def largest(self) -> np.ndarray:
+        """(channels,) float64: the largest |x|."""
+        ends = torch.maximum(self.low.abs(), self.high.abs())
+        return np.asarray(ends.double().numpy())
+
     def percentile(self, percent: float) -> np.ndarray:
         """(channels,) float64: |x| that `percent` of a channel's values do not exceed.
 
@@ -50,8 +56,7 @@ class ChannelHistogram:
         running = both.cumsum(1)
         rank = (running[:, -1:].double() * percent / 100).ceil().long()
         index = torch.searchsorted(running, rank).squeeze(1).numpy()
-        largest = torch.maximum(self.low.abs(), self.high.abs()).double().numpy()
-        return np.asarray(np.minimum(_edges()[index + 1], largest))
+        return np.asarray(np.minimum(_edges()[index + 1], self.largest))
 
     def shares(self, radii: np.ndarray, count: int) -> np.ndarray:
         """(channels, count) float64: the share of values in each cell of [-R, R].
