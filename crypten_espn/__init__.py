@@ -13,9 +13,12 @@ from .cost import Cost, measure  # noqa: E402
 from .engines import CrypTen, Masked  # noqa: E402
 from .explain import compare_precisions, explain  # noqa: E402
 from .launch import run_multiprocess, run_parties  # noqa: E402
+from .pillar.calibrate import calibrate  # noqa: E402
+from .pillar.guard import InputGuard  # noqa: E402
 from .pillar.penalty import range_penalty  # noqa: E402
 from .pillar.ranges import range_report  # noqa: E402
 from .pillar.storage import bundled  # noqa: E402
+from .pillar.stress import stress  # noqa: E402
 from .pillar.surgery import (  # noqa: E402
     PolynomialActivation,
     replace_activations,
@@ -29,6 +32,7 @@ from .serving.dealer import deal  # noqa: E402
 from .serving.link import Limits, Link  # noqa: E402
 from .serving.server import serve  # noqa: E402
 from .simulate import simulate  # noqa: E402
+from .sweep import sweep  # noqa: E402
 from .wire.crypten import use_direct_channel  # noqa: E402
 
 __version__ = "0.1.0"
@@ -37,6 +41,7 @@ __all__ = [
     "ChannelPolynomials",
     "Cost",
     "CrypTen",
+    "InputGuard",
     "Limits",
     "Link",
     "Masked",
@@ -44,6 +49,7 @@ __all__ = [
     "PolynomialActivation",
     "PrivateNetwork",
     "bundled",
+    "calibrate",
     "check",
     "compare_precisions",
     "connect",
@@ -63,5 +69,7 @@ __all__ = [
     "serve",
     "settings",
     "simulate",
+    "stress",
+    "sweep",
     "use_direct_channel",
 ]

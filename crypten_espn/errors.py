@@ -78,3 +78,7 @@ class PlanMismatchError(PeerError):
 
 class DegreeCollapsedWarning(UserWarning):
     """The best fit at these fractional bits has a lower degree than was asked for."""
+
+
+class CalibrationWarning(UserWarning):
+    """Calibration found an activation that it could not learn anything of."""

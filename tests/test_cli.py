@@ -32,7 +32,7 @@ def run(capsys, *arguments):
 
 COMMANDS = (
     "demo", "doctor", "check", "estimate", "explain", "plan", "serve", "predict",
-    "deal", "material", "keys", "train", "finetune",
+    "deal", "material", "keys", "train", "finetune", "calibrate",
 )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ import typer
 
 from .. import __version__
 from ..errors import EspnError
+from .calibration import calibrate
 from .networks import check, estimate, explain, plan
 from .options import Command, option
 from .sessions import deal, keys, material, predict, serve
@@ -48,7 +49,7 @@ def doctor() -> int:
 
 _COMMANDS = (
     demo, doctor, check, estimate, explain, plan, serve, predict, deal, material, keys,
-    train, finetune,
+    train, finetune, calibrate,
 )  # fmt: skip
 
 
