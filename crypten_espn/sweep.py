@@ -15,12 +15,15 @@ from .masked.inference import online_bytes
 from .masked.planning import masked_model
 from .pillar.calibrate import calibrate
 from .pillar.stress import reaches
+from .simulate import simulate_model
 from .table import aligned
 
 DEGREES = (4, 6, 8, 10)
 MARGINS = (1.5, 2.0)
 # One image of so many is kept from calibration, to measure on.
 _EVERY = 4
+# Images that a plan is made of, and that are simulated at once.
+_PLANNED = 32
 # Accuracy or agreement below the best by less is taken for fewer bytes.
 _AS_GOOD = 0.002
 
@@ -32,7 +35,8 @@ class SweepRow:
     Attributes:
         degree, margin: what it was calibrated with.
         agreement: share of answers that are the original network's; None if its
-            outputs are no scores of classes, (n, classes).
+            outputs are no scores of classes, (n, classes). Answers are the masked
+            engine's, simulated; the network's in the clear where there is no plan.
         accuracy: share of right answers; None without labels.
         distance: root mean square of the outputs' difference from the original's, over
             that of the original's.
@@ -82,10 +86,15 @@ class Sweep:
     def recommended(self) -> SweepRow:
         """Of the rows as good as the best, to 0.2 points, the one of least degree.
 
-        Rows with fewer images that are not finite, then fewer that escape, come first.
+        Rows that the masked engine computes come first, then those with fewer images
+        that are not finite, then with fewer that escape.
         """
-        safest = min((row.not_finite, row.escaping) for row in self.rows)
-        rows = [r for r in self.rows if (r.not_finite, r.escaping) == safest]
+
+        def faults(row: SweepRow) -> tuple[bool, int, int]:
+            return bool(row.why), row.not_finite, row.escaping
+
+        safest = min(map(faults, self.rows))
+        rows = [row for row in self.rows if faults(row) == safest]
         best = max(row.score for row in rows)
         return min(
             (row for row in rows if row.score >= best - _AS_GOOD),
@@ -133,8 +142,9 @@ def sweep(
 ) -> Sweep:
     """Calibrate a network for each degree and margin, and measure what comes of it.
 
-    Every fourth image is kept from calibration and measured on. Takes as long as so
-    many calibrations.
+    Every fourth image is kept from calibration and measured on, in private: both
+    parties of the masked engine and its dealer are simulated. Takes as long as so many
+    calibrations and simulations.
 
     Args:
         model: any trained network; it is not changed.
@@ -183,12 +193,12 @@ def _row(
     network: nn.Module, degree: int, margin: float, seen: Tensor, on: _Measured
 ) -> SweepRow:
     held, truth, right = on.images, on.truth, on.right
-    given = _outputs(network, held)
+    private = _private(network, seen, held)
+    given = _outputs(network, held) if private.outputs is None else private.outputs
     reach, bad, _ = reaches(network, held.float())
     answers = given.argmax(1) if _of_classes(truth) else None
     scale = truth.double().square().mean().sqrt().clamp_min(2.0**-60)
     away = (given.double() - truth.double()).square().mean().sqrt() / scale
-    online, dealer, why = _bytes(network, seen)
     return SweepRow(
         degree,
         margin,
@@ -197,9 +207,9 @@ def _row(
         float(away.nan_to_num(nan=torch.inf)),
         int((reach > 1.0).sum()),
         int(bad.sum()),
-        online,
-        dealer,
-        why,
+        private.online_bytes,
+        private.dealer_bytes,
+        private.why,
     )
 
 
@@ -225,17 +235,26 @@ def _outputs(model: nn.Module, images: Tensor) -> Tensor:
     return torch.cat(parts).cpu()
 
 
-def _bytes(network: nn.Module, images: Tensor) -> tuple[int | None, int | None, str]:
-    """Bytes of one inference by the masked engine and its dealer, or why there is none.
+@dataclass(frozen=True)
+class _Private:
+    """What the masked engine makes of a network, or why it cannot; as in a row."""
 
-    Online and dealer bytes depend on shapes and scales alone; a few images are enough.
-    """
-    few = images[:32].float()
+    outputs: Tensor | None = None
+    online_bytes: int | None = None
+    dealer_bytes: int | None = None
+    why: str = ""
+
+
+def _private(network: nn.Module, seen: Tensor, held: Tensor) -> _Private:
+    """Both parties and the dealer, simulated; bytes of one inference."""
+    few = seen[:_PLANNED].float()
     try:
-        plan = masked_model(convert(network, few), few).plan
+        model = masked_model(convert(network, few), few)
+        parts = [simulate_model(model, x)[0] for x in held.float().split(_PLANNED)]
     except EspnError as error:
-        return None, None, str(error).partition("\n")[0]
-    return sum(online_bytes(plan)), plan.dealer_bytes(), ""
+        return _Private(why=str(error).partition("\n")[0])
+    plan = model.plan
+    return _Private(torch.cat(parts), sum(online_bytes(plan)), plan.dealer_bytes())
 
 
 def _checked_labels(labels: object, images: Tensor, outputs: Tensor) -> Tensor:

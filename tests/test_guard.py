@@ -42,7 +42,7 @@ def test_every_other_image_passes_and_what_blows_up_is_refused():
     for name, corrupted in given.items():
         if name.startswith(BEYOND):
             assert fitted.refused(corrupted).all(), name
-            with pytest.raises(RangeError, match="force=True"):
+            with pytest.raises(RangeError, match="as in training"):
                 fitted.check(corrupted)
 
 

@@ -49,6 +49,11 @@ def row(degree, score, escaping=0, not_finite=0):
     )
 
 
+def test_what_the_masked_engine_computes_is_recommended_before_what_it_does_not():
+    planned = SweepRow(4, 2.0, 0.7, None, 0.3, 9, 0, 10, 10)
+    assert Sweep((row(8, 0.99), planned), 75, 25, None).recommended is planned
+
+
 def test_the_safest_then_the_best_then_the_cheapest_is_recommended():
     def recommended(*rows):
         return Sweep(rows, 75, 25, None).recommended.degree

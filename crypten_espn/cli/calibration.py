@@ -18,7 +18,7 @@ from ..sweep import sweep as compare
 from .options import INPUTS, NetworkFile, option, positive, whole
 
 _LABELS = ".npy of as many integers, the right classes; --sweep shows accuracies then"
-_DEGREE = "of the polynomials, 1 to 10 (default: 10)"
+_DEGREE = "of the polynomials, 1 to 10 (default: 8)"
 _MARGIN = "interval over what a channel saw (default: 2, up to degree 4 1.5)"
 _SWEEP = "compare degrees and margins first, and take what is recommended"
 # Enough to see what blows up; every image is run some twenty times.

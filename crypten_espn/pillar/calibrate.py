@@ -22,7 +22,8 @@ from .sharing import unshare
 from .spellings import ACTIVATIONS
 from .surgery import Key, activations, changes, replace_activations, replace_pooling
 
-DEGREE = 10
+# Higher degrees fit better; the masked engine refuses what its ring does not hold.
+DEGREE = 8
 # Scalar functions beside those that surgery knows by all their spellings.
 _OTHERS: dict[type[nn.Module], tuple[Callable[..., Tensor], ...]] = {
     nn.CELU: (functional.celu, functional.celu_),
@@ -63,7 +64,7 @@ def calibrate(
     1. An activation that stands at several places becomes one for each place.
     2. Front to back, on what the layers already replaced make of the images: channel
        c gets [-R, R], R = margin times the 99.95th percentile of |input|, at least the
-       largest seen and the layer's widest over 128; and the polynomial of least squared
+       largest seen and the layer's widest over 16; and the polynomial of least squared
        error there, which counts by the channel's own histogram, 0.2 % of it evenly.
     3. Coefficients have 20 fractional bits in units of U, a power of two from R on.
 
@@ -72,7 +73,8 @@ def calibrate(
     Args:
         model: any trained network; it is not changed.
         images: (n, ...) as the network takes them, unlabelled; some hundreds.
-        degree: 1 to 10; 10 if None. Below 8, fine-tune afterwards.
+        degree: 1 to 10; 8 if None. Below 6, fine-tune afterwards. The masked engine
+            computes degree 10 for few networks, and refuses the others.
         margin: 2 if None, 1.5 up to degree 4. A higher one gives room for inputs unlike
             the images, and a coarser fit.
         batch_norm: whether each batch-norm's mean and variance are estimated again, on

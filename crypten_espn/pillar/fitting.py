@@ -21,12 +21,13 @@ from .surgery import activations
 
 # |input| that this percentage of a channel's values does not exceed.
 PERCENT = 99.95
-# Of the weight of an error; the rest follows what the channel saw. More costs accuracy
-# (degree 10, margin 2: 5 % another 1.4 points), less lets tails escape at degree 4.
+# Of the weight of an error; the rest follows what the channel saw. More costs accuracy,
+# less lets tails escape at degree 4.
 _UNIFORM = 0.002
 _CELLS = 512
-# A channel's interval is at least the layer's widest over this; this where all is zero.
-_NARROWEST = 128
+# A channel's interval is at least the layer's widest over this: in the ring, channels
+# share a unit. Where all is zero, it is the next number.
+_NARROWEST = 16
 _NOTHING_SEEN = 0.05
 # What stands at a place that is still to be fitted.
 IDENTITY = Polynomial((0, 1), 0, (-1.0, 1.0))

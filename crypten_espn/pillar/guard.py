@@ -179,8 +179,7 @@ class InputGuard:
                 f"{channel}{self._units(channel)}, at most "
                 f"{self._bounds(kind)[channel]:.3g} is allowed ({inputs} of "
                 f"{len(seen)} inputs); its private result may be wrong without a "
-                "sign. Resize and normalise it as in training, or send it all the same "
-                "with force=True"
+                "sign. Resize and normalise it as in training"
             )
 
     def to_json(self) -> str:

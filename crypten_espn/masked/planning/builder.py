@@ -109,8 +109,14 @@ class Builder:
             self.write(end, Unit(scales.scales[index]))
             for index, end in enumerate(ends)
         ]
+        scales.check_powers()
         coins, error = scales.logits_error(self.weights)
         deviation, noise_bits = largest_deviation(scales, coins), 0
+        if not math.isfinite(deviation):
+            raise PlanError(
+                "The output: rounding makes some logits too large for any number. "
+                "Calibrate or train with polynomials of a lower degree."
+            )
         if deviation > 0:
             bits = math.log2(_NOISE * deviation) + scales.scales[-1]
             noise_bits = max(0, math.ceil(bits))

@@ -57,7 +57,10 @@ def largest_deviation(scales: Scales, average: float) -> float:
     with torch.no_grad():
         for row in x.split(1):
             logits = _run(scales, row.expand(runs, *row.shape[1:]), random)
-            largest = max(largest, float(logits.flatten(1).std(0).max()))
+            deviation = float(logits.flatten(1).std(0).max())
+            if not math.isfinite(deviation):
+                return math.inf
+            largest = max(largest, deviation)
     return largest
 
 

@@ -7,6 +7,7 @@ in a power of a polynomial.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -106,6 +107,9 @@ def _squares(error: Error, weights: np.ndarray) -> np.ndarray:
 
 NO_EFFECT = Effect(np.zeros((1, 1)), np.zeros((1, 1, 1)), np.zeros((1, 1)))
 _ELSEWHERE = 1e-4
+# What higher derivatives may add to the first's error. Beyond, a unit is no longer
+# small beside what a channel sees, and no estimate holds.
+_MOST_CURVED = 0.25
 
 
 def measured_effect(
@@ -191,7 +195,8 @@ def choose_truncations(
     3. The linear term keeps all bits, or as many as serve its coefficient; it costs no
        dealer value and uses the first group's mask, so it drops no more than that.
     4. No coefficient rounds to 0, or by more than a quarter, unless that moves the
-       result by less than a unit on the whole interval.
+       result by less than a unit on the whole interval; and no unit is so large that
+       the first derivative does not say how far it moves the result.
 
     Args:
         rows: public; one for all channels, or one for each.
@@ -201,7 +206,7 @@ def choose_truncations(
         value_frac_bits: F.
         effect: of errors of the result, by the same channels.
 
-    Returns: None if too little is left of a coefficient however z is truncated.
+    Returns: None if too little is left of a coefficient or of z, whatever is kept.
     """
     left = columns_of(rows).copy()
     kept = _Choice(radii_of(rows), frac_bits, result_bits, value_frac_bits, effect)
@@ -299,16 +304,23 @@ class _Choice:
     ) -> tuple[int, float, float] | None:
         """The fractional bits that move the output least, and both errors then.
 
-        A truncation that drops bits goes to one of two neighbours at random, on average
-        a sixth of a squared unit away; a coefficient is off in the same way everywhere.
+        A truncation that drops bits goes to one of two neighbours at random: its error
+        to the power 2j is on average 2 / ((2j + 1) (2j + 2)), in units to that power. A
+        coefficient is off in the same way everywhere.
 
         Args:
             real: coefficients by power and channel.
             powers: those that are not 0.
             choices: of fractional bits.
         """
-        slopes = {k - 1: k * a for k, a in enumerate(real) if k and a.any()}
-        by_unit = self.effect.of_signs(slopes) / 6
+        # By the order of the derivative: the first alone, unless a unit is large beside
+        # what a channel sees.
+        by_order = [
+            self.effect.of_signs({k - j: math.comb(k, j) * real[k] for k in later})
+            * (2 / ((2 * j + 1) * (2 * j + 2)))
+            for j in range(1, powers[-1] + 1)
+            if (later := [k for k in powers if k >= j])
+        ]
         found = []
         for bits in choices:
             integers = self.integers(real, bits)
@@ -318,7 +330,14 @@ class _Choice:
             off = {k: error[k] for k in powers}
             if any(self._lost(k, real[k], e) for k, e in off.items()):
                 continue
-            by_x = by_unit * 2.0 ** (-2 * bits) if bits < self.frac_bits else 0.0
+            by_x = 0.0
+            if bits < self.frac_bits:
+                first, *more = (
+                    e * 4.0 ** (-j * bits) for j, e in enumerate(by_order, 1)
+                )
+                if sum(more) > _MOST_CURVED * first:
+                    continue
+                by_x = first + sum(more)
             by_coefficient = self.effect.of_bias(off)
             found.append((by_x + by_coefficient, bits, by_x, by_coefficient))
         if not found:

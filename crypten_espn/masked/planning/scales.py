@@ -182,8 +182,9 @@ class Scales:
             error = self._own_error(layer, bits)
             if error is None:
                 why = (
-                    "a coefficient of its polynomial rounds to 0 in a ring of "
-                    f"{self.ring}."
+                    "a coefficient of its polynomial rounds to 0, or its powers keep "
+                    f"too few bits, in a ring of {self.ring}; a lower degree needs "
+                    "fewer."
                 )
                 continue
             for one, others in weighings:
@@ -329,6 +330,31 @@ class Scales:
         output = self.network.layers[self.network.output]
         other += 2.0 ** (-2 * scale) / 12 + output.mean_square * 2.0**-50
         return math.sqrt(coins), math.sqrt(coins + other)
+
+    def check_powers(self) -> None:
+        """Refuse polynomials whose truncated powers move the logits too far.
+
+        From three tenths of the logits on, errors carry later values out of the
+        intervals where polynomials stand for anything, and no estimate of them holds.
+
+        Raises: PlanError; a wider ring would not help, since powers share the 64 bits
+            of the polynomial's value.
+        """
+        moved = 0.0
+        for name, source in self.source_of.items():
+            if self.network.layers[name].activates:
+                found = self.truncations(name, self.frac_bits[source])
+                assert found is not None
+                moved += found.by_coins
+        size = self.network.layers[self.network.output].mean_square
+        moved /= self.calibration.outputs
+        if size and not moved < 0.09 * size:
+            raise PlanError(
+                f"The output: truncated powers would move a logit by {moved**0.5:.3g}, "
+                f"logits are {size**0.5:.3g}. High powers have too few of {VALUE_RING} "
+                "bits, the fewer the more a layer's channels differ: calibrate or "
+                "train with polynomials of a lower degree."
+            )
 
     def _source_errors(self) -> Iterator[tuple[float, float]]:
         """By source: what its coins do to all outputs, and what its roundings do."""
