@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import crypten
-import crypten.communicator as comm
 import pytest
 import torch
 from crypten.common import rng
@@ -17,6 +16,8 @@ from crypten_espn.launch import run_parties
 from crypten_espn.polynomial import ChannelForm, ChannelPolynomials, Polynomial
 from crypten_espn.protocols import PROTOCOLS
 from tests import oracle
+
+from .test_protocols import any_number_of_parties, polyval_everything
 
 TIMEOUT = 120
 QUARTIC = (322, 512, 160, 0, -3)
@@ -130,20 +131,6 @@ def test_a_channel_that_does_not_fit_is_named() -> None:
         ChannelPolynomials(rows).ring_form(frac_bits=16, out_bits=8)
 
 
-def polyval_everything(x: torch.Tensor, polynomials: ChannelPolynomials):
-    results = []
-    for name in PROTOCOLS:
-        for truncation in ("local", "exact"):
-            with espn.settings(protocol=name, truncation=truncation) as chosen:
-                shared = crypten.cryptensor(x, src=1)
-                with measure() as measured:
-                    y = shared.polyval(polynomials)
-                declared = chosen.cost(polynomials, x.numel())
-                bound = chosen.form(polynomials, 16, 2).error_bound
-            results.append((y.get_plain_text(), bound, measured.cost, declared))
-    return results
-
-
 def test_polyval_of_channels() -> None:
     polynomials = ChannelPolynomials((unit(0), unit(-2), unit(1, (0, 3))))
     radii = torch.tensor(polynomials.intervals[:, 1]).float().view(-1, 1, 1)
@@ -153,7 +140,7 @@ def test_polyval_of_channels() -> None:
         polyval_everything, world_size=2, args=(x, polynomials), timeout=TIMEOUT
     ):
         assert len(results) == 6
-        for got, bound, measured, declared in results:
+        for got, bound, measured, declared, _ in results:
             # The input is rounded to a unit, at slopes of at most 3.
             assert (got - y).abs().max() <= bound + 4 * 2**-16
             assert (measured.rounds, measured.bytes_sent) == (
@@ -162,27 +149,14 @@ def test_polyval_of_channels() -> None:
             )
 
 
-def any_number_of_parties(polynomials: ChannelPolynomials) -> list[float]:
-    x = torch.linspace(-1, 1, 40).reshape(10, 2, 2)
-    errors = []
-    for name in ("opened_mask", "beaver"):
-        with espn.settings(protocol=name) as chosen:
-            with measure() as measured:
-                y = crypten.cryptensor(x, src=0).polyval(polynomials)
-            world_size = comm.get().get_world_size()
-            declared = chosen.cost(polynomials, 40, world_size=world_size)
-            assert measured.cost.rounds == declared.rounds
-        errors.append((y.get_plain_text() - polynomials(x)).abs().max().item())
-    return errors
-
-
 @pytest.mark.parametrize("world_size", [1, 3])
 def test_other_protocols_run_with_any_number(world_size: int) -> None:
     polynomials = ChannelPolynomials((unit(0), unit(-2)))
+    x = torch.linspace(-1, 1, 40).reshape(10, 2, 2)
     for errors in run_parties(
         any_number_of_parties,
         world_size=world_size,
-        args=(polynomials,),
+        args=(x, polynomials),
         timeout=TIMEOUT,
     ):
         assert len(errors) == 2 and max(errors) < 2**-6
