@@ -40,6 +40,10 @@ class ConversionError(EspnError, ValueError):
     """A network holds layers that cannot be converted; all are listed."""
 
 
+class NothingReplacedError(ConversionError):
+    """A network holds no activation of the kinds that were to be replaced."""
+
+
 class DataError(EspnError, ValueError):
     """Data are missing, malformed, no real numbers, or not finite."""
 

@@ -14,6 +14,7 @@ from .inputs import number_tensor, real_tensor
 from .masked.inference import online_bytes
 from .masked.planning import masked_model
 from .pillar.calibrate import calibrate
+from .pillar.keeping import as_taken, evaluating
 from .pillar.stress import reaches
 from .simulate import simulate_model
 from .table import aligned
@@ -214,20 +215,8 @@ def _row(
 
 
 def _outputs(model: nn.Module, images: Tensor) -> Tensor:
-    modes = {module: module.training for module in model.modules()}
-    like = next((p for p in model.parameters() if p.is_floating_point()), None)
-    try:
-        model.eval()
-        with torch.no_grad():
-            parts = [
-                model(
-                    part.float() if like is None else part.to(like.device, like.dtype)
-                )
-                for part in images.split(128)
-            ]
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    with evaluating(model):
+        parts = [model(as_taken(model, part)) for part in images.split(128)]
     if not all(isinstance(part, Tensor) for part in parts):
         raise ShapeError(
             f"the network returns a {type(parts[0]).__name__}; it must return a tensor"

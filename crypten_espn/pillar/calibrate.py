@@ -14,10 +14,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..array_file import one_input
-from ..errors import CalibrationWarning, ConversionError, DataError, RangeError
+from ..errors import (
+    CalibrationWarning,
+    ConversionError,
+    DataError,
+    NothingReplacedError,
+    RangeError,
+)
 from ..inputs import real_tensor
 from ..polynomial import MAX_DEGREE, Polynomial
 from .fitting import IDENTITY, Fits, Fitting
+from .keeping import as_taken
 from .sharing import unshare
 from .spellings import ACTIVATIONS
 from .surgery import Key, activations, changes, replace_activations, replace_pooling
@@ -132,8 +139,7 @@ def calibration_batches(model: nn.Module, images: object) -> list[Tensor]:
     alone = one_input(x)
     if alone is not None:
         raise DataError(alone)
-    like = next((p for p in model.parameters() if p.is_floating_point()), None)
-    x = x.float() if like is None else x.to(like.device, like.dtype)
+    x = as_taken(model, x)
     # About half a gigabyte for a layer of 64 channels at the input's size.
     size = max(1, min(256, (1 << 21) * x.shape[1] // x[0].numel()))
     return list(x.split(size))
@@ -162,9 +168,7 @@ def _prepared(model: nn.Module) -> nn.Module:
     before = set(activations(network))
     try:
         network = replace_activations(network, mapping)
-    except ConversionError as error:
-        if not str(error).startswith("nothing was replaced"):
-            raise
+    except NothingReplacedError:
         raise ConversionError(_no_activation(model)) from None
     replaced = changes(network)[len(changes(model)) :]
     if not replaced:

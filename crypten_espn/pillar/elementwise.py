@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..polynomial import across
 from . import loops
 
 Number = float | np.ndarray
@@ -180,9 +181,8 @@ def _table(x: Tensor, numbers: Sequence[Number]) -> tuple[np.ndarray, int]:
 
 def _columns(x: Tensor, numbers: Sequence[Number]) -> list[float | Tensor]:
     """The numbers for torch operations: arrays as tensors that broadcast over x."""
-    shape = (-1, *(1,) * (x.dim() - 2))
     return [
-        torch.tensor(number, dtype=x.dtype, device=x.device).reshape(shape)
+        across(torch.tensor(number, dtype=x.dtype), x)
         if isinstance(number, np.ndarray)
         else number
         for number in numbers

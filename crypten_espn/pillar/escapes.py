@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..errors import RangeError
-from ..polynomial import ChannelPolynomials
+from ..polynomial import across
 from .activation import PolynomialActivation
 from .surgery import activations
 
@@ -111,13 +110,6 @@ class Escapes:
 
 def _in_radii(x: Tensor, module: PolynomialActivation) -> Tensor:
     """|x - middle| over half the interval's length, channel by channel; float32."""
-    polynomial = module.polynomial
-    if isinstance(polynomial, ChannelPolynomials):
-        ends = torch.from_numpy(np.asarray(polynomial.intervals))
-        low, high = (
-            column.to(x.device, torch.float32).view(-1, *(1,) * (x.dim() - 2))
-            for column in ends.unbind(1)
-        )
-    else:
-        low, high = (torch.tensor(end) for end in polynomial.interval)
+    ends = torch.tensor([row.interval for row in module.polynomial.rows])
+    low, high = (across(end, x) for end in ends.unbind(1))
     return (x.float() - (low + high) / 2).abs_().div_((high - low) / 2)

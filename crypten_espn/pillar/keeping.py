@@ -1,4 +1,4 @@
-"""A module's state held while something is tried with it, and put back."""
+"""A module's state or modes held while something is done with it, and put back."""
 
 from __future__ import annotations
 
@@ -8,12 +8,31 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 _Container = list[object] | dict[object, object] | set[object]
 # Attributes by name; and those of them that are containers, with what stood in them.
 _Attributes = dict[str, object]
 _Contents = dict[str, tuple[_Container, "list[_Same]"]]
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; each module's own mode is put back."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def as_taken(model: nn.Module, x: Tensor) -> Tensor:
+    """x on the device and of the type of its parameters; float32 where it has none."""
+    like = next((p for p in model.parameters() if p.is_floating_point()), None)
+    return x.float() if like is None else x.to(like.device, like.dtype)
 
 
 @contextmanager

@@ -15,7 +15,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -149,8 +148,7 @@ def boundary_penalty(
 def _unit(gamma: float, polynomial: AnyPolynomial) -> Number:
     """What an input of penalty 1 measures."""
     if isinstance(polynomial, ChannelPolynomials):
-        radii: np.ndarray = abs(polynomial.intervals).max(1)
-        return radii * (gamma / PAPER_RADIUS)
+        return polynomial.radii * (gamma / PAPER_RADIUS)
     return gamma
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..errors import RangeError
 from ..polynomial import RING_BITS, AnyPolynomial, ChannelPolynomials
 from .activation import PolynomialActivation
+from .keeping import evaluating
 from .surgery import activations
 
 
@@ -176,12 +177,10 @@ def range_report(
             seen[key].add(inputs[0].detach())
 
         handles.append(module.register_forward_pre_hook(hook))
-    training = {module: module.training for module in model.modules()}
     parameter = next(model.parameters(), None)
     images = 0
     try:
-        model.eval()
-        with torch.no_grad():
+        with evaluating(model):
             for batch in loader:
                 x = batch if isinstance(batch, Tensor) else batch[0]
                 calls.clear()
@@ -190,8 +189,6 @@ def range_report(
     finally:
         for handle in handles:
             handle.remove()
-        for part, mode in training.items():
-            part.training = mode
     if not images:
         raise RangeError("range_report was given no data; the loader is empty")
     layers = tuple(
@@ -215,11 +212,7 @@ class _Tally:
     def __init__(self, polynomial: AnyPolynomial) -> None:
         self.polynomial = polynomial
         self.by_channel = isinstance(polynomial, ChannelPolynomials)
-        self.rows = (
-            polynomial.rows
-            if isinstance(polynomial, ChannelPolynomials)
-            else (polynomial,)
-        )
+        self.rows = polynomial.rows
         intervals = torch.tensor([row.interval for row in self.rows])
         self.low, self.high = intervals.T
         self.unit = float(intervals.abs().max())

@@ -9,6 +9,7 @@ from torch import nn
 
 from ..errors import DataError
 from .data import Split
+from .keeping import evaluating
 from .recipe import Recipe
 
 SELECTION_RULE = (
@@ -50,12 +51,9 @@ def accuracy(model: nn.Module, split: Split, *, batch_size: int = 500) -> float:
         raise DataError("accuracy was asked of an empty split")
     parameter = next(model.parameters(), None)
     device = torch.device("cpu") if parameter is None else parameter.device
-    mode = model.training
-    model.eval()
     right = 0
-    with torch.no_grad():
+    with evaluating(model):
         for images, labels in split.batches(batch_size):
             logits = model(images.to(device))
             right += int((logits.argmax(1).cpu() == labels).sum())
-    model.train(mode)
     return right / len(split)

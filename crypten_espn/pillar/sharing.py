@@ -7,7 +7,6 @@ residual blocks call one ReLU two or three times, at different numbers of channe
 from __future__ import annotations
 
 import copy
-import functools
 
 from torch import fx, nn
 
@@ -35,7 +34,9 @@ def unshare(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> None:
             seen.add(id(child))
     for parent in list(model.modules()):
         if isinstance(parent, fx.GraphModule):
-            if _separate(parent, parent.graph, kinds):
+            repeated = _repeated(parent, parent.graph, kinds)
+            if repeated:
+                _separate(parent, parent.graph, repeated)
                 parent.recompile()
         elif not type(parent).__module__.startswith("torch.nn."):
             _unshare_calls(parent, kinds)
@@ -52,7 +53,7 @@ def _unshare_calls(parent: nn.Module, kinds: tuple[type[nn.Module], ...]) -> Non
     through = {method for node in repeated for method in trace.methods[node]}
     if not repeated or through != {"forward"} or objections(parent, trace):
         return
-    _separate(parent, trace.graph, kinds)
+    _separate(parent, trace.graph, repeated)
     for key, value in trace.constants.items():
         object.__setattr__(parent, key, value)
     object.__setattr__(parent, "forward", PatchedMethod(parent, trace, "forward"))
@@ -67,25 +68,20 @@ def _repeated(
     for node in graph.nodes:
         if node.op != "call_module":
             continue
-        child = functools.reduce(getattr, str(node.target).split("."), parent)
-        if isinstance(child, kinds):
+        if isinstance(parent.get_submodule(str(node.target)), kinds):
             if node.target in met:
                 found.append(node)
             met.add(str(node.target))
     return found
 
 
-def _separate(
-    parent: nn.Module, graph: fx.Graph, kinds: tuple[type[nn.Module], ...]
-) -> bool:
-    repeated = _repeated(parent, graph, kinds)
+def _separate(parent: nn.Module, graph: fx.Graph, repeated: list[fx.Node]) -> None:
+    """Let each of the calls go to a copy of its own."""
     for node in repeated:
         target, number = str(node.target), 2
-        child = functools.reduce(getattr, target.split("."), parent)
         plain = target.replace(".", "_")
         while hasattr(parent, f"{plain}_{number}"):
             number += 1
         node.target = f"{plain}_{number}"
-        parent.add_module(node.target, copy.deepcopy(child))
+        parent.add_module(node.target, copy.deepcopy(parent.get_submodule(target)))
     graph.lint()
-    return bool(repeated)

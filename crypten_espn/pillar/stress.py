@@ -16,6 +16,7 @@ from torch.nn import functional
 from ..inputs import real_tensor
 from ..table import aligned
 from .escapes import Escapes, LayerEscapes
+from .keeping import as_taken, evaluating
 
 
 @dataclass(frozen=True)
@@ -276,20 +277,12 @@ def reaches(
         (n,) the largest distance from an interval's middle, in its radii; (n,) whether
         an output or a value before it was not finite; every layer's counts.
     """
-    modes = {module: module.training for module in model.modules()}
-    like = next((p for p in model.parameters() if p.is_floating_point()), None)
     found, bad = [], []
-    try:
-        model.eval()
-        with torch.no_grad(), Escapes.of(model) as seen:
-            for batch in images.split(128):
-                given = batch if like is None else batch.to(like.device, like.dtype)
-                y = model(given.clone())
-                reach = seen.take().cpu()
-                found.append(reach)
-                finite = torch.isfinite(y.flatten(1)).all(1).cpu()
-                bad.append(~(finite & torch.isfinite(reach)))
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    with evaluating(model), Escapes.of(model) as seen:
+        for batch in images.split(128):
+            y = model(as_taken(model, batch).clone())
+            reach = seen.take().cpu()
+            found.append(reach)
+            finite = torch.isfinite(y.flatten(1)).all(1).cpu()
+            bad.append(~(finite & torch.isfinite(reach)))
     return torch.cat(found), torch.cat(bad), list(seen.layers.values())

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from ..errors import ConversionError
+from ..errors import ConversionError, NothingReplacedError
 from ..polynomial import AnyPolynomial, ChannelPolynomials, Polynomial
 from .activation import PolynomialActivation
 from .operation import Change, Operation, arguments, is_inplace, spelling
@@ -173,7 +173,7 @@ class _Surgeon(Operation):
         if self.done or not (self.types or self.calls) or kinds == _POLYNOMIAL:
             return
         asked = sorted({getattr(key, "__name__", str(key)) for key in self.asked})
-        raise ConversionError(
+        raise NothingReplacedError(
             f"nothing was replaced by {', '.join(asked)}: {self._found_instead()}"
         )
 

@@ -10,7 +10,7 @@ bound and the headroom.
 from .channels import AnyPolynomial, ChannelPolynomials, polynomial_from_json
 from .fit import FLOOR
 from .interval import GRID_POINTS
-from .ring import RING_BITS, ChannelForm, Form, RingForm, as_int64
+from .ring import RING_BITS, ChannelForm, Form, RingForm, across, as_int64
 from .value import FRAC_BITS, MAX_DEGREE, SPARE_BITS, Polynomial
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "Form",
     "Polynomial",
     "RingForm",
+    "across",
     "as_int64",
     "polynomial_from_json",
 ]

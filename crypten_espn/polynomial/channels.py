@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from ..errors import PolynomialError
-from .ring import ChannelForm, best_channel_form, check_channels
+from .ring import ChannelForm, across, best_channel_form, check_channels
 from .value import Polynomial, check_headroom, check_scales
 
 MAX_CHANNELS = 1 << 16
@@ -75,6 +75,12 @@ class ChannelPolynomials:
         """(channels, 2) float64, each channel's low and high end."""
         return np.array([row.interval for row in self.rows], dtype=np.float64)
 
+    @property
+    def radii(self) -> np.ndarray:
+        """(channels,) float64, the largest |x| of each channel's interval."""
+        radii: np.ndarray = np.abs(self.intervals).max(1)
+        return radii
+
     @cached_property
     def coeffs(self) -> np.ndarray:
         """(channels, degree + 1) float64; column k multiplies x**k."""
@@ -94,9 +100,8 @@ class ChannelPolynomials:
     def columns(self, x: torch.Tensor) -> list[torch.Tensor]:
         """The coefficients, constant first, as tensors that broadcast over x."""
         self.check_channels(tuple(x.shape))
-        ones = (1,) * (x.dim() - 2)
-        table = torch.from_numpy(self.coeffs).to(x.device, x.dtype)
-        return [column.reshape(-1, *ones) for column in table.unbind(1)]
+        table = torch.from_numpy(self.coeffs).to(x.dtype)
+        return [across(column, x) for column in table.unbind(1)]
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Evaluate in floating point (Horner); differentiable, shape of x.
@@ -157,7 +162,7 @@ class ChannelPolynomials:
         return json.dumps({"channels": [json.loads(r.to_json()) for r in self.rows]})
 
     def __str__(self) -> str:
-        radii = np.abs(self.intervals).max(1)
+        radii = self.radii
         asked = f" (degree {self.requested_degree} asked)" if self.collapsed else ""
         return (
             f"{self.channels} channels on radii {radii.min():.3g} to "

@@ -248,15 +248,15 @@ class ChannelForm(Form):
         )
 
     def factors(self, like: torch.Tensor) -> torch.Tensor:
-        return _across(self._factors, like)
+        return across(self._factors, like)
 
     def multiple(self, k: int, times: int, like: torch.Tensor) -> torch.Tensor | None:
         integers = self._integers[k] if k <= self.degree else None
-        return None if integers is None else _across(integers * times, like)
+        return None if integers is None else across(integers * times, like)
 
     def real(self, k: int, like: torch.Tensor) -> torch.Tensor:
         values = [float(c) for c in self._coeffs[k]]
-        return _across(torch.tensor(values, dtype=torch.float64), like)
+        return across(torch.tensor(values, dtype=torch.float64), like)
 
     def check(self, shape: tuple[int, ...]) -> None:
         check_channels(shape, len(self.rows))
@@ -275,7 +275,7 @@ def check_channels(shape: tuple[int, ...], channels: int) -> None:
         )
 
 
-def _across(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+def across(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """One value a channel, so that it broadcasts over a tensor."""
     return values.to(like.device).reshape(-1, *(1,) * (like.dim() - 2))
 

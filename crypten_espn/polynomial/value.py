@@ -186,6 +186,11 @@ class Polynomial:
         return len(self.numerators) - 1
 
     @property
+    def rows(self) -> tuple[Polynomial, ...]:
+        """Itself, where polynomials of channels have one a channel."""
+        return (self,)
+
+    @property
     def collapsed(self) -> bool:
         """Whether top coefficients vanished, so that `degree < requested_degree`."""
         return self.degree < self.requested_degree
@@ -206,15 +211,6 @@ class Polynomial:
         if k > self.degree:
             return Fraction(0)
         return Fraction(self.numerators[k]) / Fraction(2) ** self._bits(k)
-
-    def integer(self, k: int, bits: int) -> int:
-        """The coefficient of x**k in units of 2**-bits, rounded half up, exactly."""
-        if k > self.degree:
-            return 0
-        left = bits - self._bits(k)
-        if left >= 0:
-            return self.numerators[k] << left
-        return (self.numerators[k] + (1 << (-left - 1))) >> -left
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Evaluate in floating point (Horner); differentiable, shape of x."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +15,7 @@ from crypten_espn.masked.inference import message_sizes
 from crypten_espn.masked.plan import Plan
 from crypten_espn.masked.planning import masked_model
 from crypten_espn.masked.planning.network import parameters_of
+from crypten_espn.masked.planning.precision import choose_truncations, measured_effect
 from crypten_espn.masked.reference import evaluate
 from crypten_espn.polynomial import ChannelPolynomials
 
@@ -72,6 +76,34 @@ def test_the_reference_is_what_python_integers_give():
     for image, found in zip(integers, trace[-1], strict=True):
         expected = oracle.logits(model, parameters_of(private), image.tolist())
         assert found.tolist() == [expected[i,] for i in range(5)]
+
+
+@pytest.mark.parametrize("exponent", [-3, 0, 2])
+@pytest.mark.parametrize("value_frac_bits", [37, 44])
+def test_integers_of_coefficients_are_rounded_half_up(exponent, value_frac_bits):
+    radius = 5 * 2.0**exponent
+    p = espn.Polynomial(QUARTIC.numerators, 10, (-radius, radius), exponent=exponent)
+    z = torch.linspace(-radius, radius, 64, dtype=torch.float64).reshape(8, 1, 8)
+    effect = measured_effect(
+        z, [torch.ones_like(z)], degree=p.degree, radii=np.array([radius])
+    )
+    found = choose_truncations(
+        [p],
+        ring=32,
+        frac_bits=20,
+        result_bits=14,
+        value_frac_bits=value_frac_bits,
+        effect=effect,
+    )
+    assert found is not None and found.linear is not None
+    terms = {(0, 0): found.constant[0]}
+    terms[found.linear.shift, 1] = found.linear.coefficient[0]
+    for group in found.groups:
+        terms |= {(group.shift, k): c for k, c in enumerate(group.coeffs[0]) if c}
+    assert [k for _, k in terms] == [0, 1, 2, 4]
+    for (shift, k), integer in terms.items():
+        exact = p.coefficient(k) * Fraction(2) ** (value_frac_bits - k * (20 - shift))
+        assert integer == math.floor(exact + Fraction(1, 2))
 
 
 @pytest.mark.parametrize("degree", [2, 4, 6, 8])

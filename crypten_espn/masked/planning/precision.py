@@ -27,8 +27,6 @@ Error = Mapping[int, np.ndarray]
 
 def by_channel(polynomial: AnyPolynomial) -> tuple[Polynomial, ...]:
     """One polynomial for all channels, or one for each."""
-    if isinstance(polynomial, Polynomial):
-        return (polynomial,)
     first, *others = polynomial.rows
     return polynomial.rows if any(row != first for row in others) else (first,)
 
@@ -355,6 +353,6 @@ _LARGEST = 2.0**62  # of a coefficient's integer
 
 
 def _rounded(values: np.ndarray) -> np.ndarray:
-    """To nearest, half up, exact at any size: as `Polynomial.integer` rounds."""
+    """To nearest, half up, exact at any size."""
     below: np.ndarray = np.floor(values)
     return np.where(values - below >= 0.5, below + 1, below)
