@@ -14,10 +14,12 @@ import typer
 
 from .. import __version__
 from ..errors import EspnError
+from .bundles import bundle
 from .calibration import calibrate
+from .clients import predict, prepare
 from .networks import check, estimate, explain, plan
 from .options import Command, option
-from .sessions import deal, keys, material, predict, serve
+from .sessions import deal, keys, material, serve
 from .training import finetune, train
 
 
@@ -48,8 +50,8 @@ def doctor() -> int:
 
 
 _COMMANDS = (
-    demo, doctor, check, estimate, explain, plan, serve, predict, deal, material, keys,
-    train, finetune, calibrate,
+    demo, doctor, check, estimate, explain, plan, bundle, serve, predict, prepare, deal,
+    material, keys, train, finetune, calibrate,
 )  # fmt: skip
 
 
