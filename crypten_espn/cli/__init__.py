@@ -5,6 +5,7 @@ the examples below the first paragraph, and what it returns the exit status.
 """
 
 import inspect
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -115,6 +116,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except EspnError as error:
         print(f"crypten-espn: {type(error).__name__}: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        # Whoever read the output, such as head, has enough; nothing more to flush.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except KeyboardInterrupt:
         print("crypten-espn: interrupted", file=sys.stderr)
         return 130
