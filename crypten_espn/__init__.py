@@ -9,6 +9,7 @@ import crypten_espn.patches as patches
 patches.apply()
 
 from .bundle import Bundle, Preprocessing, load  # noqa: E402
+from .bundle.images import load_images  # noqa: E402
 from .convert import PrivateNetwork, check, convert  # noqa: E402
 from .cost import Cost, measure  # noqa: E402
 from .engines import CrypTen, Masked  # noqa: E402
@@ -61,6 +62,7 @@ __all__ = [
     "explain",
     "failure_probability",
     "load",
+    "load_images",
     "measure",
     "patches",
     "polyval",

@@ -37,10 +37,15 @@ def refused(path: Path) -> str:
     return str(error.value)
 
 
-def resealed(path: Path, arrays: dict[str, np.ndarray] | None = None, **texts: str):
+def resealed(
+    path: Path,
+    *,
+    arrays: dict[str, np.ndarray] | None = None,
+    texts: dict[str, str] | None = None,
+) -> None:
     """The bundle with other contents under a seal that holds."""
     told, held = read(path)
-    write(path, {**told, **texts}, held if arrays is None else arrays)
+    write(path, {**told, **(texts or {})}, held if arrays is None else arrays)
 
 
 def test_what_is_saved_is_loaded(bundle: Bundle, path: Path) -> None:
@@ -154,14 +159,14 @@ def test_other_files_are_no_bundles(tmp_path: Path) -> None:
 def test_texts_under_a_new_seal_are_checked_all_the_same(
     path: Path, texts: dict[str, str], named: str
 ) -> None:
-    resealed(path, **texts)
+    resealed(path, texts=texts)
     assert named in refused(path)
 
 
 def test_a_report_of_another_plan_is_refused(path: Path) -> None:
     report = json.loads(read(path)[0]["report"])
     report["parts"].pop()
-    resealed(path, report=json.dumps(report))
+    resealed(path, texts={"report": json.dumps(report)})
     assert "its report tells of" in refused(path)
 
 
@@ -181,7 +186,7 @@ def test_arrays_under_a_new_seal_are_checked_all_the_same(
         arrays["bias.0"] = arrays["bias.0"][:-1]
     else:
         arrays["weight.99"] = first
-    resealed(path, arrays)
+    resealed(path, arrays=arrays)
     said = refused(path)
     assert {"more": "weight.99", "bias": "bias.0"}.get(fault, "weight.0") in said
 
@@ -203,7 +208,8 @@ def test_any_network_that_converts_is_saved(tmp_path: Path) -> None:
     ).eval()
     inputs = torch.rand(16, 6)
     (tmp_path / "network.onnx").write_bytes(export(network, inputs[:1]))
-    for number, source in enumerate((network, tmp_path / "network.onnx")):
+    sources: list[torch.nn.Module | Path] = [network, tmp_path / "network.onnx"]
+    for number, source in enumerate(sources):
         private = espn.convert(source, inputs)
         path = tmp_path / f"{number}.espn"
         private.save(path, classes=["cat", "dog"])
