@@ -31,9 +31,9 @@ _VALUES = 64 * 3 * 224 * 224
 _IMAGES = 16, 512
 
 
-def _sides(text: str) -> tuple[int, int]:
-    height, _, width = text.lower().partition("x")
-    return int(height), int(width or height)
+def _sides(text: str) -> torch.Size:
+    height, width = map(int, text.split("x"))
+    return torch.Size((height, width))
 
 
 _SIZE = checked(
@@ -50,7 +50,7 @@ def bundle(
     calibration: Annotated[Path, option(_CALIBRATION, "PATH")],
     out: Annotated[Path, option("bundle to write, such as net.espn", "FILE")],
     labels: Annotated[Path | None, option(_LABELS, "FILE")] = None,
-    size: Annotated[tuple[int, int] | None, _SIZE] = None,
+    size: Annotated[torch.Size | None, _SIZE] = None,
     mean: Annotated[
         list[float] | None, checked(_MEANS, "MEAN...", float, math.isfinite, _NUMBER)
     ] = None,
@@ -83,7 +83,7 @@ def bundle(
         inputs = _images(calibration, images, _shape(network, model, images, size))
     else:
         inputs = calibration_inputs(calibration)
-        if size is not None and tuple(inputs.shape[2:]) != size:
+        if size is not None and inputs.shape[2:] != size:
             raise EspnError(
                 f"--size {size[0]}x{size[1]} was given, {calibration} has shape "
                 f"{tuple(inputs.shape)}; give inputs of one size"
@@ -132,7 +132,7 @@ def _shape(
     network: Path,
     model: Network | None,
     images: Preprocessing,
-    size: tuple[int, int] | None,
+    size: torch.Size | None,
 ) -> tuple[int, ...]:
     """The shape of one input.
 

@@ -136,6 +136,7 @@ def from_onnx(words: list[str]) -> torch.nn.Module:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("way", ["python", "onnx"])
 def test_who_follows_the_document_learns_the_class_of_a_photograph(
     way: str,
