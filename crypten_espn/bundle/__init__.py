@@ -92,8 +92,11 @@ class Bundle:
 
         Raises:
             CheckpointError: the file cannot be written.
+            DataError: the report holds what could not be read again.
         """
         plan, weights = self.model.plan, self.model.weights
+        report = msgspec.json.encode(self.model.report).decode()
+        _report(report, plan)
         arrays = {}
         for number, array in enumerate(weights.integers):
             arrays[_weight(number)] = array
@@ -103,7 +106,7 @@ class Bundle:
         texts = {
             "plan": plan.to_json(),
             "description": self.description.text.decode(),
-            "report": msgspec.json.encode(self.model.report).decode(),
+            "report": report,
             "model": weights.digest.hex(),
         }
         write(Path(path), texts, arrays)

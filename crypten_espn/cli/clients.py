@@ -61,11 +61,14 @@ def predict(
     """
     link = made_link(dealer, material, tls, insecure, verbose)
     if bool(inputs) == (input is not None):
-        raise EspnError(
-            "give images, folders or .npy files, or one .npy as --input; one of both"
+        raise typer.BadParameter(
+            "give images, folders or .npy files, or one .npy as --input; one of both",
+            param_hint="'INPUT...', '--input'",
         )
-    files = existing(inputs or [])
-    given = [_read(path) for path in (files if input is None else [input])]
+    if input is None:
+        given = [_read(path) for path in existing(inputs or [])]
+    else:
+        given = [_Given(str(input), load_array(input))]
     rows = [row for one in given for row in one.rows()]
     with connect(address, link=link) as server:
         described = server.description
@@ -102,9 +105,7 @@ def prepare(
     insecure: Insecure = False,
     verbose: Verbose = False,
 ) -> int:
-    """Prepare inferences ahead of time, before there are inputs.
-
-    The server must keep its part too: start it with --material.
+    """Prepare inferences ahead of time; the server keeps its part by --material too.
 
     examples:
       crypten-espn prepare server:29500 --dealer dealer:29501 --material prepared \\

@@ -260,5 +260,7 @@ def test_inputs_are_named_once(
     capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...]
 ) -> None:
     address = "predict", "127.0.0.1:1", "--dealer", "127.0.0.1:1"
-    assert cli.main([*address, *arguments]) == 2
+    with pytest.raises(SystemExit) as ended:
+        cli.main([*address, *arguments])
+    assert ended.value.code == 2
     assert "one of both" in capsys.readouterr().err

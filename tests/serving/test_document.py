@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -86,20 +86,23 @@ class Hosts:
             text=True,
         )
         assert process.stdout is not None
-        with process.stdout:
+        try:
+            said = None
             for line in process.stdout:
                 said = re.search(r"(?:listening|dealing) on \S+:(\d+);", line)
                 if said:
                     break
             assert said, f"{words} ended without listening"
-            port = next(w for w in words if re.fullmatch(r"[\w.]+:\d+", w))
-            self.ports[port.rpartition(":")[2]] = said[1]
-            try:
-                yield
-            finally:
-                process.terminate()
-                process.stdout.read()
-                assert process.wait() == 0
+            address = next(w for w in words if re.fullmatch(r"[\w.]+:\d+", w))
+            before = dict(self.ports)
+            self.ports[address.rpartition(":")[2]] = said[1]
+            yield
+            self.ports = before
+        finally:
+            process.terminate()
+            process.stdout.close()
+            status = process.wait()
+        assert status == 0
 
 
 def answered(line: str) -> list[str]:
@@ -137,39 +140,34 @@ def from_onnx(words: list[str]) -> torch.nn.Module:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("way", ["python", "onnx"])
 def test_who_follows_the_document_learns_the_class_of_a_photograph(
-    way: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = DOCUMENT.read_text()
-    given = commands(text)
+    bundle, keys, deal, serve, predict, prepare, again = commands(text)
     monkeypatch.chdir(tmp_path)
-    bundle, keys, deal, serve, predict, prepare, again = given
-    network = from_python(text) if way == "python" else from_onnx(bundle)
-    photograph(Path("cat.jpg"), 7)
     hosts = Hosts()
     assert cli.main(hosts.here(keys)) == 0
     assert not any(file.stat().st_mode & 0o077 for file in Path("keys").iterdir())
+    photograph(Path("cat.jpg"), 7)
     with hosts.running(deal):
-        with hosts.running(serve):
-            capsys.readouterr()
-            assert cli.main(hosts.here(predict)) == 0
-            first = capsys.readouterr().out
-            assert cli.main(hosts.here(prepare)) == 0
-        # Prepared material outlives the server; the dealer is not needed for it.
-        with hosts.running(serve):
-            capsys.readouterr()
-            assert cli.main(hosts.here([*again, "--format", "jsonl"])) == 0
-            second = json.loads(capsys.readouterr().out)
-    x = espn.load("net.espn").read_images("cat.jpg")
-    with torch.no_grad():
-        wanted = NAMES[int(network(x).argmax())]
-    assert answered(first)[0] == wanted and set(answered(first)) == set(NAMES)
-    assert second["classes"][0]["class"] == wanted
-    assert os.path.exists("kept") and os.path.exists("prepared")
+        for way in (lambda: from_python(text), lambda: from_onnx(bundle)):
+            network = way()
+            x = espn.load("net.espn").read_images("cat.jpg")
+            with torch.no_grad():
+                wanted = NAMES[int(network(x).argmax())]
+            with hosts.running(serve):
+                capsys.readouterr()
+                assert cli.main(hosts.here(predict)) == 0
+                found = answered(capsys.readouterr().out.strip())
+                assert found[0] == wanted and set(found) == set(NAMES)
+                assert cli.main(hosts.here(prepare)) == 0
+                capsys.readouterr()
+                assert cli.main(hosts.here([*again, "--format", "jsonl"])) == 0
+                (second,) = capsys.readouterr().out.splitlines()
+                assert json.loads(second)["classes"][0]["class"] == wanted
+            for folder in ("kept", "prepared"):
+                shutil.rmtree(folder)  # of the other network's bundle
 
 
 def test_every_command_of_the_document_is_followed() -> None:
