@@ -100,9 +100,8 @@ class Hosts:
             self.ports = before
         finally:
             process.terminate()
-            process.stdout.close()
-            status = process.wait()
-        assert status == 0
+            process.communicate()
+        assert process.returncode == 0
 
 
 def answered(line: str) -> list[str]:
