@@ -29,7 +29,7 @@ _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
 
 
 def image_files(folder: Path) -> list[Path]:
-    """The image files of a folder and of the folders in it, by name.
+    """The image files of a folder and of the folders in it, by name; no hidden ones.
 
     Raises:
         DataError: there is none, or the folder cannot be read.
@@ -38,7 +38,7 @@ def image_files(folder: Path) -> list[Path]:
         Path(place) / name
         for place, _, names in os.walk(folder)
         for name in names
-        if name.lower().endswith(SUFFIXES)
+        if name.lower().endswith(SUFFIXES) and not name.startswith(".")
     ]
     if not found:
         raise DataError(

@@ -195,7 +195,7 @@ def test_images_of_other_channels_than_the_network_are_refused(tmp_path: Path) -
 
 
 def test_a_folder_gives_its_images_by_name(tmp_path: Path) -> None:
-    for name in ("b/2.JPG", "b/10.jpeg", "a.png", "notes.txt", ".hidden/c.gif"):
+    for name in ("b/2.JPG", "b/10.jpeg", "a.png", "._a.png", "notes.txt", "c/c.gif"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"")
     one = tmp_path / "notes.txt"
@@ -203,6 +203,6 @@ def test_a_folder_gives_its_images_by_name(tmp_path: Path) -> None:
     names = ["notes.txt", "a.png", "b/10.jpeg", "b/2.JPG"]
     assert [str(path.relative_to(tmp_path)) for path in found] == names
     with pytest.raises(DataError, match="holds no image files"):
-        existing([tmp_path / ".hidden"])
+        existing([tmp_path / "c"])
     with pytest.raises(DataError, match="is not there"):
         existing([tmp_path / "missing"])
