@@ -178,7 +178,7 @@ def explain(
             "--precision-bits and --truncation belong to CrypTen's protocols, "
             f"--precision and --calibration to the masked engine; {chosen} was chosen"
         )
-    example = inputs if calibration is None else _calibration_inputs(calibration)
+    example = inputs if calibration is None else calibration_inputs(calibration)
     model = _fitting(network, (input, inputs), (calibration or input, example))
     private = convert(model, example, protocol=chosen, truncation=truncation)
     ways, bits = precision or [], precision_bits or []
@@ -216,8 +216,21 @@ def planned(network: Path, calibration: Path, precision: str) -> MaskedModel:
     Raises:
         EspnError: a file cannot be read, does not fit the other, or has no plan.
     """
-    inputs = _calibration_inputs(calibration)
-    private = convert(_fitting(network, (calibration, inputs)), inputs[:1])
+    return planned_on(
+        network, (calibration, calibration_inputs(calibration)), precision
+    )
+
+
+def planned_on(
+    network: Path, calibration: tuple[Path, torch.Tensor], precision: str
+) -> MaskedModel:
+    """Read a network and plan it on inputs that were read from a file or a folder.
+
+    Raises:
+        EspnError: the network cannot be read, does not take the inputs, or has no plan.
+    """
+    inputs = calibration[1]
+    private = convert(_fitting(network, calibration), inputs[:1])
     return masked_model(private, inputs, precision=precision)
 
 
@@ -231,7 +244,12 @@ def _fitting(network: Path, *inputs: tuple[Path, torch.Tensor]) -> Path | Networ
     return model
 
 
-def _calibration_inputs(path: Path) -> torch.Tensor:
+def calibration_inputs(path: Path) -> torch.Tensor:
+    """The inputs of a file; a note where they are too few to bound anything.
+
+    Raises:
+        EspnError: as `load_array`.
+    """
     inputs = load_array(path)
     note = one_input(inputs)
     if note is not None:
