@@ -50,8 +50,8 @@ class Recipe:
         relu_epochs: epochs with ReLU in place, before the first gives way.
         replace_epochs: ReLUs give way one by one over so many epochs; all of them at
             once, before the first step, if both are 0.
-        calibrated: training images on which each channel of the network started from
-            gets its polynomial, as `calibrate` does; 0 is one polynomial for all.
+        calibration_images: training images on which `calibrate` gives each channel of
+            the network started from its polynomial; 0 is one polynomial for all.
         margin: of `calibrate`; None is its own for the degree.
         distillation: weight of the divergence from what the network started from
             answers; the cross-entropy has the rest. 1 needs no labels.
@@ -93,7 +93,7 @@ class Recipe:
     escape: float = 1e4
     relu_epochs: float = 0.0
     replace_epochs: float = 0.0
-    calibrated: int = 0
+    calibration_images: int = 0
     margin: float | None = None
     distillation: float = 0.0
     frozen_norm: bool = False
@@ -142,9 +142,9 @@ class Recipe:
             "replace_epochs": self.replace_epochs >= 0
             and self.relu_epochs + self.replace_epochs <= self.epochs
             and not (self.gradual and self.average),
-            "calibrated": self.calibrated == 0
+            "calibration_images": self.calibration_images == 0
             or (
-                self.calibrated >= 2
+                self.calibration_images >= 2
                 and self.activation == "polynomial"
                 and not self.gradual
             ),
@@ -381,6 +381,6 @@ def channel_tuning(
         stage_epochs=0.0,
         relu_epochs=0.0,
         replace_epochs=0.0,
-        calibrated=_CALIBRATED,
+        calibration_images=_CALIBRATED,
         distillation=1.0,
     )

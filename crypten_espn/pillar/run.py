@@ -22,6 +22,7 @@ from ..polynomial import polynomial_from_json
 from .calibrate import calibrate
 from .checkpoint import read_state, write_log, write_state
 from .data import Dataset
+from .loop import replace_share
 from .networks import Architecture
 from .preparation import blending, fresh_network, parameter_groups, schedule
 from .recipe import Recipe
@@ -61,24 +62,22 @@ class Run:
         # The one for all activations, where there is one.
         self.polynomial = (
             recipe.polynomial()
-            if recipe.activation == "polynomial" and not recipe.calibrated
+            if recipe.activation == "polynomial" and not recipe.calibration_images
             else None
         )
-        if start is None and (recipe.calibrated or recipe.distillation):
+        if start is None and (recipe.calibration_images or recipe.distillation):
             raise TrainingError(
-                f"{recipe.name} with calibrated={recipe.calibrated}, distillation="
-                f"{recipe.distillation:g} starts from a trained network; give it as "
-                "start"
+                f"{recipe.name} with calibration_images={recipe.calibration_images}, "
+                f"distillation={recipe.distillation:g} starts from a trained network; "
+                "give it as start"
             )
         # The network, from the recipe's seed alone.
         torch.manual_seed(recipe.seed)
         built = Architecture(
             recipe.network, dataset.classes, dataset.in_channels, dataset.size
         )
-        self.model = fresh_network(built, start)
-        self.relus = [
-            name for name, m in self.model.named_modules() if type(m) is nn.ReLU
-        ]
+        self.model: nn.Module = fresh_network(built, start)
+        self.relus = sum(type(m) is nn.ReLU for m in self.model.modules())
         # What it answered before it was touched.
         self.teacher: nn.Module | None = None
         if recipe.distillation:
@@ -87,7 +86,7 @@ class Run:
         self.found = read_state(folder, identity=self._identity(), device=self.device)
         if self.polynomial is not None and not recipe.gradual:
             replace_activations(self.model, {nn.ReLU: self.polynomial})
-        elif recipe.calibrated:
+        elif recipe.calibration_images:
             self.model = self._calibrated()
         self.model.to(self.device)
         # mypy's view of Module.to lacks the memory format alone.
@@ -144,7 +143,7 @@ class Run:
             return replace_activations(self.model, fitted)
         recipe = self.recipe
         generator = torch.Generator().manual_seed(recipe.seed)
-        count = min(recipe.calibrated, len(self.dataset.train))
+        count = min(recipe.calibration_images, len(self.dataset.train))
         images, _ = next(self.dataset.train.batches(count, generator=generator))
         return calibrate(self.model, images, degree=recipe.degree, margin=recipe.margin)
 
@@ -155,13 +154,9 @@ class Run:
             return
         since = self.step + 1 - recipe.relu_epochs * self.steps_per_epoch
         share = since / max(recipe.replace_epochs * self.steps_per_epoch, 1)
-        due = self.relus[: math.ceil(min(max(share, 0.0), 1.0) * len(self.relus))]
-        left = {n for n, m in self.model.named_modules() if type(m) is nn.ReLU}
-        now = left.intersection(due)
-        if now:
-            replace_activations(
-                self.model, {nn.ReLU: self.polynomial}, select=now.__contains__
-            )
+        due = math.ceil(min(max(share, 0.0), 1.0) * self.relus)
+        if due > len(activations(self.model)):
+            replace_share(self.model, {nn.ReLU: self.polynomial}, due / self.relus)
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield this process's share of an epoch: images, and targets (n, classes)."""
@@ -235,7 +230,7 @@ class Run:
             "polynomials": {
                 name: module.polynomial.to_json()
                 for name, module in activations(self.model).items()
-                if self.recipe.calibrated
+                if self.recipe.calibration_images
             },
         }
 
