@@ -17,13 +17,14 @@ from .explain import compare_precisions, explain  # noqa: E402
 from .launch import run_multiprocess, run_parties  # noqa: E402
 from .pillar.calibrate import calibrate  # noqa: E402
 from .pillar.guard import InputGuard  # noqa: E402
-from .pillar.loop import TailReplay, clip_in_training, replace_share  # noqa: E402
 from .pillar.penalty import (  # noqa: E402
     boundary_penalty,
     range_penalty,
     warmup_stage,
 )
+from .pillar.phases import clip_in_training, replace_share  # noqa: E402
 from .pillar.ranges import range_report  # noqa: E402
+from .pillar.replay import TailReplay  # noqa: E402
 from .pillar.storage import bundled  # noqa: E402
 from .pillar.stress import stress  # noqa: E402
 from .pillar.surgery import (  # noqa: E402

@@ -22,8 +22,8 @@ from ..polynomial import polynomial_from_json
 from .calibrate import calibrate
 from .checkpoint import read_state, write_log, write_state
 from .data import Dataset
-from .loop import replace_share
 from .networks import Architecture
+from .phases import replace_share
 from .preparation import blending, fresh_network, parameter_groups, schedule
 from .recipe import Recipe
 from .result import SELECTION_RULE, Result, accuracy

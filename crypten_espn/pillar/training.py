@@ -22,9 +22,10 @@ from torch.nn import functional
 
 from ..errors import DataError, EspnError
 from .data import load_dataset
-from .loop import TailReplay, clip_in_training, freeze_norm
 from .penalty import PenaltyStage, boundary_penalty, range_penalty, warmup_stage
+from .phases import clip_in_training, freeze_norm
 from .recipe import Recipe
+from .replay import TailReplay
 from .result import Result
 from .run import Run
 from .surgery import activations

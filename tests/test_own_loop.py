@@ -9,13 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from crypten_espn.errors import RangeError, ShapeError, TrainingError
-from crypten_espn.pillar.loop import (
-    TailReplay,
-    clip_in_training,
-    freeze_norm,
-    replace_share,
-)
 from crypten_espn.pillar.penalty import range_penalty
+from crypten_espn.pillar.phases import clip_in_training, freeze_norm, replace_share
+from crypten_espn.pillar.replay import TailReplay
 from crypten_espn.pillar.surgery import (
     PolynomialActivation,
     activations,
