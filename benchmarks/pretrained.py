@@ -119,7 +119,7 @@ def as_before(teacher: nn.Module) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
 def stand_in(name: str, dataset: Dataset, steps: int, path: Path) -> None:
     """Write a state_dict as torchvision's files hold it, of a network trained here."""
     torch.manual_seed(1)
-    classes = len(dataset.classes)
+    classes = dataset.classes
     network = torchvision.models.get_model(name, weights=None, num_classes=classes)
     print(f"{name} trained for {steps} steps as a stand-in")
     learn(network, batches(dataset, 1), steps, 0.05, by_labels)
@@ -133,7 +133,7 @@ def follow(options: argparse.Namespace) -> None:
     # 1. The weights.
     if options.stand_in:
         stand_in(options.network, dataset, options.stand_in, options.weights)
-    trained = load(options.network, options.weights, len(dataset.classes))
+    trained = load(options.network, options.weights, dataset.classes)
     # 2. Pools that have a private form.
     network = espn.replace_pooling(copy.deepcopy(trained))
     if changes(network):
