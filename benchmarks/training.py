@@ -76,7 +76,7 @@ def follow(
             if not start.exists():
                 raise ResultsError(
                     f"{title} starts from {start}, which does not exist; run with "
-                    "--kinds relu {kind}"
+                    f"--kinds relu {kind}"
                 )
         train(recipe, out=folder, data=data, start=start, progress=not quiet)
     result = json.loads((folder / "result.json").read_text())
