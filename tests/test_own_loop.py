@@ -67,21 +67,17 @@ def test_activations_give_way_first_to_last_as_the_share_grows(count: int) -> No
 
 
 def test_activations_that_a_forward_calls_give_way_too() -> None:
-    model = nn.Sequential(Functional(), Functional())
+    parts = [Functional(), Functional()]
+    model = nn.Sequential(*parts)
     counts = []
     for share in (0.25, 0.5, 0.6, 1.0):
         replace_share(model, {nn.ReLU: SQUARE}, share)
         counts.append(len(activations(model)))
     assert counts == [1, 2, 3, 4]
-    x = torch.randn(5, 3)
-    for part in model:
-        x = part.first(x).square().sub(1).square()
-    torch.manual_seed(1)
-    given = torch.randn(5, 3)
-    expected = given
-    for part in model:
+    x = expected = torch.randn(5, 3)
+    for part in parts:
         expected = part.first(expected).square().sub(1).square()
-    torch.testing.assert_close(model.eval()(given), expected)
+    torch.testing.assert_close(model.eval()(x), expected)
 
 
 def test_a_share_beyond_all_is_refused() -> None:

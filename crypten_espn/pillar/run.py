@@ -83,6 +83,7 @@ class Run:
         if recipe.distillation:
             self.teacher = copy.deepcopy(self.model).eval().requires_grad_(False)
             self.teacher.to(self.device)
+            self.teacher.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.found = read_state(folder, identity=self._identity(), device=self.device)
         if self.polynomial is not None and not recipe.gradual:
             replace_activations(self.model, {nn.ReLU: self.polynomial})
