@@ -373,7 +373,7 @@ def channel_tuning(
         degree=degree,
         epochs=epochs or 1,
         epoch_steps=steps,
-        learning_rate=0.03,
+        learning_rate=0.1,
         warmup_epochs=(epochs or 1) / 20,
         penalty="boundary",
         beta=1e-4,
