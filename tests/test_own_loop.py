@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from crypten_espn.errors import RangeError, ShapeError, TrainingError
 from crypten_espn.pillar.penalty import range_penalty
-from crypten_espn.pillar.phases import clip_in_training, freeze_norm, replace_share
+from crypten_espn.pillar.phases import clip_in_training, replace_share
 from crypten_espn.pillar.replay import TailReplay
 from crypten_espn.pillar.surgery import (
     PolynomialActivation,
@@ -113,7 +113,7 @@ def test_an_input_that_is_not_a_number_reaches_infinitely_far() -> None:
     assert image_reach(model).tolist() == [math.inf, 1.5]
 
 
-# --- clip and batch-norm ---------------------------------------------------------
+# --- clip ------------------------------------------------------------------------
 
 
 def test_without_its_clip_training_computes_what_evaluation_does() -> None:
@@ -134,17 +134,6 @@ def test_without_its_clip_a_far_input_has_the_polynomials_slope() -> None:
     x = torch.tensor([[5.0]], requires_grad=True)
     model(x).sum().backward()
     assert x.grad is not None and float(x.grad) == 10
-
-
-def test_frozen_statistics_are_used_and_kept_until_training_begins_again() -> None:
-    norm = nn.BatchNorm1d(2)
-    model = nn.Sequential(norm, nn.Dropout(0.5)).train()
-    freeze_norm(model)
-    x = 4 + torch.randn(8, 2)
-    torch.testing.assert_close(norm(x), x, rtol=1e-4, atol=1e-4)
-    assert int(norm.num_batches_tracked) == 0  # type: ignore[arg-type]
-    assert model[1].training
-    assert model.train()[0].training
 
 
 # --- tail replay -----------------------------------------------------------------

@@ -434,7 +434,7 @@ def test_a_calibrated_network_learns_what_it_answered(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     start = relu_start(tmp_path / "relu")
-    recipe = tuned(replayed=4, unclipped=0.5, frozen_norm=True)
+    recipe = tuned(replayed=4, unclipped=0.5)
     whole = train(recipe, out=tmp_path / "whole", start=start, progress=False)
     assert whole.test_accuracy > 0.9
     found = activations(load_network(whole.path))

@@ -7,7 +7,6 @@ import math
 from collections.abc import Mapping
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import NothingReplacedError, RangeError
 from ..polynomial import AnyPolynomial
@@ -59,10 +58,3 @@ def clip_in_training(model: nn.Module, clip: bool) -> None:
     """
     for module in activations(model).values():
         module.clip = clip
-
-
-def freeze_norm(model: nn.Module) -> None:
-    """Let batch-norms use their statistics, and keep them, until the next train()."""
-    for module in model.modules():
-        if isinstance(module, _BatchNorm):
-            module.eval()

@@ -55,7 +55,6 @@ class Recipe:
         margin: of `calibrate`; None is its own for the degree.
         distillation: weight of the divergence from what the network started from
             answers; the cross-entropy has the rest. 1 needs no labels.
-        frozen_norm: whether batch-norm keeps its statistics, and uses them in training.
         unclipped: share of the steps, the last, without the clip of training.
         replayed: images of a batch whose place is taken by those kept by `TailReplay`.
         epoch_steps: steps that an epoch ends after; None is every training image once.
@@ -96,7 +95,6 @@ class Recipe:
     calibration_images: int = 0
     margin: float | None = None
     distillation: float = 0.0
-    frozen_norm: bool = False
     unclipped: float = 0.0
     replayed: int = 0
     epoch_steps: int | None = None

@@ -23,7 +23,7 @@ from torch.nn import functional
 from ..errors import DataError, EspnError
 from .data import load_dataset
 from .penalty import PenaltyStage, boundary_penalty, range_penalty, warmup_stage
-from .phases import clip_in_training, freeze_norm
+from .phases import clip_in_training
 from .recipe import Recipe
 from .replay import TailReplay
 from .result import Result
@@ -97,8 +97,6 @@ def train_epoch(run: Run) -> None:
     """Train one epoch; leaves its averages in run.rows."""
     recipe, began = run.recipe, time.perf_counter()
     run.model.train()
-    if recipe.frozen_norm:
-        freeze_norm(run.model)
     totals = torch.zeros(3, dtype=torch.float64)
     largest, seen, rate = 0.0, 0, 0.0
     # Anew each epoch, so that a run that was stopped goes on as it would have.
