@@ -17,8 +17,14 @@ from .explain import compare_precisions, explain  # noqa: E402
 from .launch import run_multiprocess, run_parties  # noqa: E402
 from .pillar.calibrate import calibrate  # noqa: E402
 from .pillar.guard import InputGuard  # noqa: E402
-from .pillar.penalty import range_penalty  # noqa: E402
+from .pillar.penalty import (  # noqa: E402
+    boundary_penalty,
+    range_penalty,
+    warmup_stage,
+)
+from .pillar.phases import clip_in_training, replace_share  # noqa: E402
 from .pillar.ranges import range_report  # noqa: E402
+from .pillar.replay import TailReplay  # noqa: E402
 from .pillar.storage import bundled  # noqa: E402
 from .pillar.stress import stress  # noqa: E402
 from .pillar.surgery import (  # noqa: E402
@@ -26,6 +32,7 @@ from .pillar.surgery import (  # noqa: E402
     replace_activations,
     replace_pooling,
 )
+from .pillar.watch import largest_inputs  # noqa: E402
 from .polynomial import ChannelPolynomials, Polynomial  # noqa: E402
 from .protocols import polyval, settings  # noqa: E402
 from .protocols.truncation import failure_probability  # noqa: E402
@@ -52,15 +59,19 @@ __all__ = [
     "PolynomialActivation",
     "Preprocessing",
     "PrivateNetwork",
+    "TailReplay",
+    "boundary_penalty",
     "bundled",
     "calibrate",
     "check",
+    "clip_in_training",
     "compare_precisions",
     "connect",
     "convert",
     "deal",
     "explain",
     "failure_probability",
+    "largest_inputs",
     "load",
     "load_images",
     "measure",
@@ -70,6 +81,7 @@ __all__ = [
     "range_report",
     "replace_activations",
     "replace_pooling",
+    "replace_share",
     "run_multiprocess",
     "run_parties",
     "serve",
@@ -78,4 +90,5 @@ __all__ = [
     "stress",
     "sweep",
     "use_direct_channel",
+    "warmup_stage",
 ]
