@@ -16,7 +16,7 @@ from .engines import CrypTen, Masked  # noqa: E402
 from .explain import compare_precisions, explain  # noqa: E402
 from .launch import run_multiprocess, run_parties  # noqa: E402
 from .pillar.calibrate import calibrate  # noqa: E402
-from .pillar.guard import InputGuard  # noqa: E402
+from .pillar.guard import InputGuard, attach_guard, guard_of  # noqa: E402
 from .pillar.penalty import range_penalty  # noqa: E402
 from .pillar.ranges import range_report  # noqa: E402
 from .pillar.storage import bundled  # noqa: E402
@@ -52,6 +52,7 @@ __all__ = [
     "PolynomialActivation",
     "Preprocessing",
     "PrivateNetwork",
+    "attach_guard",
     "bundled",
     "calibrate",
     "check",
@@ -61,6 +62,7 @@ __all__ = [
     "deal",
     "explain",
     "failure_probability",
+    "guard_of",
     "load",
     "load_images",
     "measure",
