@@ -19,6 +19,7 @@ from .pillar.calibrate import calibrate  # noqa: E402
 from .pillar.guard import InputGuard, attach_guard, guard_of  # noqa: E402
 from .pillar.penalty import range_penalty  # noqa: E402
 from .pillar.ranges import range_report  # noqa: E402
+from .pillar.settle import settle_intervals  # noqa: E402
 from .pillar.storage import bundled  # noqa: E402
 from .pillar.stress import stress  # noqa: E402
 from .pillar.surgery import (  # noqa: E402
@@ -76,6 +77,7 @@ __all__ = [
     "run_parties",
     "serve",
     "settings",
+    "settle_intervals",
     "simulate",
     "stress",
     "sweep",
