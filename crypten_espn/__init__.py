@@ -16,7 +16,7 @@ from .engines import CrypTen, Masked  # noqa: E402
 from .explain import compare_precisions, explain  # noqa: E402
 from .launch import run_multiprocess, run_parties  # noqa: E402
 from .pillar.calibrate import calibrate  # noqa: E402
-from .pillar.guard import InputGuard  # noqa: E402
+from .pillar.guard import InputGuard, attach_guard, guard_of  # noqa: E402
 from .pillar.penalty import (  # noqa: E402
     boundary_penalty,
     range_penalty,
@@ -25,6 +25,7 @@ from .pillar.penalty import (  # noqa: E402
 from .pillar.phases import clip_in_training, replace_share  # noqa: E402
 from .pillar.ranges import range_report  # noqa: E402
 from .pillar.replay import TailReplay  # noqa: E402
+from .pillar.settle import settle_intervals  # noqa: E402
 from .pillar.storage import bundled  # noqa: E402
 from .pillar.stress import stress  # noqa: E402
 from .pillar.surgery import (  # noqa: E402
@@ -60,6 +61,7 @@ __all__ = [
     "Preprocessing",
     "PrivateNetwork",
     "TailReplay",
+    "attach_guard",
     "boundary_penalty",
     "bundled",
     "calibrate",
@@ -71,6 +73,7 @@ __all__ = [
     "deal",
     "explain",
     "failure_probability",
+    "guard_of",
     "largest_inputs",
     "load",
     "load_images",
@@ -86,6 +89,7 @@ __all__ = [
     "run_parties",
     "serve",
     "settings",
+    "settle_intervals",
     "simulate",
     "stress",
     "sweep",
