@@ -14,7 +14,7 @@ from .engines import CrypTen, Masked  # noqa: E402
 from .explain import compare_precisions, explain  # noqa: E402
 from .launch import run_multiprocess, run_parties  # noqa: E402
 from .pillar.calibrate import calibrate  # noqa: E402
-from .pillar.guard import InputGuard  # noqa: E402
+from .pillar.guard import InputGuard, attach_guard, guard_of  # noqa: E402
 from .pillar.penalty import range_penalty  # noqa: E402
 from .pillar.ranges import range_report  # noqa: E402
 from .pillar.storage import bundled  # noqa: E402
@@ -48,6 +48,7 @@ __all__ = [
     "Polynomial",
     "PolynomialActivation",
     "PrivateNetwork",
+    "attach_guard",
     "bundled",
     "calibrate",
     "check",
@@ -57,6 +58,7 @@ __all__ = [
     "deal",
     "explain",
     "failure_probability",
+    "guard_of",
     "measure",
     "patches",
     "polyval",

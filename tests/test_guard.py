@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
 import torch
+from torch import nn
 
 from crypten_espn.errors import DataError, RangeError, ShapeError
 from crypten_espn.pillar.data import FASHION_NORMALIZATION, fashion_sample
 from crypten_espn.pillar.data.splits import Normalization
-from crypten_espn.pillar.guard import InputGuard
+from crypten_espn.pillar.guard import InputGuard, attach_guard, guard_of
 from crypten_espn.pillar.stress import BEYOND, corruptions
 
 PLAIN = (0.0,), (1.0,)
@@ -117,3 +119,15 @@ def test_what_is_no_guard_at_all_is_refused():
     for text in ("", "[", "{}", "null", "[" * 5000):
         with pytest.raises(DataError, match="not a stored guard"):
             InputGuard.from_json(text)
+
+
+def test_a_network_carries_its_guard_and_its_copies_do():
+    network = nn.Sequential(nn.Flatten(), nn.Linear(784, 2))
+    assert guard_of(network) is None
+    attach_guard(network, guard())
+    assert guard_of(copy.deepcopy(network)) == guard() == guard_of(network)
+    assert len(network.state_dict()) == 2
+    attach_guard(network, None)
+    assert guard_of(network) is None
+    with pytest.raises(DataError, match="dict is no guard"):
+        attach_guard(network, {})  # type: ignore[arg-type]

@@ -15,7 +15,7 @@ from typing import Annotated
 
 import msgspec
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import DataError, RangeError, ShapeError
 from ..inputs import real_tensor
@@ -36,6 +36,8 @@ _SAID = {
     "roughness": "its mean squared difference between neighbours",
 }
 _LARGEST = 2.0**40
+# Of the module that carries a guard.
+_ATTRIBUTE = "_input_guard"
 
 _Bounds = Annotated[
     tuple[float, ...], msgspec.Meta(min_length=1, max_length=_MOST_CHANNELS)
@@ -226,6 +228,29 @@ class InputGuard:
     def _units(self, channel: int) -> str:
         plain = (self.mean[channel], self.std[channel]) == (0.0, 1.0)
         return "" if plain else " before the normalisation"
+
+
+def attach_guard(module: nn.Module, guard: InputGuard | None) -> None:
+    """Let a network carry its guard: copies and files of it carry it too.
+
+    Args:
+        module: any network; what it computes stays the same.
+        guard: None takes the one it carries away.
+
+    Raises:
+        DataError: neither a guard nor None.
+    """
+    if not isinstance(guard, InputGuard | None):
+        raise DataError(
+            f"a {type(guard).__name__} is no guard; give what InputGuard.fit returns"
+        )
+    vars(module)[_ATTRIBUTE] = guard
+
+
+def guard_of(module: nn.Module) -> InputGuard | None:
+    """The guard that a network carries; None where it carries none."""
+    guard: InputGuard | None = vars(module).get(_ATTRIBUTE)
+    return guard
 
 
 def _statistics(
