@@ -31,6 +31,8 @@ from .masked.model import MaskedModel
 from .masked.planning import masked_model
 from .masked.planning.checking import check_plan
 from .nn import PolynomialActivation
+from .pillar.guard import InputGuard, guard_of
+from .pillar.guarding import check_channels, guarded_batch
 from .protocols import settings
 from .protocols.noise import with_noise
 
@@ -45,6 +47,7 @@ class PrivateNetwork(crypten_nn.Graph):
         input_shape: shape of one input, without the batch.
         example: the inputs it was converted with; they calibrate the masked engine.
         layers: what each node computes, by name, in the order of computation.
+        guard: what the owner of an input checks before sharing it; None if nothing.
         engine: which computes it; None follows crypten.cfg.espn between CrypTen
             tensors, and is the masked engine in sessions.
         models: what the masked engine made of it, by precision and headroom.
@@ -58,10 +61,12 @@ class PrivateNetwork(crypten_nn.Graph):
         *,
         example: torch.Tensor,
         engine: Engine | None,
+        guard: InputGuard | None = None,
     ) -> None:
         super().__init__([graph.input], [graph.output])
         self.changes = tuple(graph.changes)
         self.input_shape = graph.shapes[graph.input][1:]
+        self.guard = guard and check_channels(guard, self.input_shape)
         self.example = example.detach().clone()
         self.engine = engine
         self.models: dict[tuple[str | int, float], MaskedModel] = {}
@@ -136,6 +141,26 @@ class PrivateNetwork(crypten_nn.Graph):
                 "encrypted; for others trace CrypTen's provider and fill its cache"
             )
         self._composed.prepare(count, batch=batch)
+
+    def checked(self, x: object, *, force: bool = False) -> torch.Tensor:
+        """A batch that its owner may share: `cryptensor(private.checked(x), src=1)`.
+
+        Nobody can look at an input once it is shared. This asks the network's guard
+        before, in the clear; sessions and `simulate` do so themselves.
+
+        Args:
+            x: (batch, *input_shape), of any kind that `inputs` takes.
+            force: take what the guard refuses. The private result may then be any
+                number, and nothing tells.
+
+        Returns: float tensor (batch, *input_shape).
+
+        Raises:
+            DataError, ShapeError: it is no batch of inputs.
+            RangeError: NaN or infinity, with `force` too; or the guard refuses an
+                input.
+        """
+        return guarded_batch(x, self.input_shape, self.guard, force=force)
 
     def forward(
         self, x: crypten.CrypTensor | torch.Tensor
@@ -229,6 +254,7 @@ def convert(
     protocol: str | None = None,
     truncation: str | None = None,
     engine: Engine | None = None,
+    guard: InputGuard | None = None,
 ) -> PrivateNetwork:
     """Make a network private: fold, rewrite, and build its CrypTen graph.
 
@@ -248,6 +274,9 @@ def convert(
             engine.
         truncation: "local" or "exact"; likewise. The masked engine is always exact.
         engine: Masked(...) or CrypTen(...), which say more than these two names.
+        guard: of inputs, public, as `InputGuard.fit` makes it; the module's own if
+            None, which `calibrate` fits. Sessions, `simulate` and `.checked` refuse
+            what it does not let through.
 
     Returns:
         A PrivateNetwork in evaluation mode, ready for `.encrypt(src=0)`; `.changes`
@@ -257,7 +286,8 @@ def convert(
         ConversionError: unsupported layers, all of them listed; or a result that is
             not the network's.
         ShapeError: the example does not fit the network.
-        DataError, RangeError: the example is no batch of real numbers, or not finite.
+        DataError, RangeError: the example is no batch of real numbers, or not finite;
+            the guard is of other channels.
         ProtocolError: an unknown protocol or truncation.
         PlanError: protocol "masked", and no plan exists; the layer is named.
     """
@@ -269,10 +299,16 @@ def convert(
         raise ConversionError(
             f"{len(problems)} layers cannot be converted:\n  " + "\n  ".join(problems)
         )
-    private = PrivateNetwork(graph, example=example, engine=chosen)
+    private = PrivateNetwork(
+        graph, example=example, engine=chosen, guard=guard or _own_guard(model)
+    )
     if isinstance(chosen, Masked):
         masked_model(private)
     return private
+
+
+def _own_guard(model: Source) -> InputGuard | None:
+    return guard_of(model) if isinstance(model, torch.nn.Module) else None
 
 
 def _example(source: Source, given: object) -> torch.Tensor:

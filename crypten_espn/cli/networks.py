@@ -21,6 +21,7 @@ from ..explain import explain as explain_network
 from ..inputs import check_batch
 from ..masked.model import MaskedModel
 from ..masked.planning import masked_model
+from ..pillar.guard import InputGuard
 from ..pillar.networks import NETWORKS, Network
 from ..pillar.storage import BUNDLED, load_network
 from ..protocols import PROTOCOLS, TRUNCATIONS
@@ -28,6 +29,7 @@ from .options import (
     INPUTS,
     SEVERAL_BITS,
     Calibration,
+    GuardFile,
     NetworkFile,
     Precision,
     argument,
@@ -196,7 +198,10 @@ def explain(
 
 
 def plan(
-    network: NetworkFile, calibration: Calibration, precision: Precision = "fast"
+    network: NetworkFile,
+    calibration: Calibration,
+    precision: Precision = "fast",
+    guard: GuardFile = None,
 ) -> int:
     """Print the masked engine's plan of a network: rings, scales, bytes, error.
 
@@ -204,21 +209,40 @@ def plan(
       crypten-espn plan network.safetensors --calibration images.npy
       crypten-espn plan network.onnx --calibration images.npy --precision high
     """
-    model = planned(network, calibration, precision)
+    model = planned(network, calibration, precision, guard)
     print(model)
     print(f"digest {model.plan.digest.hex()}")
     return 0
 
 
-def planned(network: Path, calibration: Path, precision: str) -> MaskedModel:
-    """Read a network and plan it on the inputs in a file.
+def planned(
+    network: Path, calibration: Path, precision: str, guard: Path | None = None
+) -> MaskedModel:
+    """Read a network and plan it on the inputs in a file, with a guard in another.
 
     Raises:
         EspnError: a file cannot be read, does not fit the other, or has no plan.
     """
     inputs = _calibration_inputs(calibration)
-    private = convert(_fitting(network, (calibration, inputs)), inputs[:1])
+    model = _fitting(network, (calibration, inputs))
+    private = convert(model, inputs[:1], guard=_guard(guard))
     return masked_model(private, inputs, precision=precision)
+
+
+def _guard(path: Path | None) -> InputGuard | None:
+    """The guard in a file.
+
+    Raises:
+        EspnError: it cannot be read, or holds none.
+    """
+    if path is None:
+        return None
+    try:
+        return InputGuard.from_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise EspnError(
+            f"{path} cannot be read as a guard ({error}); InputGuard.to_json writes one"
+        ) from None
 
 
 def _fitting(network: Path, *inputs: tuple[Path, torch.Tensor]) -> Path | Network:

@@ -20,7 +20,15 @@ from ..serving.link import Limits, Link
 from ..serving.server import ModelServer
 from ..wire.tls import TLS
 from .networks import planned
-from .options import Calibration, NetworkFile, Precision, argument, checked, option
+from .options import (
+    Calibration,
+    GuardFile,
+    NetworkFile,
+    Precision,
+    argument,
+    checked,
+    option,
+)
 
 _LIMITS = asdict(Limits())
 _DEFAULTS = ", ".join(f"{name}={value:g}" for name, value in _LIMITS.items())
@@ -30,6 +38,10 @@ _VERBOSE = "log every session to standard error, not only what was refused"
 _INSECURE = (
     "allow addresses beyond this machine without TLS: whoever sees the traffic can "
     "then undo the masks"
+)
+_FORCE = (
+    "send inputs that the network's guard refuses: the logits may then be any numbers, "
+    "and nothing tells"
 )
 _DIGESTS = checked(
     "deal only for plans with this digest; may be repeated",
@@ -58,6 +70,7 @@ def serve(
     calibration: Calibration,
     dealer: Dealer,
     precision: Precision = "fast",
+    guard: GuardFile = None,
     material: Material = None,
     limit: LimitList = None,
     tls: Tls = None,
@@ -73,7 +86,7 @@ def serve(
     """
     limits = _limits(limit)
     link = _link(dealer, material, tls, insecure, verbose)
-    model = planned(network, calibration, precision)
+    model = planned(network, calibration, precision, guard)
     print(model)
     server = ModelServer(model, address, link=link, limits=limits)
     return _until_stopped(server, "listening on")
@@ -84,6 +97,7 @@ def predict(
     dealer: Dealer,
     input: Annotated[Path, option(".npy of one batch", "FILE")],
     out: Annotated[Path | None, option(".npy to write the logits to", "FILE")] = None,
+    force: Annotated[bool, option(_FORCE, None, "--force")] = False,
     material: Material = None,
     tls: Tls = None,
     insecure: Insecure = False,
@@ -100,7 +114,7 @@ def predict(
     link = _link(dealer, material, tls, insecure, verbose)
     inputs = load_array(input)
     with connect(address, link=link) as server:
-        logits = server.predict(inputs)
+        logits = server.predict(inputs, force=force)
     if out is None:
         for row in logits.flatten(1).tolist():
             print(" ".join(f"{value:.4f}" for value in row))

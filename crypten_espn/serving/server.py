@@ -20,6 +20,7 @@ from ..masked.material import Pairing, ServerMaterial
 from ..masked.model import MaskedModel
 from ..masked.planning import masked_model
 from ..masked.store_writer import remove_used_up
+from ..pillar.guarding import in_words
 from ..wire.channel import Channel
 from ..wire.tls import TLS
 from .boundary import session_tag, telling
@@ -347,6 +348,8 @@ def serve(
         PeerError: the address cannot be used.
     """
     model = masked_model(private, example, precision=precision, headroom=headroom)
+    if model.plan.guard is None:
+        log.warning(in_words(None))
     with ModelServer(
         model,
         address,
