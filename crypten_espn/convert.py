@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,6 +29,7 @@ from .masked.in_crypten import ComposedEngine
 from .masked.model import MaskedModel
 from .masked.planning import masked_model
 from .masked.planning.checking import check_plan
+from .masked.planning.tails import tails
 from .nn import PolynomialActivation
 from .pillar.guard import InputGuard, guard_of
 from .pillar.guarding import check_channels, guarded_batch
@@ -219,7 +219,7 @@ def nearest(values: torch.Tensor, *, frac_bits: int) -> torch.Tensor:
     return rounded.requires_grad_(values.requires_grad)
 
 
-def check(model: Source, example: object) -> Report:
+def check(model: Source, example: object, *, guard: InputGuard | None = None) -> Report:
     """Name every problem of a network at once, with its cure. Nothing is changed.
 
     1. Trace or read the network, and simplify it.
@@ -227,15 +227,20 @@ def check(model: Source, example: object) -> Report:
     3. Run the result in the clear on the example, on another input and another batch
        size, and compare it with the network itself.
     4. Plan it for the masked engine.
+    5. Corrupt up to 16 inputs of the example in some twenty ways, and say which of them
+       leave an interval, would wrap around in a ring, and are refused by the guard.
 
     Args:
         model: torch module, path of an .onnx file, or its bytes.
-        example: one input batch, of any kind that `inputs` takes.
+        example: one input batch, of any kind that `inputs` takes; two real inputs or
+            more for the last step.
+        guard: of inputs; the module's own if None.
 
     Raises:
         ConversionError: it cannot be traced or read at all.
         ShapeError: the example does not fit the network.
-        DataError, RangeError: the example is no batch of real numbers, or not finite.
+        DataError, RangeError: the example is no batch of real numbers, or not finite;
+            the guard is of other channels.
     """
     example = _example(model, example)
     graph, found = _read(model, example)
@@ -244,7 +249,20 @@ def check(model: Source, example: object) -> Report:
     reference = None
     if isinstance(model, torch.nn.Module):
         reference = functools.partial(in_evaluation, model)
-    return replace(found, masked=_planned(graph, example, reference))
+    private = PrivateNetwork(
+        graph, example=example, engine=None, guard=guard or _own_guard(model)
+    )
+    try:
+        planned = masked_model(private)
+        masked = check_plan(private, example, planned, reference=reference)
+        if masked is not None or len(example) < 2:
+            return replace(found, masked=masked)
+        return replace(found, masked=None, tails=tails(private, planned, example))
+    except EspnError as error:
+        return replace(found, masked=str(error))
+    except Exception as error:
+        why = f"no plan could be made ({type(error).__name__}: {error})"
+        return replace(found, masked=why)
 
 
 def convert(
@@ -358,21 +376,6 @@ def _compared(
         "input, or on the batch size, was frozen; compute it by torch operations",
     )
     return replace(given, findings=(*given.findings, finding))
-
-
-def _planned(
-    graph: NetworkGraph,
-    example: torch.Tensor,
-    reference: Callable[[torch.Tensor], torch.Tensor] | None,
-) -> str | None:
-    """Why the masked engine cannot run a graph that can be converted."""
-    private = PrivateNetwork(graph, example=example, engine=None)
-    try:
-        return check_plan(private, example, reference=reference)
-    except EspnError as error:
-        return str(error)
-    except Exception as error:
-        return f"no plan could be made ({type(error).__name__}: {error})"
 
 
 def _read(source: Source, example: torch.Tensor) -> tuple[NetworkGraph, Report]:

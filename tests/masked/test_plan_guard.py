@@ -124,7 +124,7 @@ def test_a_guard_of_other_channels_or_of_another_kind_is_refused():
     with pytest.raises(DataError, match="of 1 channels, the network takes"):
         espn.convert(network, x, guard=espn.InputGuard.fit(x[:, :1]))
     with pytest.raises(DataError, match="str"):
-        espn.convert(network, x, guard=GUARD.to_json())
+        espn.convert(network, x, guard=GUARD.to_json())  # type: ignore[arg-type]
 
 
 def test_the_table_lists_the_bounds_as_public_or_says_how_to_get_some(private, model):

@@ -344,6 +344,7 @@ def test_plans_made_in_code_are_checked_like_received_ones():
         replace(plan, steps=(replace(plan.steps[0], root=Add((Read(0), CODE))),))
 
 
+PAIR = (2.0, 0.5)
 CODE = Conv(Read(0), 0, 4, (3, 3), pads=(1, 1, 1, 1))
 
 
@@ -355,7 +356,7 @@ def test_every_operation_survives_a_plans_text():
     root = Concat((pool, Conv(Read(0), 0, 4, (2, 2), (2, 2))))
     plan = Plan(
         VERSION,
-        Input((2, 8, 8), 32, 12, 8.0, Guard(*[(2.0, 0.5)] * 5, (1.0, 0.3))),
+        Input((2, 8, 8), 32, 12, 8.0, Guard(PAIR, PAIR, PAIR, PAIR, PAIR, PAIR)),
         (Step(root, 32, 20, act),),
         Output(Flatten(Add((Read(1), Read(1, 2)))), 32, 20, 0),
     )
