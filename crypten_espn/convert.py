@@ -227,8 +227,9 @@ def check(model: Source, example: object, *, guard: InputGuard | None = None) ->
     3. Run the result in the clear on the example, on another input and another batch
        size, and compare it with the network itself.
     4. Plan it for the masked engine.
-    5. Corrupt up to 16 inputs of the example in some twenty ways, and say which of them
-       leave an interval, would wrap around in a ring, and are refused by the guard.
+    5. Corrupt the first 16 inputs of the example, fewer of large networks, in every way
+       that `stress` does: what leaves an interval, what would wrap around in a ring,
+       and what the guard refuses of it.
 
     Args:
         model: torch module, path of an .onnx file, or its bytes.

@@ -21,6 +21,7 @@ from ..explain import explain as explain_network
 from ..inputs import check_batch
 from ..masked.model import MaskedModel
 from ..masked.planning import masked_model
+from ..masked.planning.tails import IMAGES
 from ..pillar.guard import InputGuard
 from ..pillar.networks import NETWORKS, Network
 from ..pillar.storage import BUNDLED, load_network
@@ -52,28 +53,39 @@ _MACS = (
 _TRUNCATION = "of espn, opened_mask and beaver"
 _PROTOCOL = "what computes it (default: masked, with --precision-bits espn)"
 _LOCAL = "of CrypTen's protocols (default: local)"
+_STRESSED = (
+    f"{INPUTS}; they bound every layer, and the first {IMAGES} are corrupted to see "
+    "what leaves its interval or wraps"
+)
 _BOUNDING = ".npy of inputs that bound the masked engine's layers (default: the input)"
 
 
 def check(
     network: NetworkFile,
     shape: Annotated[torch.Size | None, input_shape(".onnx only")] = None,
+    images: Annotated[Path | None, option(_STRESSED, "FILE")] = None,
+    guard: GuardFile = None,
 ) -> int:
     """Name every layer of a network that cannot be private, with its cure.
 
     examples:
       crypten-espn check model.onnx --shape 3,224,224
-      crypten-espn check network.safetensors
+      crypten-espn check network.safetensors --images images.npy
       crypten-espn check fashion-resnet
     """
-    model = _fitting(network)
-    size = model.input_shape if isinstance(model, Network) else shape
-    if size is None:
-        raise EspnError(
-            "an .onnx file needs --shape, one input without the batch, such as "
-            "--shape 3,224,224"
-        )
-    report = check_network(model, torch.zeros(1, *size))
+    if images is None:
+        model = _fitting(network)
+        size = model.input_shape if isinstance(model, Network) else shape
+        if size is None:
+            raise EspnError(
+                "an .onnx file needs --shape, one input without the batch, such as "
+                "--shape 3,224,224, or --images"
+            )
+        example = torch.zeros(1, *size)
+    else:
+        example = load_array(images)
+        model = _fitting(network, (images, example))
+    report = check_network(model, example, guard=_guard(guard))
     print(report)
     return 0 if report.ok else 1
 

@@ -21,7 +21,6 @@ from .network import Network
 # large that all of them would take more multiplications than this.
 IMAGES = 16
 _WORK = 1 << 35
-_FORMS = 20
 
 
 @dataclass(frozen=True)
@@ -119,12 +118,13 @@ def tails(private: crypten_nn.Graph, model: MaskedModel, images: Tensor) -> Tail
         images: (n, *input_shape), real ones; the first 16 are taken, fewer of large
             networks.
 
-    Cost: some 16 passes over the images taken.
+    Cost: a pass over the images taken for each corruption.
     """
     network = Network(private)
     network.cut()
-    most = _WORK // (_FORMS * max(model.plan.work, 1))
-    x = images[: min(IMAGES, max(1, most))].detach().cpu().float()
+    x = images[:IMAGES].detach().cpu().float()
+    most = _WORK // (len(corruptions(x[:1])) * max(model.plan.work, 1))
+    x = x[: max(1, most)]
     rows = [
         _tail(name, given, network, model) for name, given in corruptions(x).items()
     ]
@@ -189,7 +189,7 @@ class _Seen:
         rows = torch.tensor([row.interval for row in layer.rows])
         low, high = (end.view(-1, *[1] * (z.dim() - 2)) for end in rows.unbind(1))
         away = ((z - (low + high) / 2).abs() / ((high - low) / 2)).flatten(1).amax(1)
-        away = away.nan_to_num(nan=torch.inf)
+        away = torch.where(away.isnan(), torch.inf, away)
         self.furthest[away > self.reach] = number
         self.reach = self.reach.maximum(away)
 
