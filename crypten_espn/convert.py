@@ -66,7 +66,9 @@ class PrivateNetwork(crypten_nn.Graph):
         super().__init__([graph.input], [graph.output])
         self.changes = tuple(graph.changes)
         self.input_shape = graph.shapes[graph.input][1:]
-        self.guard = guard and check_channels(guard, self.input_shape)
+        self.guard = None
+        if guard is not None:
+            self.guard = check_channels(guard, self.input_shape)
         self.example = example.detach().clone()
         self.engine = engine
         self.models: dict[tuple[str | int, float], MaskedModel] = {}
@@ -251,7 +253,10 @@ def check(model: Source, example: object, *, guard: InputGuard | None = None) ->
     if isinstance(model, torch.nn.Module):
         reference = functools.partial(in_evaluation, model)
     private = PrivateNetwork(
-        graph, example=example, engine=None, guard=guard or _own_guard(model)
+        graph,
+        example=example,
+        engine=None,
+        guard=_own_guard(model) if guard is None else guard,
     )
     try:
         planned = masked_model(private)
@@ -319,7 +324,10 @@ def convert(
             f"{len(problems)} layers cannot be converted:\n  " + "\n  ".join(problems)
         )
     private = PrivateNetwork(
-        graph, example=example, engine=chosen, guard=guard or _own_guard(model)
+        graph,
+        example=example,
+        engine=chosen,
+        guard=_own_guard(model) if guard is None else guard,
     )
     if isinstance(chosen, Masked):
         masked_model(private)
