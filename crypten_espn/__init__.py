@@ -8,6 +8,8 @@ import crypten_espn.patches as patches
 
 patches.apply()
 
+from .bundle import Bundle, Preprocessing, load  # noqa: E402
+from .bundle.images import load_images  # noqa: E402
 from .convert import PrivateNetwork, check, convert  # noqa: E402
 from .cost import Cost, measure  # noqa: E402
 from .engines import CrypTen, Masked  # noqa: E402
@@ -38,6 +40,7 @@ from .wire.crypten import use_direct_channel  # noqa: E402
 __version__ = "0.1.0"
 
 __all__ = [
+    "Bundle",
     "ChannelPolynomials",
     "Cost",
     "CrypTen",
@@ -47,6 +50,7 @@ __all__ = [
     "Masked",
     "Polynomial",
     "PolynomialActivation",
+    "Preprocessing",
     "PrivateNetwork",
     "attach_guard",
     "bundled",
@@ -59,6 +63,8 @@ __all__ = [
     "explain",
     "failure_probability",
     "guard_of",
+    "load",
+    "load_images",
     "measure",
     "patches",
     "polyval",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,10 +15,12 @@ import torch
 from crypten.mpc import MPCTensor
 from crypten.nn import module as crypten_nn
 
+from .bundle import Bundle, Description, Preprocessing
 from .compare import first_difference, in_evaluation, probes
 from .engines import CrypTen, Engine, Masked, chosen_engine
 from .errors import (
     ConversionError,
+    DataError,
     EspnError,
     ProtocolError,
     WorldSizeError,
@@ -130,6 +134,37 @@ class PrivateNetwork(crypten_nn.Graph):
             self._composed = ComposedEngine(plan, weights)
         self.encrypted = mode
         return self
+
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        images: Preprocessing | None = None,
+        classes: Sequence[str] = (),
+    ) -> None:
+        """Write a bundle: one file, from which this network can be served.
+
+        It holds the plan of the masked engine and the weights as its integers, readable
+        by its owner alone. Calibrate by real inputs at the conversion.
+
+        Args:
+            path: the file; an existing one is replaced in one step.
+            images: how clients turn image files into inputs, as in training; None if
+                inputs are no images.
+            classes: the logits' names in their order; none if empty.
+
+        Raises:
+            PlanError: the network has no plan; the layer is named.
+            DataError, ShapeError: what is said of images or classes does not belong to
+                the network.
+            CheckpointError: the file cannot be written.
+        """
+        if isinstance(classes, str):
+            raise DataError(
+                f"classes={classes[:80]!r} is one text; give a list of names"
+            )
+        description = Description(images, tuple(classes))
+        Bundle(masked_model(self), description).save(path)
 
     def prepare(self, count: int, *, batch: int) -> None:
         """The masked engine's offline phase for `count` calls with `batch` inputs.

@@ -31,8 +31,8 @@ def run(capsys, *arguments):
 
 
 COMMANDS = (
-    "demo", "doctor", "check", "estimate", "explain", "plan", "serve", "predict",
-    "deal", "material", "keys", "train", "finetune", "calibrate",
+    "demo", "doctor", "check", "estimate", "explain", "plan", "bundle", "serve",
+    "predict", "prepare", "deal", "material", "keys", "train", "finetune", "calibrate",
 )  # fmt: skip
 
 

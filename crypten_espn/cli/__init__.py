@@ -5,6 +5,7 @@ the examples below the first paragraph, and what it returns the exit status.
 """
 
 import inspect
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,10 +15,12 @@ import typer
 
 from .. import __version__
 from ..errors import EspnError
+from .bundles import bundle
 from .calibration import calibrate
+from .clients import predict, prepare
 from .networks import check, estimate, explain, plan
 from .options import Command, option
-from .sessions import deal, keys, material, predict, serve
+from .sessions import deal, keys, material, serve
 from .training import finetune, train
 
 
@@ -48,8 +51,8 @@ def doctor() -> int:
 
 
 _COMMANDS = (
-    demo, doctor, check, estimate, explain, plan, serve, predict, deal, material, keys,
-    train, finetune, calibrate,
+    demo, doctor, check, estimate, explain, plan, bundle, serve, predict, prepare, deal,
+    material, keys, train, finetune, calibrate,
 )  # fmt: skip
 
 
@@ -113,6 +116,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except EspnError as error:
         print(f"crypten-espn: {type(error).__name__}: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        # Whoever read the output, such as head, has enough; nothing more to flush.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except KeyboardInterrupt:
         print("crypten-espn: interrupted", file=sys.stderr)
         return 130

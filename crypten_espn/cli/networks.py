@@ -192,7 +192,7 @@ def explain(
             "--precision-bits and --truncation belong to CrypTen's protocols, "
             f"--precision and --calibration to the masked engine; {chosen} was chosen"
         )
-    example = inputs if calibration is None else _calibration_inputs(calibration)
+    example = inputs if calibration is None else calibration_inputs(calibration)
     model = _fitting(network, (input, inputs), (calibration or input, example))
     private = convert(model, example, protocol=chosen, truncation=truncation)
     ways, bits = precision or [], precision_bits or []
@@ -235,8 +235,26 @@ def planned(
     Raises:
         EspnError: a file cannot be read, does not fit the other, or has no plan.
     """
-    inputs = _calibration_inputs(calibration)
-    model = _fitting(network, (calibration, inputs))
+    return planned_on(
+        network, (calibration, calibration_inputs(calibration)), precision, guard
+    )
+
+
+def planned_on(
+    network: Path,
+    calibration: tuple[Path, torch.Tensor],
+    precision: str,
+    guard: Path | None = None,
+) -> MaskedModel:
+    """Read a network and plan it on inputs that were read from a file or a folder.
+
+    With the guard in a file, or the network's own.
+
+    Raises:
+        EspnError: the network cannot be read, does not take the inputs, or has no plan.
+    """
+    inputs = calibration[1]
+    model = _fitting(network, calibration)
     private = convert(model, inputs[:1], guard=_guard(guard))
     return masked_model(private, inputs, precision=precision)
 
@@ -267,7 +285,12 @@ def _fitting(network: Path, *inputs: tuple[Path, torch.Tensor]) -> Path | Networ
     return model
 
 
-def _calibration_inputs(path: Path) -> torch.Tensor:
+def calibration_inputs(path: Path) -> torch.Tensor:
+    """The inputs of a file; a note where they are too few to bound anything.
+
+    Raises:
+        EspnError: as `load_array`.
+    """
     inputs = load_array(path)
     note = one_input(inputs)
     if note is not None:

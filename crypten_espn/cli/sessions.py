@@ -1,4 +1,4 @@
-"""`crypten-espn serve`, `predict`, `deal`, `material` and `keys`."""
+"""`crypten-espn serve`, `deal`, `material` and `keys`."""
 
 import logging
 import signal
@@ -8,27 +8,20 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 import typer
 
-from ..array_file import load_array
+from ..bundle import Bundle, load
+from ..bundle.sealed import is_bundle
+from ..errors import EspnError
 from ..masked.store import material_info
-from ..serving.client import connect
+from ..pillar.storage import network_file
 from ..serving.dealer import DealerServer
 from ..serving.host import Host
 from ..serving.link import Limits, Link
 from ..serving.server import ModelServer
 from ..wire.tls import TLS
 from .networks import planned
-from .options import (
-    Calibration,
-    GuardFile,
-    NetworkFile,
-    Precision,
-    argument,
-    checked,
-    option,
-)
+from .options import INPUTS, GuardFile, argument, checked, choice, option
 
 _LIMITS = asdict(Limits())
 _DEFAULTS = ", ".join(f"{name}={value:g}" for name, value in _LIMITS.items())
@@ -38,10 +31,6 @@ _VERBOSE = "log every session to standard error, not only what was refused"
 _INSECURE = (
     "allow addresses beyond this machine without TLS: whoever sees the traffic can "
     "then undo the masks"
-)
-_FORCE = (
-    "send inputs that the network's guard refuses: the logits may then be any numbers, "
-    "and nothing tells"
 )
 _DIGESTS = checked(
     "deal only for plans with this digest; may be repeated",
@@ -55,6 +44,13 @@ _SERVERS = f"names or addresses that clients connect to, {_HOSTS}"
 _DEALERS = f"names or addresses that both parties connect to, {_HOSTS}"
 _CLIENTS = "names of clients, a certificate each"
 
+_NETWORK = "a bundle, an .onnx, a trained .safetensors, or a bundled network's name"
+_CALIBRATION = f"{INPUTS}; they bound every layer of a network that is no bundle"
+_PRECISION = "32-bit or 40-bit linear layers of a network that is no bundle"
+
+Served = Annotated[
+    Path, typer.Argument(parser=network_file, metavar="NETWORK", help=_NETWORK)
+]
 Listen = Annotated[str, argument("host:port to listen on", "ADDRESS")]
 Dealer = Annotated[str, option("host:port of the dealer", "ADDRESS")]
 Material = Annotated[Path | None, option("folder of prepared randomness", "DIR")]
@@ -65,11 +61,11 @@ Verbose = Annotated[bool, option(_VERBOSE, None, "-v", "--verbose")]
 
 
 def serve(
-    network: NetworkFile,
+    network: Served,
     address: Listen,
-    calibration: Calibration,
     dealer: Dealer,
-    precision: Precision = "fast",
+    calibration: Annotated[Path | None, option(_CALIBRATION, "FILE")] = None,
+    precision: Annotated[str | None, choice(_PRECISION, "fast", "high")] = None,
     guard: GuardFile = None,
     material: Material = None,
     limit: LimitList = None,
@@ -80,48 +76,17 @@ def serve(
     """Own the network and answer clients until interrupted.
 
     examples:
-      crypten-espn serve network.safetensors 0.0.0.0:29500 \\
-        --dealer dealer:29501 --calibration images.npy \\
+      crypten-espn serve net.espn 0.0.0.0:29500 --dealer dealer:29501 \\
         --tls server.pem server.key authority.pem
+      crypten-espn serve network.safetensors 127.0.0.1:29500 \\
+        --dealer 127.0.0.1:29501 --calibration images.npy
     """
     limits = _limits(limit)
-    link = _link(dealer, material, tls, insecure, verbose)
-    model = planned(network, calibration, precision, guard)
-    print(model)
-    server = ModelServer(model, address, link=link, limits=limits)
+    link = made_link(dealer, material, tls, insecure, verbose)
+    bundle = _bundle(network, calibration, precision, guard)
+    print(bundle.model)
+    server = ModelServer(bundle, address, link=link, limits=limits)
     return _until_stopped(server, "listening on")
-
-
-def predict(
-    address: Annotated[str, argument("host:port of the server", "ADDRESS")],
-    dealer: Dealer,
-    input: Annotated[Path, option(".npy of one batch", "FILE")],
-    out: Annotated[Path | None, option(".npy to write the logits to", "FILE")] = None,
-    force: Annotated[bool, option(_FORCE, None, "--force")] = False,
-    material: Material = None,
-    tls: Tls = None,
-    insecure: Insecure = False,
-    verbose: Verbose = False,
-) -> int:
-    """Own the input, learn the logits.
-
-    examples:
-      crypten-espn predict server:29500 --dealer dealer:29501 --input x.npy \\
-        --tls client.pem client.key authority.pem
-      crypten-espn predict 127.0.0.1:29500 --dealer 127.0.0.1:29501 \\
-        --input x.npy --out logits.npy
-    """
-    link = _link(dealer, material, tls, insecure, verbose)
-    inputs = load_array(input)
-    with connect(address, link=link) as server:
-        logits = server.predict(inputs, force=force)
-    if out is None:
-        for row in logits.flatten(1).tolist():
-            print(" ".join(f"{value:.4f}" for value in row))
-    else:
-        np.save(out, logits.numpy())
-        print(f"wrote {out}")
-    return 0
 
 
 def deal(
@@ -138,7 +103,7 @@ def deal(
       crypten-espn deal 0.0.0.0:29501 --tls dealer.pem dealer.key authority.pem
     """
     limits = _limits(limit)
-    link = _link(None, None, tls, insecure, verbose)
+    link = made_link(None, None, tls, insecure, verbose)
     server = DealerServer(address, link=link, limits=limits, plans=plan_digest)
     return _until_stopped(server, "dealing on")
 
@@ -183,6 +148,30 @@ def keys(
     return 0
 
 
+def _bundle(
+    network: Path, calibration: Path | None, precision: str | None, guard: Path | None
+) -> Bundle:
+    """The bundle in a file, or a network planned on the inputs in another.
+
+    Raises:
+        EspnError: as `load` or `planned`; calibration for a bundle, or none for another
+            network.
+    """
+    if is_bundle(network):
+        if (calibration, precision, guard) != (None, None, None):
+            raise EspnError(
+                f"{network} is a bundle, which has its plan; leave out --calibration, "
+                "--precision and --guard"
+            )
+        return load(network)
+    if calibration is None:
+        raise EspnError(
+            f"{network} is no bundle and needs --calibration, an .npy of inputs; or "
+            "make a bundle of it with `crypten-espn bundle`"
+        )
+    return Bundle(planned(network, calibration, precision or "fast", guard))
+
+
 def _until_stopped(server: Host, doing: str) -> int:
     """Run until SIGTERM or SIGINT; then tell every peer, and end well."""
     signals = (signal.SIGTERM, signal.SIGINT)
@@ -216,13 +205,14 @@ def _limits(given: list[str] | None) -> Limits:
     return limits
 
 
-def _link(
+def made_link(
     dealer: str | None,
     material: Path | None,
     tls: tuple[str, str, str] | None,
     insecure: bool,
     verbose: bool,
 ) -> Link:
+    """How a command reaches the others, by its options; it logs from here on."""
     logging.basicConfig(
         stream=sys.stderr,
         level=logging.INFO if verbose else logging.WARNING,

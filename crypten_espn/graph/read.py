@@ -203,11 +203,31 @@ def _node(proto: onnx.NodeProto) -> Node:
     )
 
 
-def _check_input(value: onnx.ValueInfoProto, shape: tuple[int, ...]) -> None:
-    declared = [
+def declared_shape(path: Path) -> tuple[int | None, ...]:
+    """The shape that an ONNX file declares of its input, the batch first.
+
+    None stands for a size that is left open; the shape may be empty.
+
+    Raises:
+        ConversionError: the file is not ONNX with one input.
+    """
+    model = _load(path)
+    weights = {tensor.name for tensor in model.graph.initializer}
+    inputs = [value for value in model.graph.input if value.name not in weights]
+    if len(inputs) != 1:
+        raise ConversionError(f"{path} has {len(inputs)} inputs; one is supported")
+    return _declared(inputs[0])
+
+
+def _declared(value: onnx.ValueInfoProto) -> tuple[int | None, ...]:
+    return tuple(
         d.dim_value if d.HasField("dim_value") else None
         for d in value.type.tensor_type.shape.dim
-    ]
+    )
+
+
+def _check_input(value: onnx.ValueInfoProto, shape: tuple[int, ...]) -> None:
+    declared = _declared(value)
     fits = len(declared) == len(shape) and all(
         d is None or d == s for d, s in zip(declared[1:], shape[1:], strict=True)
     )

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from ..bundle import Description, inputs_of
 from ..compiled import heat
 from ..cost import Cost
 from ..errors import EspnError, MaterialError
@@ -34,6 +35,7 @@ from .messages import (
     Prepared,
     Welcome,
     hear,
+    receive_description,
     receive_plan,
     tell,
 )
@@ -53,6 +55,7 @@ class Client:
 
     Attributes:
         plan: the public plan, received from the server.
+        description: what the server says of images and classes.
         session: as both parties and the dealer call it, None before anything was
             prepared; whoever knows it can take part in it.
         online, offline: this side's cost so far.
@@ -73,26 +76,52 @@ class Client:
         heat()  # before anyone's time-out runs
         self._channel = reach(address, link, role="client", peer_role="server")
         with telling(self._channel):
-            self.plan, following = self._greet(self._channel, plan)
+            self.plan, self.description, following = self._greet(self._channel, plan)
             self._stock = Stock(ClientMaterial, "client", self.plan, b"")
             if self._folder is not None and self.session is not None:
                 self._stock.open(self._folder, session=self.session)
                 self._stock.compare(following)
 
-    def _greet(self, channel: Channel, plan: Plan | None) -> tuple[Plan, int]:
-        """Say who this is; the server's plan, and its next index."""
+    def _greet(
+        self, channel: Channel, plan: Plan | None
+    ) -> tuple[Plan, Description, int]:
+        """Say who this is; the server's plan, its description, and its next index."""
         channel.pace()
         channel.handshake(digest=GREETING)
         tell(channel, Hello(session=self.session, next_index=self._following))
         welcome = hear(channel, Welcome)
         theirs = receive_plan(channel, limit=Limits().plan_bytes)
+        described = receive_description(
+            channel, digest=welcome.description, plan=theirs
+        )
         channel.handshake(digest=(plan or theirs).digest)
-        return theirs, welcome.next_index
+        return theirs, described, welcome.next_index
 
     @property
     def remaining(self) -> int:
         """Inferences prepared and not used."""
         return self._stock.remaining
+
+    @property
+    def next_batch(self) -> int | None:
+        """Inputs that the next prepared inference is for; None if none is prepared."""
+        return self._stock.next_batch
+
+    def read_images(self, *paths: str | os.PathLike[str]) -> torch.Tensor:
+        """Image files as inputs, resized, cut and normalised as the server says.
+
+        Args:
+            paths: JPEG or PNG files.
+
+        Returns: float32 (len(paths), *input_shape), for `predict`.
+
+        Cost: nothing is sent.
+
+        Raises:
+            DataError: a file is no image that can be used, or the server does not say
+                how images become inputs.
+        """
+        return inputs_of(paths, self.description, self.plan)
 
     def prepare(self, count: int = 1, *, batch: int = 1) -> None:
         """Prepare inferences with the server and the dealer, before inputs exist.

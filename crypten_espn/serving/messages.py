@@ -1,7 +1,8 @@
 """The messages of a session: typed, strictly decoded, nothing else is understood.
 
     client -> server   Hello, then Prepare any number of times, then Goodbye
-    server -> client   Welcome and the plan; Accepted, then Prepared, for each Prepare
+    server -> client   Welcome, the plan and the description; Accepted, then Prepared,
+                       for each Prepare
     party -> dealer    Join; from the server also the plan, Orders and Goodbye
     dealer -> party    Joined (client), Paired (server), then Seed (both)
 
@@ -12,12 +13,14 @@ elements, whose tag is the inference's index.
 from __future__ import annotations
 
 import functools
+import hashlib
 import operator
 from typing import Annotated, Literal, TypeVar, overload
 
 import msgspec
 
-from ..errors import PeerError, PlanMismatchError
+from ..bundle.description import DESCRIPTION_BYTES, Description
+from ..errors import DataError, PeerError, PlanMismatchError, ShapeError
 from ..masked.plan import Plan
 from ..wire.channel import Channel
 
@@ -59,13 +62,15 @@ class Hello(Message, frozen=True, tag="hello"):
 
 
 class Welcome(Message, frozen=True, tag="welcome"):
-    """The server's answer; the plan follows.
+    """The server's answer; the plan and the description follow.
 
     Args:
         next_index: the first inference the server has not used.
+        description: digest of the description's text.
     """
 
     next_index: Index
+    description: Digest
 
 
 class Prepare(Message, frozen=True, tag="prepare"):
@@ -219,3 +224,37 @@ def receive_plan(channel: Channel, *, limit: int, digest: str | None = None) -> 
             f"{digest[:16]}."
         )
     return plan
+
+
+def send_description(channel: Channel, description: Description) -> None:
+    """Send a description, in a message of its own."""
+    channel.send_bytes(description.text)
+
+
+def receive_description(channel: Channel, *, digest: str, plan: Plan) -> Description:
+    """Receive a description and check all of it.
+
+    Args:
+        channel: to who sends it.
+        digest: what its digest must be, in hex.
+        plan: what it must belong to.
+
+    Raises:
+        PeerError: it is longer than `DESCRIPTION_BYTES`, has another digest, is none,
+            or does not belong to the plan.
+    """
+    text = channel.receive_bytes(limit=DESCRIPTION_BYTES)
+    found = hashlib.sha256(text).hexdigest()
+    if found != digest:
+        raise PeerError(
+            f"{channel.peer} sent a description {found[:16]} and had announced "
+            f"{digest[:16]}; it was changed on the way."
+        )
+    try:
+        description = Description.from_text(text)
+        description.check(plan)
+    except (DataError, ShapeError) as error:
+        raise PeerError(
+            f"{channel.peer} sent a description of no use: {error}."
+        ) from None
+    return description

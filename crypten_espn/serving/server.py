@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from ..bundle import Bundle
 from ..convert import PrivateNetwork
 from ..errors import EspnError, MaterialError, PeerError
 from ..masked.drivers import over
@@ -36,6 +37,7 @@ from .messages import (
     Prepared,
     Welcome,
     hear,
+    send_description,
     send_plan,
     tell,
 )
@@ -72,11 +74,15 @@ class _Session:
 
 
 class ModelServer(Host):
-    """Answers clients, one thread each; see `serve`."""
+    """Answers clients, one thread each; see `serve`.
+
+    Attributes:
+        description: what clients are told beside the plan; empty for a bare model.
+    """
 
     def __init__(
         self,
-        model: MaskedModel,
+        model: MaskedModel | Bundle,
         address: str,
         *,
         link: Link | None = None,
@@ -95,7 +101,8 @@ class ModelServer(Host):
             limits=Limits() if limits is None else limits,
             log=log,
         )
-        self.model = model
+        bundle = model if isinstance(model, Bundle) else Bundle(model)
+        self.model, self.description = bundle.model, bundle.description
         folder = self._link.directory
         self._directory = None if folder is None else Path(folder)
         self._sessions: dict[str, _Session] = {}
@@ -109,8 +116,13 @@ class ModelServer(Host):
         self.greeted(connection)
         channel.pace()
         with self._using(hello, channel) as session:
-            tell(channel, Welcome(next_index=session.stock.next_index))
+            described = self.description.digest.hex()
+            tell(
+                channel,
+                Welcome(next_index=session.stock.next_index, description=described),
+            )
             send_plan(channel, self.model.plan)
+            send_description(channel, self.description)
             channel.handshake(digest=self.model.plan.digest)
             while self._answer_one(session, channel):
                 pass
@@ -154,9 +166,10 @@ class ModelServer(Host):
 
     def _stored(self, name: str, client_next: int) -> _Session:
         if self._directory is None or not (self._directory / name).is_dir():
+            kept = "" if self._directory else ", and keeps none without a folder for it"
             raise MaterialError(
-                "The server has no material of the session that the client names. "
-                "Delete the client's and prepare material together again."
+                f"The server has no material of the session that the client names{kept}"
+                ". Delete the client's and prepare material together again."
             )
         folder = self._directory / name
         session = _Session(self.model, _read_owner(folder))
@@ -313,7 +326,7 @@ def _write_owner(folder: Path, owner: str) -> None:
 
 
 def serve(
-    private: PrivateNetwork | MaskedModel,
+    private: PrivateNetwork | MaskedModel | Bundle,
     address: str,
     *,
     example: torch.Tensor | None = None,
@@ -330,9 +343,9 @@ def serve(
     """Own the weights and answer clients until interrupted.
 
     Args:
-        private: a converted network, or a MaskedModel.
+        private: a converted network, a MaskedModel, or what `load` returned.
         address: "host:port" to listen on.
-        example: calibration inputs, as in `masked_model`.
+        example: calibration inputs, as in `masked_model`; a bundle has its plan.
         precision, headroom: as `masked_model`.
         link: the next five as one object, instead of them.
         dealer: "host:port" of the dealer.
@@ -347,11 +360,13 @@ def serve(
         PlanError: a layer has no plan; it is named.
         PeerError: the address cannot be used.
     """
-    model = masked_model(private, example, precision=precision, headroom=headroom)
+    if not isinstance(private, Bundle):
+        private = masked_model(private, example, precision=precision, headroom=headroom)
+    model = private.model if isinstance(private, Bundle) else private
     if model.plan.guard is None:
         log.warning(in_words(None))
     with ModelServer(
-        model,
+        private,
         address,
         link=one_link(link, dealer, directory, tls, timeout, insecure),
         limits=limits,

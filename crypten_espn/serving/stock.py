@@ -129,6 +129,16 @@ class Stock(Generic[T]):
         return 0 if self._store is None else self._store.next_index
 
     @property
+    def next_batch(self) -> int | None:
+        """Inputs that the next inference is for; None if none is left."""
+        with self._lock:
+            if self._ready:
+                return self._ready[min(self._ready)].pairing.batch
+            if self._store is None or not self._store.remaining:
+                return None
+            return self._store.identity.batch
+
+    @property
     def input_sizes(self) -> Container[int]:
         """Bytes that a client's input may take, at the moment they are looked at."""
         return _InputSizes(self.takes_input)

@@ -21,6 +21,7 @@ from crypten_espn.serving.messages import (
     Seed,
     Welcome,
     hear,
+    receive_description,
     receive_plan,
     send_plan,
     tell,
@@ -49,8 +50,9 @@ def at_server(
     """A client of the server, after the greeting."""
     with greeted(address, "client", "server", tls=tls) as channel:
         tell(channel, Hello(session=session, next_index=0))
-        hear(channel, Welcome)
+        welcome = hear(channel, Welcome)
         receive_plan(channel, limit=1 << 20)
+        receive_description(channel, digest=welcome.description, plan=plan)
         channel.handshake(digest=plan.digest)
         yield channel
 
