@@ -21,7 +21,7 @@ from ..serving.link import Limits, Link
 from ..serving.server import ModelServer
 from ..wire.tls import TLS
 from .networks import planned
-from .options import INPUTS, argument, checked, choice, option
+from .options import INPUTS, GuardFile, argument, checked, choice, option
 
 _LIMITS = asdict(Limits())
 _DEFAULTS = ", ".join(f"{name}={value:g}" for name, value in _LIMITS.items())
@@ -66,6 +66,7 @@ def serve(
     dealer: Dealer,
     calibration: Annotated[Path | None, option(_CALIBRATION, "FILE")] = None,
     precision: Annotated[str | None, choice(_PRECISION, "fast", "high")] = None,
+    guard: GuardFile = None,
     material: Material = None,
     limit: LimitList = None,
     tls: Tls = None,
@@ -82,7 +83,7 @@ def serve(
     """
     limits = _limits(limit)
     link = made_link(dealer, material, tls, insecure, verbose)
-    bundle = _bundle(network, calibration, precision)
+    bundle = _bundle(network, calibration, precision, guard)
     print(bundle.model)
     server = ModelServer(bundle, address, link=link, limits=limits)
     return _until_stopped(server, "listening on")
@@ -147,7 +148,9 @@ def keys(
     return 0
 
 
-def _bundle(network: Path, calibration: Path | None, precision: str | None) -> Bundle:
+def _bundle(
+    network: Path, calibration: Path | None, precision: str | None, guard: Path | None
+) -> Bundle:
     """The bundle in a file, or a network planned on the inputs in another.
 
     Raises:
@@ -155,10 +158,10 @@ def _bundle(network: Path, calibration: Path | None, precision: str | None) -> B
             network.
     """
     if is_bundle(network):
-        if (calibration, precision) != (None, None):
+        if (calibration, precision, guard) != (None, None, None):
             raise EspnError(
-                f"{network} is a bundle, which has its plan; leave out --calibration "
-                "and --precision"
+                f"{network} is a bundle, which has its plan; leave out --calibration, "
+                "--precision and --guard"
             )
         return load(network)
     if calibration is None:
@@ -166,7 +169,7 @@ def _bundle(network: Path, calibration: Path | None, precision: str | None) -> B
             f"{network} is no bundle and needs --calibration, an .npy of inputs; or "
             "make a bundle of it with `crypten-espn bundle`"
         )
-    return Bundle(planned(network, calibration, precision or "fast"))
+    return Bundle(planned(network, calibration, precision or "fast", guard))
 
 
 def _until_stopped(server: Host, doing: str) -> int:

@@ -21,6 +21,7 @@ from ..masked.material import Pairing, ServerMaterial
 from ..masked.model import MaskedModel
 from ..masked.planning import masked_model
 from ..masked.store_writer import remove_used_up
+from ..pillar.guarding import in_words
 from ..wire.channel import Channel
 from ..wire.tls import TLS
 from .boundary import session_tag, telling
@@ -361,6 +362,9 @@ def serve(
     """
     if not isinstance(private, Bundle):
         private = masked_model(private, example, precision=precision, headroom=headroom)
+    model = private.model if isinstance(private, Bundle) else private
+    if model.plan.guard is None:
+        log.warning(in_words(None))
     with ModelServer(
         private,
         address,
