@@ -85,4 +85,4 @@ class DegreeCollapsedWarning(UserWarning):
 
 
 class CalibrationWarning(UserWarning):
-    """Calibration found an activation that it could not learn anything of."""
+    """What calibration could not learn, or not bound, and went on without."""

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import random
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from itertools import islice
@@ -17,7 +18,7 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from ..errors import TrainingError
+from ..errors import CalibrationWarning, RangeError, TrainingError
 from ..polynomial import polynomial_from_json
 from .calibrate import calibrate
 from .checkpoint import read_state, write_log, write_state
@@ -27,11 +28,13 @@ from .phases import replace_share
 from .preparation import blending, fresh_network, parameter_groups, schedule
 from .recipe import Recipe
 from .result import SELECTION_RULE, Result, accuracy
+from .settle import settle_intervals
 from .storage import save_network
 from .surgery import activations, replace_activations
 from .watch import Watch
 
 STATE_FORMAT = 3  # of what state.pt holds
+_SETTLED = 1000  # training images that intervals and guard are fitted to at the end
 
 
 class Run:
@@ -76,7 +79,9 @@ class Run:
         built = Architecture(
             recipe.network, dataset.classes, dataset.in_channels, dataset.size
         )
-        self.model: nn.Module = fresh_network(built, start)
+        network = fresh_network(built, start)
+        network.normalization = dataset.normalization
+        self.model: nn.Module = network
         self.relus = sum(type(m) is nn.ReLU for m in self.model.modules())
         # What it answered before it was touched.
         self.teacher: nn.Module | None = None
@@ -143,10 +148,15 @@ class Run:
             }
             return replace_activations(self.model, fitted)
         recipe = self.recipe
-        generator = torch.Generator().manual_seed(recipe.seed)
-        count = min(recipe.calibration_images, len(self.dataset.train))
-        images, _ = next(self.dataset.train.batches(count, generator=generator))
+        images = self._training_images(recipe.calibration_images)
         return calibrate(self.model, images, degree=recipe.degree, margin=recipe.margin)
+
+    def _training_images(self, count: int) -> Tensor:
+        """Some, the same for every run of the seed."""
+        generator = torch.Generator().manual_seed(self.recipe.seed)
+        count = min(count, len(self.dataset.train))
+        images, _ = next(self.dataset.train.batches(count, generator=generator))
+        return images
 
     def replace_gradually(self) -> None:
         """Make polynomial the ReLUs whose turn has come, first to last."""
@@ -284,9 +294,30 @@ class Run:
             return result
         notes = {k: v for k, v in asdict(result).items() if k != "path"}
         save_network(
-            self.model, path, normalization=self.dataset.normalization, notes=notes
+            self._settled(), path, normalization=self.dataset.normalization, notes=notes
         )
         (self.folder / "result.json").write_text(
             json.dumps(asdict(result), indent=2) + "\n"
         )
         return result
+
+    def _settled(self) -> nn.Module:
+        """The network, its intervals those of what it sees now, with a guard.
+
+        Warns:
+            CalibrationWarning: some images are beyond all bounds; it has no guard.
+        """
+        if not activations(self.model):
+            return self.model
+        images = self._training_images(_SETTLED)
+        try:
+            return settle_intervals(
+                self.model, images, normalization=self.dataset.normalization
+            )
+        except RangeError as error:
+            warnings.warn(
+                f"the network is written without an input guard: {error}",
+                CalibrationWarning,
+                stacklevel=2,
+            )
+            return self.model
