@@ -67,18 +67,19 @@ def network(polynomial: str, degree: int) -> tuple[torch.nn.Module, torch.Tensor
     The filters' sizes span a factor of four, as those of trained layers do.
     """
     torch.manual_seed(0)
+    filters = torch.nn.Conv2d(3, _CHANNELS, 3, padding=1).requires_grad_(False)
     made = torch.nn.Sequential(
-        torch.nn.Conv2d(3, _CHANNELS, 3, padding=1),
+        filters,
         torch.nn.ReLU(),
         torch.nn.Flatten(),
         torch.nn.Linear(_CHANNELS * _SIZE**2, 10),
     )
     made = made.eval().requires_grad_(False)
-    made[0].weight *= 2.0 ** torch.linspace(-1, 1, _CHANNELS)[:, None, None, None]
+    filters.weight *= 2.0 ** torch.linspace(-1, 1, _CHANNELS)[:, None, None, None]
     x = torch.randn(_INPUTS, 3, _SIZE, _SIZE)
     if polynomial == BY_CHANNEL:
         return espn.calibrate(made, x, degree=degree), x
-    radius = 1.25 * float(made[0](x).abs().max())
+    radius = 1.25 * float(filters(x).abs().max())
     shared = espn.Polynomial.fit(
         torch.relu, degree=degree, interval=(-radius, radius), frac_bits=20
     )

@@ -83,7 +83,9 @@ def ratios(graph):
     found = []
     for node in graph.nodes:
         if node.op == POLYNOMIAL_OP:
-            radii = polynomial_from_json(node.attributes["polynomial"]).radii
+            polynomial = polynomial_from_json(node.attributes["polynomial"])
+            assert isinstance(polynomial, ChannelPolynomials)
+            radii = polynomial.radii
             found.append(float(radii.max() / radii.min()))
     return found
 

@@ -127,14 +127,11 @@ def test_a_degree_that_leaves_nothing_of_the_logits_is_refused(precision):
     torch.manual_seed(5)
     radii = 2.0 ** torch.linspace(-4, 4, 8)
     x = radii * torch.rand(16, 8) * torch.randn(16, 8).sign()
-    network = torch.nn.Sequential(
-        espn.PolynomialActivation(channel_polynomials([*radii, 1.0], degree=10)),
-    )
-    polynomial = ChannelPolynomials(network[0].polynomial.rows[:8])
-    network = torch.nn.Sequential(
-        espn.PolynomialActivation(polynomial), torch.nn.Linear(8, 4, bias=False)
-    )
-    network.requires_grad_(False)[1].weight /= radii
+    rows = channel_polynomials([*radii, 1.0], degree=10).rows[:8]
+    head = torch.nn.Linear(8, 4, bias=False).requires_grad_(False)
+    head.weight /= radii
+    activation = espn.PolynomialActivation(ChannelPolynomials(rows))
+    network = torch.nn.Sequential(activation, head)
     with pytest.raises(PlanError, match="degree"):
         planned(network, x, precision=precision)
 

@@ -79,7 +79,8 @@ class Effect:
         sums = self.sums[:, :, :count].transpose(1, 2, 0)
         order = np.add.outer(np.arange(count), np.arange(count))
         pairs: np.ndarray = sums @ sums.transpose(0, 2, 1) / len(self.sums)
-        return pairs + self.elsewhere[:, order]
+        pairs += self.elsewhere[:, order]
+        return pairs
 
     def of_factor(self, error: Error) -> float:
         """What such an error counts that is one in all channels."""
