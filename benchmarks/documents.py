@@ -20,7 +20,7 @@ import pandas
 
 from crypten_espn.cost import GLOO_DELAYS, Traffic
 
-from . import training
+from . import degrees, training
 from .accuracy import rows as accuracy
 from .inference import RELU_PROTOCOLS
 from .rows import Results, ResultsError, write_atomically
@@ -50,6 +50,9 @@ def load(folder: Path, name: str) -> pandas.DataFrame | None:
     if name == "accuracy":
         machine, rows = accuracy.read(path)
         found = stamped([dataclasses.asdict(row) for row in rows], machine)
+    elif name == "degrees":
+        machine, costs = degrees.read(path)
+        found = stamped([dataclasses.asdict(row) for row in costs], machine)
     else:
         found = frame(Results.read(path))
     if found.empty:
@@ -267,6 +270,20 @@ def _accuracies(rows: pandas.DataFrame) -> pandas.DataFrame:
     )
 
 
+def _degrees(rows: pandas.DataFrame) -> pandas.DataFrame:
+    """A line for each polynomial: bytes of one activation, online and dealt."""
+    bytes_ = (rows.online_bytes, rows.dealer_bytes)
+    online, dealt = ((sent / rows.elements).map("{:g}".format) for sent in bytes_)
+    shown = rows.assign(cell=online + " + " + dealt)
+    lines = ["polynomial", "degree"]
+    wide = shown.pivot(index=lines, columns="engine", values="cell")
+    wide = wide[list(rows.engine.unique())]
+    counted = rows[rows.engine == "masked"].set_index(lines).truncations
+    wide.insert(0, "truncations", counted)
+    order = pandas.MultiIndex.from_frame(rows[lines].drop_duplicates())
+    return wide.reindex(order).rename_axis(columns=None).reset_index()
+
+
 def _digits(number: float) -> str:
     """Three significant digits; empty for what was not measured."""
     return "" if pandas.isna(number) else f"{number:#.3g}".rstrip(".")
@@ -281,6 +298,7 @@ TABLES = {
     "networks-wire": Table(_WHOLE, functools.partial(_by_system, "loopback", _wire)),
     "networks-gains": Table(_WHOLE, _gains),
     "activations": Table(("activations",), _layer),
+    "degrees": Table(("degrees",), _degrees),
     "accuracy": Table(("accuracy",), _accuracies),
     "training": Table(("training",), lambda rows: rows.drop(columns=list(STAMP))),
 }

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import jinja2
 
-from . import activations, costmodel, documents, plots, tables
+from . import activations, costmodel, degrees, documents, plots, tables
 from .accuracy import rows as accuracy
 from .figures import drawing, finished
 from .rows import Results, ResultsError, write_atomically
@@ -64,7 +64,7 @@ def render(folder: Path, out: Path) -> list[Path]:
         )
     out.mkdir(parents=True, exist_ok=True)
     files: list[Path] = []
-    for name in (*RUNS, "accuracy", "training"):
+    for name in (*RUNS, "degrees", "accuracy", "training"):
         if name in runs and not runs[name].rows:
             continue
         rows = documents.load(folder, name)
@@ -126,6 +126,13 @@ def _sections(
     if checks:
         title = "The cost model against the measurements"
         yield Section(title, costmodel.COLUMNS, checks)
+    if (folder / "degrees.json").exists():
+        yield Section(
+            "Bytes of one activation",
+            degrees.COLUMNS,
+            [degrees.cells(row) for row in degrees.read(folder / "degrees.json")[1]],
+            commands.get("degrees"),
+        )
     if (folder / "accuracy.json").exists():
         rows = accuracy.read(folder / "accuracy.json")[1]
         yield Section(

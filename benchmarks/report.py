@@ -22,7 +22,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from . import activations, documents, inference, link
+from . import activations, degrees, documents, inference, link
 from .accuracy import command as accuracy
 from .compare import report_comparison
 from .figures import command as figures
@@ -117,6 +117,7 @@ def steps(*, full: bool) -> list[Step]:
                 ),
             ),
             warm,
+            Step("degrees", "degrees", ()),
             Step("accuracy", "accuracy", whole),
             Step("figures", "figures", ("--full", "--fresh")),
         ]
@@ -124,6 +125,7 @@ def steps(*, full: bool) -> list[Step]:
         Step("activations", "activations", (*layer, "--repeat", "7")),
         Step("inference", "inference", (*two, *systems, *both, "--repeat", "2")),
         warm,
+        Step("degrees", "degrees", ()),
         Step("accuracy", "accuracy", ("--images", "64", "--batch", "32")),
     ]
 
@@ -131,6 +133,7 @@ def steps(*, full: bool) -> list[Step]:
 MAINS: Mapping[str, Callable[[Sequence[str]], int]] = {
     "activations": activations.main,
     "inference": inference.main,
+    "degrees": degrees.main,
     "accuracy": accuracy.main,
     "figures": figures.main,
 }

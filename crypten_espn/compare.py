@@ -18,6 +18,7 @@ from .graph import NetworkGraph, Node, layer_name
 from .graph.passes.constants import evaluate
 from .graph.trace import as_it_was
 from .layers import KINDS, Reals
+from .polynomial import across
 
 _RELATIVE, _ROUNDING = 1e-3, 30.0
 # What a network's own arithmetic may be off, in units of its type's last place.
@@ -193,6 +194,15 @@ def _first(
     for node in graph.nodes:
         if node.output in before:
             here = Probe(probe.x, before[node.output], "")
-            if here.difference(values[node.output]):
+            if here.difference(_undivided(graph, node, values)):
                 return node
     return None
+
+
+def _undivided(graph: NetworkGraph, node: Node, values: dict[str, Tensor]) -> Tensor:
+    """A layer's value without what a pass divided its channels by."""
+    value = values[node.output]
+    exponents = graph.exponents.get(node.output)
+    if exponents is None:
+        return value
+    return value * across(torch.from_numpy(np.exp2(exponents)), value)

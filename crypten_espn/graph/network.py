@@ -56,6 +56,8 @@ class NetworkGraph:
         types: name to ONNX element type, where it is known.
         current: the node a pass is at; whatever goes wrong there is its problem.
         room: elements that its values may have for one input, see sizes.py.
+        exponents: name to (channels,) int32; 2 to these is what a pass divided the
+            value by. Values without a name here are as they were.
     """
 
     nodes: list[Node]
@@ -68,6 +70,7 @@ class NetworkGraph:
     types: dict[str, int] = field(default_factory=dict)
     current: Node | None = None
     room: int = field(kw_only=True)
+    exponents: dict[str, np.ndarray] = field(default_factory=dict)
 
     def copy(self) -> NetworkGraph:
         """The same network, to be rewritten apart; arrays are shared."""
@@ -87,6 +90,7 @@ class NetworkGraph:
             shapes=dict(self.shapes),
             changes=list(self.changes),
             types=dict(self.types),
+            exponents=dict(self.exponents),
         )
 
     def each(self, *ops: str) -> Iterator[Node]:

@@ -229,6 +229,23 @@ class Polynomial:
             numerators, max(bits, 0), self.interval, exponent=self.exponent
         )
 
+    def scaled(self, inner: int, outer: int) -> Polynomial:
+        """p(2**inner * x) / 2**outer, exactly, on the interval over 2**inner.
+
+        Raises:
+            PolynomialError: its scale, unit or numerators leave their bounds.
+        """
+        # The unit moves with x, and takes the result along.
+        bits = self.frac_bits + outer - inner
+        low, high = self.interval
+        return Polynomial(
+            tuple(c << max(-bits, 0) for c in self.numerators),
+            max(bits, 0),
+            (math.ldexp(low, -inner), math.ldexp(high, -inner)),
+            self.requested_degree,
+            self.exponent - inner,
+        )
+
     def max_abs(self, low: float, high: float) -> float:
         """max |p(x)| over [low, high], from the critical points."""
         return max_abs(self.coeffs, low, high)

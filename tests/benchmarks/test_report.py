@@ -140,7 +140,7 @@ def test_steps_are_chosen_by_name(
 def test_every_step_is_a_command_its_benchmark_accepts(full: bool) -> None:
     steps = report.steps(full=full)
     names = {step.name for step in steps}
-    assert names <= {*RUNS, "accuracy", "figures"}
+    assert names <= {*RUNS, "degrees", "accuracy", "figures"}
     assert names >= {*RUNS, "accuracy"} if full else names >= {"inference"}
     parsers = {"activations": activations, "inference": inference, "figures": figures}
     for step in steps:

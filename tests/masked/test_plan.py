@@ -386,12 +386,10 @@ def test_effects_are_what_errors_of_a_result_do_to_the_output():
     assert elsewhere[4] == pytest.approx(1e-4 * (w**2).sum() * 5**4 / 5, rel=1e-3)
     assert elsewhere[3] == 0
     assert layer.effect.rounding == pytest.approx((w**2).sum(), rel=1e-3)
-    slope = {0: np.array([0.5]), 1: np.array([-2.0])}
+    slope = np.array([0.5, -2.0])
     error = 0.5 - 2.0 * z
-    assert layer.effect.of_signs(slope) == pytest.approx(
-        (w**2 * error**2).sum(1).mean(), rel=1e-2
-    )
-    assert layer.effect.of_bias(slope) == pytest.approx(
+    pairs = layer.effect.of_pairs(2)[0]
+    assert slope @ pairs @ slope == pytest.approx(
         ((w * error).sum(1) ** 2).mean(), rel=1e-2
     )
     reader = Network(espn.convert(net, x.float()))

@@ -10,6 +10,7 @@ from ..network import NetworkGraph
 from ..sizes import check_sizes
 from .activations import name_activations
 from .affine import fold_affine
+from .channel_scales import absorb_channel_scales
 from .constants import fold_constants
 from .pads import explicit_pads
 from .pools import uniform_pools
@@ -30,6 +31,7 @@ PASSES: tuple[Callable[[NetworkGraph], None], ...] = (
     uniform_pools,
     explicit_pads,
     fold_affine,
+    absorb_channel_scales,
 )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -70,28 +71,24 @@ class Effect:
         """When every element errs by 1, its sign random."""
         return float(self.independent[:, 0].sum())
 
-    def of_signs(self, error: Error) -> float:
-        """What an error of random sign counts, given by its powers' coefficients."""
-        return float(np.maximum(_squares(error, self.independent), 0.0).sum())
+    def of_pairs(self, count: int) -> np.ndarray:
+        """[c, j, k]: what e_j e_k counts of an error without random signs.
 
-    def of_bias(self, error: Error) -> float:
-        """What an error without random signs counts; channels err independently."""
-        return self._of_sums(error, np.square(self._moved(error)).sum(1))
+        Channels err independently; of the first `count` powers.
+        """
+        sums = self.sums[:, :, :count].transpose(1, 2, 0)
+        order = np.add.outer(np.arange(count), np.arange(count))
+        pairs: np.ndarray = sums @ sums.transpose(0, 2, 1) / len(self.sums)
+        pairs += self.elsewhere[:, order]
+        return pairs
 
     def of_factor(self, error: Error) -> float:
         """What such an error counts that is one in all channels."""
-        return self._of_sums(error, np.square(self._moved(error).sum(1)))
-
-    def _moved(self, error: Error) -> np.ndarray:
-        """(samples, channels)."""
         moved = np.zeros(self.sums.shape[:2])
         for k, e in error.items():
             moved += e * self.sums[:, :, k]
-        return moved
-
-    def _of_sums(self, error: Error, squares: np.ndarray) -> float:
         beside = np.maximum(_squares(error, self.elsewhere), 0.0)
-        return float(squares.mean() + beside.sum())
+        return float(np.square(moved.sum(1)).mean() + beside.sum())
 
 
 def _squares(error: Error, weights: np.ndarray) -> np.ndarray:
@@ -185,8 +182,10 @@ def choose_truncations(
 ) -> Truncations | None:
     """Which truncation serves which powers of a polynomial.
 
-    1. The square has a truncation of its own; from the third power on, an odd one and
-       the even one above it share theirs.
+    1. The square may have a truncation of its own; from the third power on, an odd one
+       and the even one above it share theirs. Neighbours are put together where that
+       moves the output less: high powers have large coefficients that nearly cancel,
+       and errors of one truncated x cancel with them.
     2. A truncation keeps as many bits as its powers' coefficients allow: the rounding
        of x against the rounding of the coefficient at F - k f_k bits, over all
        channels.
@@ -206,56 +205,49 @@ def choose_truncations(
 
     Returns: None if too little is left of a coefficient or of z, whatever is kept.
     """
-    left = columns_of(rows).copy()
-    kept = _Choice(radii_of(rows), frac_bits, result_bits, value_frac_bits, effect)
+    real = columns_of(rows)
     least = max(0, frac_bits - (ring - 3))
-    choices: Iterable[int] = range(least, frac_bits + 1)
+    kept = _Choice(
+        real, radii_of(rows), least, frac_bits, result_bits, value_frac_bits, effect
+    )
+    parts = kept.parts(_shared(k for k in range(2, len(real)) if real[k].any()))
+    if parts is None:
+        return None
     groups: list[Group] = []
     terms: list[tuple[int, np.ndarray]] = []
-    by_coins = by_coefficients = 0.0
-    used = [k for k in range(2, len(left)) if left[k].any()]
-    for powers in reversed(_shared(used)):
-        own = np.zeros((powers[-1] + 1, left.shape[1]))
-        own[powers] = left[powers]
-        best = kept.best(own, powers, choices)
-        if best is None:
-            return None
-        bits, coin, coefficient = best
-        integers = kept.integers(own, bits)
-        table = integers.astype(np.int64).T.tolist()
-        groups.insert(0, Group(frac_bits - bits, tuple(map(tuple, table))))
-        terms.insert(0, (frac_bits - bits, own))
-        by_coins += coin
-        by_coefficients += coefficient
+    for powers, (_, bits, _, _) in parts:
+        own = np.zeros((powers[-1] + 1, real.shape[1]))
+        own[powers] = real[powers]
+        table = kept.integers(own, bits).astype(np.int64).T.tolist()
+        groups.append(Group(frac_bits - bits, tuple(map(tuple, table))))
+        terms.append((frac_bits - bits, own))
+    found = [best for _, best in parts]
     linear = None
-    if left[1].any() or not groups:
-        if groups:
-            choices = range(frac_bits - groups[0].shift, frac_bits + 1)
-        own = np.stack([np.zeros_like(left[1]), left[1]])
-        best = kept.best(own, [1], choices)
+    if real[1].any() or not groups:
+        # It drops no more than its mask hides.
+        best = kept.best([1], frac_bits - groups[0].shift if groups else least)
         if best is None:
             return None
-        bits, coin, coefficient = best
-        factors = kept.integers(own, bits)[1].astype(np.int64)
-        linear = Linear(frac_bits - bits, tuple(factors.tolist()))
-        terms.insert(0, (frac_bits - bits, own))
-        by_coins += coin
-        by_coefficients += coefficient
-    constant = kept.integers(left[:1], 0)[0]
+        found.append(best)
+        own = np.stack([np.zeros_like(real[1]), real[1]])
+        factors = kept.integers(own, best[1])[1].astype(np.int64)
+        linear = Linear(frac_bits - best[1], tuple(factors.tolist()))
+        terms.insert(0, (frac_bits - best[1], own))
+    constant = kept.integers(real[:1], 0)[0]
     if float(np.abs(constant).max()) >= _LARGEST:
         return None
     return Truncations(
         linear,
         tuple(groups),
         tuple(constant.astype(np.int64).tolist()),
-        ((0, left[:1]), *terms),
-        by_coins,
-        by_coefficients,
+        ((0, real[:1]), *terms),
+        sum(by_coins for _, _, by_coins, _ in found),
+        sum(by_coefficients for *_, by_coefficients in found),
     )
 
 
 def _shared(powers: Iterable[int]) -> list[list[int]]:
-    """Powers from the square on, those together that share a truncation."""
+    """Powers from the square on, those together that are never parted."""
     buckets: list[list[int]] = []
     for k in powers:
         first = buckets[-1][0] if buckets else 0
@@ -266,16 +258,24 @@ def _shared(powers: Iterable[int]) -> list[list[int]]:
     return buckets
 
 
+# The sum of the errors, the fractional bits, and the errors by coins and coefficients.
+_Best = tuple[float, int, float, float]
+
+
 @dataclass(frozen=True)
 class _Choice:
-    """How many bits powers of z keep.
+    """How many bits powers of z keep, and which keep the same.
 
     Args:
+        real: (powers, channels) the coefficients.
         radii: (channels,) of the intervals.
+        least: the fewest fractional bits.
         frac_bits, result_bits, value_frac_bits, effect: as of `choose_truncations`.
     """
 
+    real: np.ndarray
     radii: np.ndarray
+    least: int
     frac_bits: int
     result_bits: int
     value_frac_bits: int
@@ -286,67 +286,92 @@ class _Choice:
         scaled: np.ndarray = np.ldexp(real, self._exponents(len(real), bits))
         return _rounded(scaled)
 
-    def reals(self, integers: np.ndarray, bits: int) -> np.ndarray:
-        """What they stand for."""
-        real: np.ndarray = np.ldexp(integers, -self._exponents(len(integers), bits))
-        return real
-
     def _exponents(self, powers: int, bits: int) -> np.ndarray:
         return self.value_frac_bits - bits * np.arange(powers)[:, None]
 
-    def best(
-        self,
-        real: np.ndarray,
-        powers: Sequence[int],
-        choices: Iterable[int],
-    ) -> tuple[int, float, float] | None:
-        """The fractional bits that move the output least, and both errors then.
+    def parts(
+        self, buckets: Sequence[list[int]]
+    ) -> list[tuple[list[int], _Best]] | None:
+        """The buckets, neighbours put together so that the output is moved least."""
+        # Of the first n buckets: the error, and the parts.
+        ways: list[tuple[float, list[tuple[list[int], _Best]]] | None] = [(0.0, [])]
+        for end in range(1, len(buckets) + 1):
+            found = []
+            for start, way in enumerate(ways):
+                powers = [k for bucket in buckets[start:end] for k in bucket]
+                best = None if way is None else self.best(powers, self.least)
+                if way is not None and best is not None:
+                    found.append((way[0] + best[0], [*way[1], (powers, best)]))
+            ways.append(min(found, key=lambda way: way[0], default=None))
+        return None if ways[-1] is None else ways[-1][1]
 
-        A truncation that drops bits goes to one of two neighbours at random: its error
-        to the power 2j is on average 2 / ((2j + 1) (2j + 2)), in units to that power. A
-        coefficient is off in the same way everywhere.
+    def best(self, powers: Sequence[int], least: int) -> _Best | None:
+        """The fractional bits at which a truncation moves the output least.
 
         Args:
-            real: coefficients by power and channel.
-            powers: those that are not 0.
-            choices: of fractional bits.
+            powers: those that share it, in rising order.
+            least: the fewest bits that it may keep.
         """
-        # By the order of the derivative: the first alone, unless a unit is large beside
-        # what a channel sees.
-        by_order = [
-            self.effect.of_signs({k - j: math.comb(k, j) * real[k] for k in later})
-            * (2 / ((2 * j + 1) * (2 * j + 2)))
-            for j in range(1, powers[-1] + 1)
-            if (later := [k for k in powers if k >= j])
-        ]
-        found = []
-        for bits in choices:
-            integers = self.integers(real, bits)
-            if float(np.abs(integers).max()) >= _LARGEST:
-                continue
-            error = self.reals(integers, bits) - real
-            off = {k: error[k] for k in powers}
-            if any(self._lost(k, real[k], e) for k, e in off.items()):
+        block = np.ix_(powers, powers)
+        by_order = [float(curved[block].sum()) for curved in self._by_order]
+        found: list[_Best] = []
+        for bits in range(least, self.frac_bits + 1):
+            usable, rounded = self._rounding[bits - self.least]
+            if not usable[powers].all():
                 continue
             by_x = 0.0
             if bits < self.frac_bits:
                 first, *more = (
-                    e * 4.0 ** (-j * bits) for j, e in enumerate(by_order, 1)
+                    max(e, 0.0) * 4.0 ** (-j * bits) for j, e in enumerate(by_order, 1)
                 )
                 if sum(more) > _MOST_CURVED * first:
                     continue
                 by_x = first + sum(more)
-            by_coefficient = self.effect.of_bias(off)
+            by_coefficient = max(float(rounded[block].sum()), 0.0)
             found.append((by_x + by_coefficient, bits, by_x, by_coefficient))
-        if not found:
-            return None
-        _, bits, by_x, by_coefficient = min(found, key=lambda entry: entry[0])
-        return bits, by_x, by_coefficient
+        return min(found, default=None)
 
-    def _lost(self, k: int, real: np.ndarray, off: np.ndarray) -> bool:
-        """Whether too little is left of a coefficient that counts."""
-        counts = np.abs(off) * self.radii**k >= 2.0**-self.result_bits
-        return bool((counts & (np.abs(off) > np.abs(real) / 4)).any())
+    @cached_property
+    def _by_order(self) -> list[np.ndarray]:
+        """By derivative and pairs of powers, what a truncation that drops bits moves.
+
+        It goes to one of two neighbours at random: its error to the power 2j is on
+        average 2 / ((2j + 1) (2j + 2)), in units to that power.
+        """
+        count = len(self.real)
+        found = []
+        for j in range(1, count):
+            times = np.array([[math.comb(k, j)] for k in range(count)])
+            order = np.maximum(np.add.outer(*2 * [np.arange(count) - j]), 0)
+            curved = _pairs(times * self.real, self.effect.independent[:, order])
+            found.append(curved * (2 / ((2 * j + 1) * (2 * j + 2))))
+        return found
+
+    @cached_property
+    def _rounding(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """By bits from `least` on: usable powers, and what rounding coefficients moves.
+
+        The second by pairs of powers; coefficients are off alike everywhere.
+        """
+        count = len(self.real)
+        weights = self.effect.of_pairs(count)
+        reach = self.radii ** np.arange(count)[:, None]
+        found = []
+        for bits in range(self.least, self.frac_bits + 1):
+            integers = self.integers(self.real, bits)
+            off = np.ldexp(integers, -self._exponents(count, bits)) - self.real
+            # Too little is left of a coefficient that counts.
+            counts = np.abs(off) * reach >= 2.0**-self.result_bits
+            lost = counts & (np.abs(off) > np.abs(self.real) / 4)
+            usable = ~lost.any(1) & (np.abs(integers).max(1) < _LARGEST)
+            found.append((usable, _pairs(np.where(usable[:, None], off, 0), weights)))
+        return found
+
+
+def _pairs(columns: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """(powers, powers) of (powers, channels), each pair's products weighed."""
+    found: np.ndarray = np.einsum("jc,kc,cjk->jk", columns, columns, weights)
+    return found
 
 
 _LARGEST = 2.0**62  # of a coefficient's integer

@@ -29,6 +29,10 @@ LEAST_SCALE = 12
 LEAST_WEIGHT_BITS = 3
 # A public multiplier is rounded to a whole number; further off than this it is refused.
 _MULTIPLIER_ERROR = 2.0**-7
+# How far beyond a polynomial's interval its input may go at least.
+_BEYOND = 1.25
+# What room for more may cost: mean squares of errors, by factor.
+_ROOM = 1.5
 # So many weights of a layer tell how far rounding moves all of them.
 _SAMPLED = 1 << 15
 
@@ -149,7 +153,7 @@ class Scales:
         reach = self.headroom * act.reach
         if act.name.endswith(RESCALED):
             return reach
-        return np.maximum(reach, 1.25 * radii_of(act.rows))
+        return np.maximum(reach, _BEYOND * radii_of(act.rows))
 
     def _scale(self, index: int) -> int:
         scale = math.floor(self.ring - 2 - math.log2(self.bounds[index]))
@@ -164,7 +168,12 @@ class Scales:
     # -- sources
 
     def _choose(self, name: str) -> int:
-        """The bits at which the output is moved least, over all readers."""
+        """The bits at which the output is moved least, over all readers.
+
+        Of those that leave room for the polynomial of its input's bound, if that costs
+        little precision. At high degrees it may be a thousand times what
+        the polynomial is on its interval.
+        """
         source = self.source_of[name]
         weighings = [
             (one, self._others(one.below, source))
@@ -173,7 +182,8 @@ class Scales:
         ]
         public = self.readings.public.get(source, [])
         best, best_error = 0, math.inf
-        largest = self.largest_source(name)
+        roomy, roomy_error = 0, math.inf
+        largest, at_bound = self.largest_source(name), self._roomy(name)
         layer = self.network.layers[name]
         why = f"values up to {largest:.4g} do not fit a ring of {self.ring}."
         for bits in FRAC_BITS:
@@ -207,9 +217,11 @@ class Scales:
                 error += self.calibration.factor_error(layer, off)
             if error < best_error:
                 best, best_error = bits, error
+            if error < roomy_error and at_bound * 2.0**bits < 2.0 ** (self.ring - 2):
+                roomy, roomy_error = bits, error
         if best == 0:
             raise NarrowError(why if ": " in why else f"{layer.title}: {why}")
-        return best
+        return roomy if roomy_error <= _ROOM * best_error else best
 
     def _others(self, below: Natural, source: int) -> int:
         rest = {s: o for s, o in below.offsets.items() if s != source}
@@ -269,18 +281,23 @@ class Scales:
         return self._found[key]
 
     def largest_source(self, name: str) -> float:
-        """What a source may reach when its polynomial's input reaches its bound."""
+        """What a source may reach, over a little more than its intervals and inputs."""
         layer = self.network.layers[name]
         if layer.kind is None:
             # Public, so rounded up: the largest image is nobody's business.
             return 2.0 ** math.ceil(math.log2(self.headroom * max(layer.largest, 0.5)))
-        largest = 0.0
         reaches = self.reaches[self.source_of[name] - 1]
-        for row, reach in zip(layer.rows, reaches, strict=True):
-            grid = np.linspace(-reach, reach, 2001)
-            values = np.polynomial.polynomial.polyval(grid, row.coeffs)
-            largest = max(largest, float(np.abs(values).max()))
-        return largest * 1.01 + 0.01
+        if name.endswith(RESCALED):
+            return _largest(layer, reaches)
+        near = _BEYOND * np.maximum(layer.reach, radii_of(layer.rows))
+        return _largest(layer, np.minimum(reaches, near))
+
+    def _roomy(self, name: str) -> float:
+        """What a source reaches when its polynomial's input reaches its bound."""
+        layer = self.network.layers[name]
+        if layer.kind is None:
+            return self.largest_source(name)
+        return _largest(layer, self.reaches[self.source_of[name] - 1])
 
     # -- what is left of precision
 
@@ -373,6 +390,16 @@ class Scales:
             assert found is not None
             rounding = layer.effect.rounding * 2.0 ** (-2 * bits) / 6
             yield rounding + found.by_coins, off + found.by_coefficients
+
+
+def _largest(layer: Layer, reaches: np.ndarray) -> float:
+    """The largest |p(x)| of an activation, each channel up to its reach."""
+    largest = 0.0
+    for row, reach in zip(layer.rows, reaches, strict=True):
+        grid = np.linspace(-reach, reach, 2001)
+        values = np.polynomial.polynomial.polyval(grid, row.coeffs)
+        largest = max(largest, float(np.abs(values).max()))
+    return largest * 1.01 + 0.01
 
 
 def _rounded_off(weight: np.ndarray, factor: float) -> float:
