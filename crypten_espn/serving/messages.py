@@ -273,3 +273,8 @@ def receive_description(channel: Channel, *, digest: str, plan: Plan) -> Descrip
             f"{channel.peer} sent a description of no use: {error}."
         ) from None
     return description
+
+
+# Made here once: two threads that decode a type for the first time crash msgspec.
+for _kind in Message.__subclasses__():
+    msgspec.json.Decoder(_kind)
