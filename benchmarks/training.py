@@ -10,7 +10,9 @@ has ended is not repeated.
     python -m benchmarks.training --table
 
 Kinds: polynomial and relu differ in nothing but the activation and its penalty;
-finetuned starts from the relu run of the same seed and has a fifth of its epochs.
+finetuned starts from the relu run of the same seed and has a fifth of its epochs;
+calibrated and quadratic start there too, with a fitted polynomial a channel: degree 4
+and 200 steps, degree 2 and a fifth of the epochs.
 Results: RECIPE-KIND-SEED.json and its log .csv in --out; the table is of every file
 there. Running states are kept in --runs. The test set is read
 once, after the epoch was chosen on validation images.
@@ -23,7 +25,7 @@ import json
 import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import MISSING, asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +33,20 @@ import pandas
 import torch
 
 from crypten_espn.errors import EspnError
-from crypten_espn.pillar.recipes import RECIPES, Recipe, find_recipe, fine_tuning, train
+from crypten_espn.pillar.recipes import (
+    RECIPES,
+    Recipe,
+    channel_tuning,
+    find_recipe,
+    fine_tuning,
+    train,
+)
 
 from .rows import ResultsError, machine, write_atomically
 from .tables import STAMP, columns
 
-KINDS = ("polynomial", "relu", "finetuned")
+KINDS = ("polynomial", "relu", "finetuned", "calibrated", "quadratic")
+STARTED = KINDS[2:]  # from the relu run of the same seed
 RESULTS = Path("benchmarks/results/training")
 _TEST_IMAGES = 10_000  # of Fashion-MNIST and of both CIFARs
 RUNS = Path("out/training")
@@ -47,6 +57,8 @@ def recipe_of(name: str, kind: str, seed: int) -> Recipe:
     recipe = replace(find_recipe(name), seed=seed)
     if kind == "finetuned":
         return fine_tuning(recipe)
+    if kind in STARTED:
+        return channel_tuning(recipe, degree=2 if kind == "quadratic" else 4)
     return replace(recipe, activation=kind)
 
 
@@ -59,12 +71,12 @@ def follow(
     folder = runs / title
     if not _ended(folder, recipe):
         start = None
-        if kind == "finetuned":
+        if kind in STARTED:
             start = runs / f"{name}-relu-{seed}" / "network.safetensors"
             if not start.exists():
                 raise ResultsError(
                     f"{title} starts from {start}, which does not exist; run with "
-                    "--kinds relu finetuned"
+                    f"--kinds relu {kind}"
                 )
         train(recipe, out=folder, data=data, start=start, progress=not quiet)
     result = json.loads((folder / "result.json").read_text())
@@ -78,7 +90,16 @@ def follow(
 
 def _ended(folder: Path, recipe: Recipe) -> bool:
     path = folder / "result.json"
-    return path.exists() and json.loads(path.read_text())["recipe"] == asdict(recipe)
+    if not path.exists():
+        return False
+    # Fields that were not there yet are as if at their default.
+    earlier = {
+        field.name: field.default
+        for field in fields(Recipe)
+        if field.default is not MISSING
+    }
+    found = {**earlier, **json.loads(path.read_text())["recipe"]}
+    return found == asdict(recipe)
 
 
 def summary(folder: Path) -> pandas.DataFrame:
@@ -142,13 +163,15 @@ def _run(path: Path) -> dict[str, Any]:
             "relu": "ReLU",
             "polynomial": degree,
             "finetuned": f"{degree}, fine-tuned",
+            "calibrated": f"{degree} a channel, tuned",
+            "quadratic": f"{degree} a channel, tuned",
         }
         return {
             "recipe": recipe["name"],
             "network": recipe["network"],
             "kind": kind,
             "activation": activations[kind],
-            "epochs": recipe["epochs"],
+            "epochs": _length(recipe),
             "seed": recipe["seed"],
             "points": 100 * record["test_accuracy"],
             "seconds": record["seconds"],
@@ -156,6 +179,11 @@ def _run(path: Path) -> dict[str, Any]:
         }
     except (KeyError, TypeError, ValueError) as error:
         raise ResultsError(f"{path}: not a training result ({error!r})") from error
+
+
+def _length(recipe: dict[str, Any]) -> str:
+    steps = recipe.get("epoch_steps")
+    return f"{recipe['epochs']}" if steps is None else f"{steps} steps"
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -16,9 +16,16 @@ from .engines import CrypTen, Masked  # noqa: E402
 from .explain import compare_precisions, explain  # noqa: E402
 from .launch import run_multiprocess, run_parties  # noqa: E402
 from .pillar.calibrate import calibrate  # noqa: E402
-from .pillar.guard import InputGuard  # noqa: E402
-from .pillar.penalty import range_penalty  # noqa: E402
+from .pillar.guard import InputGuard, attach_guard, guard_of  # noqa: E402
+from .pillar.penalty import (  # noqa: E402
+    boundary_penalty,
+    range_penalty,
+    warmup_stage,
+)
+from .pillar.phases import clip_in_training, replace_share  # noqa: E402
 from .pillar.ranges import range_report  # noqa: E402
+from .pillar.replay import TailReplay  # noqa: E402
+from .pillar.settle import settle_intervals  # noqa: E402
 from .pillar.storage import bundled  # noqa: E402
 from .pillar.stress import stress  # noqa: E402
 from .pillar.surgery import (  # noqa: E402
@@ -26,6 +33,7 @@ from .pillar.surgery import (  # noqa: E402
     replace_activations,
     replace_pooling,
 )
+from .pillar.watch import largest_inputs  # noqa: E402
 from .polynomial import ChannelPolynomials, Polynomial  # noqa: E402
 from .protocols import polyval, settings  # noqa: E402
 from .protocols.truncation import failure_probability  # noqa: E402
@@ -54,15 +62,21 @@ __all__ = [
     "Preprocessing",
     "PrivateNetwork",
     "Quota",
+    "TailReplay",
+    "attach_guard",
+    "boundary_penalty",
     "bundled",
     "calibrate",
     "check",
+    "clip_in_training",
     "compare_precisions",
     "connect",
     "convert",
     "deal",
     "explain",
     "failure_probability",
+    "guard_of",
+    "largest_inputs",
     "load",
     "load_images",
     "measure",
@@ -72,12 +86,15 @@ __all__ = [
     "range_report",
     "replace_activations",
     "replace_pooling",
+    "replace_share",
     "run_multiprocess",
     "run_parties",
     "serve",
     "settings",
+    "settle_intervals",
     "simulate",
     "stress",
     "sweep",
     "use_direct_channel",
+    "warmup_stage",
 ]

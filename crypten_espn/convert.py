@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,7 +33,10 @@ from .masked.in_crypten import ComposedEngine
 from .masked.model import MaskedModel
 from .masked.planning import masked_model
 from .masked.planning.checking import check_plan
+from .masked.planning.tails import tails
 from .nn import PolynomialActivation
+from .pillar.guard import InputGuard, guard_of
+from .pillar.guarding import check_channels, guarded_batch
 from .protocols import settings
 from .protocols.noise import with_noise
 
@@ -48,6 +51,7 @@ class PrivateNetwork(crypten_nn.Graph):
         input_shape: shape of one input, without the batch.
         example: the inputs it was converted with; they calibrate the masked engine.
         layers: what each node computes, by name, in the order of computation.
+        guard: what the owner of an input checks before sharing it; None if nothing.
         engine: which computes it; None follows crypten.cfg.espn between CrypTen
             tensors, and is the masked engine in sessions.
         models: what the masked engine made of it, by precision and headroom.
@@ -61,10 +65,14 @@ class PrivateNetwork(crypten_nn.Graph):
         *,
         example: torch.Tensor,
         engine: Engine | None,
+        guard: InputGuard | None = None,
     ) -> None:
         super().__init__([graph.input], [graph.output])
         self.changes = tuple(graph.changes)
         self.input_shape = graph.shapes[graph.input][1:]
+        self.guard = None
+        if guard is not None:
+            self.guard = check_channels(guard, self.input_shape)
         self.example = example.detach().clone()
         self.engine = engine
         self.models: dict[tuple[str | int, float], MaskedModel] = {}
@@ -171,6 +179,26 @@ class PrivateNetwork(crypten_nn.Graph):
             )
         self._composed.prepare(count, batch=batch)
 
+    def checked(self, x: object, *, force: bool = False) -> torch.Tensor:
+        """A batch that its owner may share: `cryptensor(private.checked(x), src=1)`.
+
+        Nobody can look at an input once it is shared. This asks the network's guard
+        before, in the clear; sessions and `simulate` do so themselves.
+
+        Args:
+            x: (batch, *input_shape), of any kind that `inputs` takes.
+            force: take what the guard refuses. The private result may then be any
+                number, and nothing tells.
+
+        Returns: float tensor (batch, *input_shape).
+
+        Raises:
+            DataError, ShapeError: it is no batch of inputs.
+            RangeError: NaN or infinity, with `force` too; or the guard refuses an
+                input.
+        """
+        return guarded_batch(x, self.input_shape, self.guard, force=force)
+
     def forward(
         self, x: crypten.CrypTensor | torch.Tensor
     ) -> crypten.CrypTensor | torch.Tensor:
@@ -228,7 +256,7 @@ def nearest(values: torch.Tensor, *, frac_bits: int) -> torch.Tensor:
     return rounded.requires_grad_(values.requires_grad)
 
 
-def check(model: Source, example: object) -> Report:
+def check(model: Source, example: object, *, guard: InputGuard | None = None) -> Report:
     """Name every problem of a network at once, with its cure. Nothing is changed.
 
     1. Trace or read the network, and simplify it.
@@ -236,15 +264,21 @@ def check(model: Source, example: object) -> Report:
     3. Run the result in the clear on the example, on another input and another batch
        size, and compare it with the network itself.
     4. Plan it for the masked engine.
+    5. Corrupt the first 16 inputs of the example, fewer of large networks, in every way
+       that `stress` does: what leaves an interval, what would wrap around in a ring,
+       and what the guard refuses of it.
 
     Args:
         model: torch module, path of an .onnx file, or its bytes.
-        example: one input batch, of any kind that `inputs` takes.
+        example: one input batch, of any kind that `inputs` takes; two real inputs or
+            more for the last step.
+        guard: of inputs; the module's own if None.
 
     Raises:
         ConversionError: it cannot be traced or read at all.
         ShapeError: the example does not fit the network.
-        DataError, RangeError: the example is no batch of real numbers, or not finite.
+        DataError, RangeError: the example is no batch of real numbers, or not finite;
+            the guard is of other channels.
     """
     example = _example(model, example)
     graph, found = _read(model, example)
@@ -253,7 +287,23 @@ def check(model: Source, example: object) -> Report:
     reference = None
     if isinstance(model, torch.nn.Module):
         reference = functools.partial(in_evaluation, model)
-    return replace(found, masked=_planned(graph, example, reference))
+    private = PrivateNetwork(
+        graph,
+        example=example,
+        engine=None,
+        guard=_own_guard(model) if guard is None else guard,
+    )
+    try:
+        planned = masked_model(private)
+        masked = check_plan(private, example, planned, reference=reference)
+        if masked is not None or len(example) < 2:
+            return replace(found, masked=masked)
+        return replace(found, masked=None, tails=tails(private, planned, example))
+    except EspnError as error:
+        return replace(found, masked=str(error))
+    except Exception as error:
+        why = f"no plan could be made ({type(error).__name__}: {error})"
+        return replace(found, masked=why)
 
 
 def convert(
@@ -263,6 +313,7 @@ def convert(
     protocol: str | None = None,
     truncation: str | None = None,
     engine: Engine | None = None,
+    guard: InputGuard | None = None,
 ) -> PrivateNetwork:
     """Make a network private: fold, rewrite, and build its CrypTen graph.
 
@@ -282,6 +333,9 @@ def convert(
             engine.
         truncation: "local" or "exact"; likewise. The masked engine is always exact.
         engine: Masked(...) or CrypTen(...), which say more than these two names.
+        guard: of inputs, public, as `InputGuard.fit` makes it; the module's own if
+            None, which `calibrate` fits. Sessions, `simulate` and `.checked` refuse
+            what it does not let through.
 
     Returns:
         A PrivateNetwork in evaluation mode, ready for `.encrypt(src=0)`; `.changes`
@@ -291,7 +345,8 @@ def convert(
         ConversionError: unsupported layers, all of them listed; or a result that is
             not the network's.
         ShapeError: the example does not fit the network.
-        DataError, RangeError: the example is no batch of real numbers, or not finite.
+        DataError, RangeError: the example is no batch of real numbers, or not finite;
+            the guard is of other channels.
         ProtocolError: an unknown protocol or truncation.
         PlanError: protocol "masked", and no plan exists; the layer is named.
     """
@@ -303,10 +358,19 @@ def convert(
         raise ConversionError(
             f"{len(problems)} layers cannot be converted:\n  " + "\n  ".join(problems)
         )
-    private = PrivateNetwork(graph, example=example, engine=chosen)
+    private = PrivateNetwork(
+        graph,
+        example=example,
+        engine=chosen,
+        guard=_own_guard(model) if guard is None else guard,
+    )
     if isinstance(chosen, Masked):
         masked_model(private)
     return private
+
+
+def _own_guard(model: Source) -> InputGuard | None:
+    return guard_of(model) if isinstance(model, torch.nn.Module) else None
 
 
 def _example(source: Source, given: object) -> torch.Tensor:
@@ -356,21 +420,6 @@ def _compared(
         "input, or on the batch size, was frozen; compute it by torch operations",
     )
     return replace(given, findings=(*given.findings, finding))
-
-
-def _planned(
-    graph: NetworkGraph,
-    example: torch.Tensor,
-    reference: Callable[[torch.Tensor], torch.Tensor] | None,
-) -> str | None:
-    """Why the masked engine cannot run a graph that can be converted."""
-    private = PrivateNetwork(graph, example=example, engine=None)
-    try:
-        return check_plan(private, example, reference=reference)
-    except EspnError as error:
-        return str(error)
-    except Exception as error:
-        return f"no plan could be made ({type(error).__name__}: {error})"
 
 
 def _read(source: Source, example: torch.Tensor) -> tuple[NetworkGraph, Report]:

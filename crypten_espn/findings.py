@@ -8,6 +8,7 @@ from .errors import EspnError
 from .graph import NetworkGraph, Node, layer_name
 from .graph.passes.activations import NAMED, UNNAMED
 from .layers import KINDS, Kind
+from .masked.planning.tails import IMAGES, Tails
 
 FIXABLE = "fixable"
 NOT_YET = "not yet supported"
@@ -85,6 +86,10 @@ _OTHERWISE = (
     NOT_YET,
     "write the layer with convolutions, linear layers, average pools and additions",
 )
+_NO_STRESS = (
+    "stress: not run; check it on two real inputs or more, of which the first "
+    f"{IMAGES} are corrupted"
+)
 _FUNCTIONS = ("Abs", "Clip", "Erf", "Exp", "Log", "Pow", "Sqrt", "Reciprocal")
 
 
@@ -120,12 +125,15 @@ class Report:
         changes: what conversion does, in words.
         layers: how many of each operation.
         masked: why the masked engine cannot run the network; None if it can.
+        tails: what the plan makes of corrupted images; None if there is no plan, or
+            fewer than two images.
     """
 
     findings: tuple[Finding, ...]
     changes: tuple[str, ...]
     layers: dict[str, int]
     masked: str | None
+    tails: Tails | None = None
 
     @property
     def ok(self) -> bool:
@@ -139,6 +147,8 @@ class Report:
         lines.append("can be converted" if self.ok else "cannot be converted as it is")
         if self.ok:
             lines.append(f"masked engine: {self.masked or 'runs it'}")
+            if self.masked is None:
+                lines.append(str(self.tails or _NO_STRESS))
         return "\n".join(lines)
 
 

@@ -11,7 +11,7 @@ from .convert import PrivateNetwork
 from .cost import Cost, SessionCost
 from .engines import CrypTen
 from .errors import ProtocolError
-from .inputs import input_batch, real_tensor
+from .inputs import real_tensor
 from .launch import run_parties
 from .masked.dealing import Dealing
 from .masked.drivers import Transcript, together
@@ -33,6 +33,7 @@ def simulate(
     precision: str | int | None = None,
     headroom: float | None = None,
     processes: bool = False,
+    force: bool = False,
     timeout: float = TIMEOUT_S,
 ) -> tuple[torch.Tensor, Cost]:
     """Run both parties and the dealer on this machine.
@@ -53,32 +54,37 @@ def simulate(
             engine if None.
         processes: whether dealer, server and client are three processes joined by TCP,
             which takes longer and gives each one's true seconds.
+        force: take what the network's guard refuses. The private result may then be
+            any number, and nothing tells.
         timeout: seconds without progress before a dead process is an error.
 
     Returns: logits (batch, *output_shape) and the cost: the client's online phase, with
         the server's bytes and the offline phase beside it. Its seconds are those of all
         parties in turn.
 
-    Raises: PlanError, DataError, ShapeError, RangeError before anything starts;
-        PeerError if a process dies.
+    Raises: PlanError, DataError, ShapeError, RangeError before anything starts, the
+        last for what the guard refuses too; PeerError if a process dies.
     """
     if not isinstance(private, PrivateNetwork | MaskedModel):
         raise ProtocolError(
             f"{type(private).__name__} cannot be simulated; give what convert() made."
         )
     if isinstance(private, PrivateNetwork) and isinstance(private.engine, CrypTen):
-        numbers = input_batch(x, private.input_shape)
+        numbers = private.checked(x, force=force)
         return _simulate_crypten(private, numbers, timeout)
     model = masked_model(private, example, precision=precision, headroom=headroom)
     if processes:
-        return run_session(model, [real_tensor(x)], timeout=timeout)[0]
-    return simulate_model(model, x)
+        batches = [real_tensor(x)]
+        return run_session(model, batches, timeout=timeout, force=force)[0]
+    return simulate_model(model, x, force=force)
 
 
-def simulate_model(model: MaskedModel, x: object) -> tuple[torch.Tensor, SessionCost]:
+def simulate_model(
+    model: MaskedModel, x: object, *, force: bool = False
+) -> tuple[torch.Tensor, SessionCost]:
     """`simulate` a planned model."""
     plan = model.plan
-    encoded = plan.encode(x)
+    encoded = plan.encode(x, force=force)
     start = time.perf_counter()
     pairing = Pairing(secrets.token_bytes(16), 0, len(encoded))
     dealing = Dealing(plan)

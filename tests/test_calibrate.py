@@ -17,7 +17,10 @@ from crypten_espn.errors import (
     RangeError,
 )
 from crypten_espn.pillar.calibrate import KINDS, calibrate, fits
-from crypten_espn.pillar.stress import reaches
+from crypten_espn.pillar.data import Normalization
+from crypten_espn.pillar.guard import InputGuard, guard_of
+from crypten_espn.pillar.guard_bounds import Sample
+from crypten_espn.pillar.stress import corruptions, reaches
 from crypten_espn.pillar.surgery import (
     activations,
     replace_activations,
@@ -133,19 +136,53 @@ def test_a_higher_degree_is_closer_and_a_wider_margin_coarser():
     assert float(reach.max()) <= 1.0 and not bad.any()
 
 
-def test_layers_are_fitted_on_what_those_before_them_make():
+def test_intervals_cover_what_the_layers_before_make_of_all_the_guard_lets_pass():
     model, x = small(), images()
     found = calibrate(model, x, degree=2, margin=1.0)
+    sample = Sample.of(x, None)
+    covered = sample.images[sample.admitted]
+    assert sample.clean[sample.admitted].sum() == len(x) < len(covered)
     inputs = []
     at(found, "4").register_forward_pre_hook(
         lambda module, given: inputs.append(given[0])
     )
     with torch.no_grad():
-        found(x)
+        found(covered)
     seen = inputs[0].transpose(0, 1).flatten(1).abs().amax(1)
-    # 768 values a channel: the 99.95th percentile is the largest of them.
+    least = 1.25 * float(seen.max()) / 16
     for largest, row in zip(seen.tolist(), at(found, "4").polynomial.rows, strict=True):
-        assert row.interval[1] == pytest.approx(largest, rel=1e-3)
+        assert row.interval[1] == pytest.approx(max(1.25 * largest, least), rel=1e-3)
+
+
+def test_a_calibrated_network_carries_a_guard_that_lets_nothing_pass_that_escapes():
+    model, x = small(), images().clamp(-1.5, 1.5)
+    found = calibrate(model, x)
+    guard = guard_of(found)
+    assert guard is not None and not guard.refused(x).any()
+    made = torch.cat(list(corruptions(x, seed=1).values()))
+    reach, _, _ = reaches(found, made)
+    assert (reach[~guard.refused(made)] <= 1.0).all() and (reach > 1.0).any()
+    model.normalization = Normalization((0.5, 0.5), (0.5, 0.5))
+    guard = guard_of(calibrate(model, x.clamp(-1, 1)))
+    assert guard is not None and guard.mean == (0.5, 0.5)
+
+
+def test_a_layer_called_normalization_is_no_normalisation_of_images():
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.normalization, self.act = nn.BatchNorm2d(2), nn.ReLU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.act(self.normalization(x))
+
+    assert guard_of(calibrate(Named().eval(), images())) is not None
+
+
+def test_more_channels_than_a_guard_is_of_are_calibrated_without_one():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5000, 3), nn.ReLU())
+    assert guard_of(calibrate(model, images(20, 5000))) is None
 
 
 def test_batch_norm_is_estimated_again_if_asked():
@@ -203,8 +240,10 @@ def test_what_was_replaced_before_is_kept():
     model = small()
     fixed = Polynomial((0, 1), 0, (-1.0, 1.0))
     replace_activations(model, {"2": fixed})
-    found = calibrate(model, images())
+    with pytest.warns(CalibrationWarning, match="leave the intervals"):
+        found = calibrate(model, images())
     assert at(found, "2").polynomial == fixed and len(layers(found)) == 1
+    assert guard_of(found) == InputGuard.fit(images())
     replace_activations(model, {"4": fixed})
     with pytest.raises(ConversionError, match="polynomial already"):
         calibrate(model, images())

@@ -30,6 +30,8 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "clipped slope": lambda x: elementwise.slope(x, x.flip(0), COEFFS, INTERVAL),
     "power sum": lambda x: elementwise.power_sum(x, 4.8, 10),
     "square sum": lambda x: elementwise.power_sum(x, 1.0, 2),
+    "bent sum": lambda x: elementwise.power_sum(x, 2.0, 6, 1.5),
+    "bent slope": lambda x: elementwise.power_slope(x, 2.0, 6, SCALE, 1.5),
     "power slope": lambda x: elementwise.power_slope(x, 4.8, 10, SCALE),
     "square slope": lambda x: elementwise.power_slope(x, 1.0, 2, SCALE),
     "excess sum": lambda x: elementwise.excess_sum(x, -0.5, 4.5, 0.9),

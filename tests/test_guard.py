@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
 import torch
+from torch import nn
 
 from crypten_espn.errors import DataError, RangeError, ShapeError
 from crypten_espn.pillar.data import FASHION_NORMALIZATION, fashion_sample
 from crypten_espn.pillar.data.splits import Normalization
-from crypten_espn.pillar.guard import InputGuard
-from crypten_espn.pillar.stress import BEYOND, corruptions
+from crypten_espn.pillar.guard import InputGuard, attach_guard, guard_of
+from crypten_espn.pillar.stress import BEYOND, corruptions, reaches
+from crypten_espn.pillar.surgery import PolynomialActivation
+from crypten_espn.polynomial import Polynomial
 
 PLAIN = (0.0,), (1.0,)
 
@@ -117,3 +121,81 @@ def test_what_is_no_guard_at_all_is_refused():
     for text in ("", "[", "{}", "null", "[" * 5000):
         with pytest.raises(DataError, match="not a stored guard"):
             InputGuard.from_json(text)
+
+
+def test_a_network_carries_its_guard_and_its_copies_do():
+    network = nn.Sequential(nn.Flatten(), nn.Linear(784, 2))
+    assert guard_of(network) is None
+    attach_guard(network, guard())
+    assert guard_of(copy.deepcopy(network)) == guard() == guard_of(network)
+    assert len(network.state_dict()) == 2
+    attach_guard(network, None)
+    assert guard_of(network) is None
+    with pytest.raises(DataError, match="dict is no guard"):
+        attach_guard(network, {})  # type: ignore[arg-type]
+
+
+class Mean(nn.Module):
+    """A network of one number: the mean of some columns, squared."""
+
+    def __init__(self, columns: slice, radius: float) -> None:
+        super().__init__()
+        self.columns = columns
+        self.act = PolynomialActivation(Polynomial((0, 0, 1), 0, (-radius, radius)))
+
+    def forward(self, x):
+        return self.act(x[..., self.columns].flatten(1).mean(1, keepdim=True))
+
+
+def dark(count=200):
+    """(n, 1, 8, 8) with black and white in each, of mean below 0.3; right half 0."""
+    x = torch.rand(count, 1, 8, 8, generator=torch.Generator().manual_seed(4)) * 0.8
+    x[..., 4:] = 0.0
+    x[..., 0, 0] = 1.0
+    return x
+
+
+def test_a_guard_closes_until_nothing_passes_that_escapes():
+    network, x = Mean(slice(None), 0.6), dark()
+    fitted = InputGuard.fit(x, network=network)
+    # Inverted and bright images have a mean square of 0.5 and more, the dark of 0.125.
+    assert fitted == InputGuard((0.0,), (1.0,), (0.25,), fitted.roughness, *PLAIN)
+    assert not fitted.refused(x).any()
+    escaping = 0
+    for made in corruptions(x, seed=7).values():
+        reach, _, _ = reaches(network, made)
+        escaping += int((reach > 1.0).sum())
+        assert (reach[~fitted.refused(made)] <= 1.0).all()
+    assert escaping > 400
+    open_wide = InputGuard.fit(x, network=Mean(slice(None), 50.0))
+    assert open_wide.energy == (1.0,) and open_wide.height == (1.0,)
+
+
+def test_black_and_white_that_many_images_share_are_exact_ends():
+    x = dark() * 3.0 - 0.7
+    fitted = InputGuard.fit(x, network=Mean(slice(None), 50.0))
+    assert (fitted.depth, fitted.height) == ((0.0,), (1.0,))
+    fitted.check(x)
+    assert fitted.refused(x + 0.05).all() and fitted.refused(x - 0.05).all()
+
+
+def test_images_that_escape_themselves_are_named():
+    with pytest.raises(RangeError, match=r"of 200 images leave .* act\); espn.settle"):
+        InputGuard.fit(dark(), network=Mean(slice(None), 0.1))
+
+
+def test_what_no_bound_tells_from_the_images_is_named():
+    # What is shifted to the right half has the statistics of what was there.
+    with pytest.raises(RangeError, match=r"no bound tells .*shift.*settle_intervals"):
+        InputGuard.fit(dark(), network=Mean(slice(4, None), 0.05))
+
+
+def test_features_share_their_bounds():
+    x = torch.rand(300, 40, generator=torch.Generator().manual_seed(5)) * 2 - 1
+    x[:, :39] *= 0.3
+    fitted = InputGuard.fit(x)
+    assert set(fitted.height) == set(fitted.depth) == {2.0}
+    assert set(fitted.energy) == {0.125} and set(fitted.roughness) == {0.0}
+    # Each feature alone would be bounded by 0.5 and less.
+    assert not fitted.refused(x.roll(1, 1)).any()
+    assert fitted.refused(torch.full((1, 40), 0.5)).all()

@@ -55,6 +55,27 @@ def test_power_penalty_and_its_gradient(power: int, reduction: str) -> None:
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_beyond_its_tail_the_power_goes_on_as_its_tangent(dtype: torch.dtype) -> None:
+    activation = PolynomialActivation(RELU).train()
+    x = torch.tensor([-30.0, -8.0, 2.0, 9.0, 50.0], dtype=dtype, requires_grad=True)
+    t = (x / 4.5).abs()
+    expected = torch.where(t > 2, 2.0**10 + 10 * 2.0**9 * (t - 2), t**10).sum()
+    (gradient,) = torch.autograd.grad(expected, x)
+    activation(x)
+    got = range_penalty(activation, gamma=4.5, tail=2.0)
+    torch.testing.assert_close(got, expected.float())
+    torch.testing.assert_close(torch.autograd.grad(got, x)[0], gradient)
+    # One input cannot pull harder than at the tail's beginning.
+    assert float(gradient.abs().max()) == pytest.approx(10 * 2**9 / 4.5, rel=1e-5)
+
+
+def test_a_tail_within_what_costs_nothing_is_refused() -> None:
+    for tail in (0.5, math.nan, math.inf):
+        with pytest.raises(RangeError, match=f"tail={tail}; it is None or from 1 on"):
+            range_penalty(two_layers(), tail=tail)
+
+
 @pytest.mark.parametrize("interval", [(-5.0, 5.0), (-1.0, 3.0)])
 def test_boundary_penalty_and_its_gradient(interval: tuple[float, float]) -> None:
     polynomial = Polynomial((0, 1024), 10, interval)

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from crypten_espn import cli
 from crypten_espn.errors import CheckpointError, DataError, TrainingError
-from crypten_espn.pillar import data, training
+from crypten_espn.pillar import data, run, training
 from crypten_espn.pillar.data import Dataset, Images, Normalization
 from crypten_espn.pillar.data.splits import in_memory
 from crypten_espn.pillar.networks import NETWORKS, Architecture
@@ -31,12 +31,14 @@ from crypten_espn.pillar.recipes import (
     RECIPES,
     Recipe,
     accuracy,
+    channel_tuning,
     find_recipe,
     train,
 )
 from crypten_espn.pillar.run import Run
 from crypten_espn.pillar.storage import load_network
 from crypten_espn.pillar.surgery import activations
+from crypten_espn.polynomial import ChannelPolynomials
 
 TINY = Recipe(
     "tiny",
@@ -415,6 +417,100 @@ def test_finetuning_starts_from_a_plain_state_dict(tmp_path: Path, suffix: str) 
         torch.testing.assert_close(tensor, state[name], rtol=0, atol=1e-4)
 
 
+# --- a polynomial a channel ------------------------------------------------------
+
+
+def relu_start(folder: Path) -> str:
+    recipe = replace(TINY, activation="relu")
+    return train(recipe, out=folder, progress=False).path
+
+
+def tuned(**fields: Any) -> Recipe:
+    recipe = channel_tuning(TINY, degree=2, epochs=2)
+    return replace(recipe, calibration_images=128, precision="float32", **fields)
+
+
+def test_a_calibrated_network_learns_what_it_answered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = relu_start(tmp_path / "relu")
+    recipe = tuned(replayed=4, unclipped=0.5)
+    whole = train(recipe, out=tmp_path / "whole", start=start, progress=False)
+    assert whole.test_accuracy > 0.9
+    found = activations(load_network(whole.path))
+    assert len(found) == 2
+    assert all(isinstance(m.polynomial, ChannelPolynomials) for m in found.values())
+    # Stopped in its second epoch, it goes on with the polynomials that it had.
+    count, original = 0, torch.optim.SGD.step
+
+    def step(self, closure=None):
+        nonlocal count
+        count += 1
+        if count > 11:
+            raise Stopped
+        return original(self, closure)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.optim.SGD, "step", step)
+        with pytest.raises(Stopped):
+            train(recipe, out=tmp_path / "parts", start=start, progress=False)
+    monkeypatch.setattr(run, "calibrate", None)
+    parts = train(recipe, out=tmp_path / "parts", start=start, progress=False)
+    first, second = tensors_of(tmp_path / "whole"), tensors_of(tmp_path / "parts")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert parts.test_accuracy == whole.test_accuracy
+    again = activations(load_network(parts.path))
+    assert [m.polynomial for m in again.values()] == [
+        m.polynomial for m in found.values()
+    ]
+
+
+def test_labels_are_not_needed_to_learn_from_what_a_network_answered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start, recipe = relu_start(tmp_path / "relu"), tuned(epochs=1)
+    train(recipe, out=tmp_path / "right", start=start, progress=False)
+
+    def mislabelled(directory: Path, held_out: int | None) -> Dataset:
+        dataset = toy_dataset(directory, held_out)
+        assert isinstance(dataset.train, Images)
+        wrong = replace(dataset.train, labels=(dataset.train.labels + 1) % 4)
+        return replace(dataset, train=wrong)
+
+    monkeypatch.setitem(data.DATASETS, "toy", mislabelled)
+    train(recipe, out=tmp_path / "wrong", start=start, progress=False)
+    first, second = tensors_of(tmp_path / "right"), tensors_of(tmp_path / "wrong")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_an_epoch_ends_after_its_steps(tmp_path: Path) -> None:
+    recipe = replace(TINY, epochs=2, epoch_steps=3)
+    result = train(recipe, out=tmp_path, progress=False)
+    assert result.steps == 6
+
+
+def test_without_a_network_to_start_from_nothing_is_calibrated(tmp_path: Path) -> None:
+    for recipe in (tuned(), replace(TINY, distillation=0.5)):
+        with pytest.raises(TrainingError, match="give it as start"):
+            train(recipe, out=tmp_path, progress=False)
+    bad = replace(tuned(), margin=0.5, distillation=2, replayed=32, epoch_steps=0)
+    with pytest.raises(TrainingError, match=r"margin=0\.5, dist.*=2, re.*=32, ep.*=0"):
+        bad.checked()
+    with pytest.raises(TrainingError, match="calibration_images=128"):
+        replace(tuned(), replace_epochs=1.0).checked()
+
+
+def test_how_long_a_calibrated_network_is_tuned() -> None:
+    for name in RECIPES:
+        recipe = find_recipe(name)
+        four, two = channel_tuning(recipe), channel_tuning(recipe, degree=2)
+        assert (four.epochs, four.epoch_steps) == (1, 200)
+        assert two.epochs == max(recipe.epochs // 5, 1) and two.epoch_steps is None
+        assert four.checked().degree == 4 and two.checked().degree == 2
+    with pytest.raises(TrainingError, match="give one of them"):
+        channel_tuning(TINY, steps=5, epochs=1)
+
+
 # --- command line ----------------------------------------------------------------
 
 
@@ -438,9 +534,14 @@ def test_options_override_the_recipe(asked: list[dict[str, Any]]) -> None:
         ["finetune", "--recipe", "cifar10-resnet18", "--start", "x"],
         ["finetune", "--start", "x", "--epochs", "8", "--beta", "3e-4"],
         ["finetune", "--start", "x", "--replace-epochs", "0.5", "--crop", "0"],
+        ["finetune", "--start", "x", "--calibrated", "--margin", "1.25"],
+        ["finetune", "--start", "x", "--calibrated", "--degree", "2", "--steps", "9"],
     ):
         assert cli.main(options) == 130
-    recipe, short, tuned, quick, gradual = (call["recipe"] for call in asked)
+    recipe, short, tuned, quick, gradual, four, two = (call["recipe"] for call in asked)
+    assert (four.calibration_images, four.margin, four.degree) == (1000, 1.25, 4)
+    assert (four.epochs, four.epoch_steps, four.distillation) == (1, 200, 1)
+    assert (two.degree, two.epochs, two.epoch_steps) == (2, 1, 9)
     assert (recipe.epochs, recipe.beta, recipe.activation) == (1, 1e-3, "relu")
     assert (short.checked().epochs, short.relu_epochs) == (3, 1)
     assert (tuned.epochs, tuned.replace_epochs) == (37, 9.25)
@@ -448,6 +549,21 @@ def test_options_override_the_recipe(asked: list[dict[str, Any]]) -> None:
     assert tuned.learning_rate == pytest.approx(0.013 * 0.4)
     assert (quick.epochs, quick.replace_epochs, quick.beta) == (8, 2, 3e-4)
     assert (gradual.replace_epochs, gradual.crop) == (0.5, 0)
+
+
+def test_options_of_one_kind_of_fine_tuning_are_refused_with_the_other(
+    asked: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    start = ["finetune", "--start", "x"]
+    for more, said in (
+        (["--steps", "9"], "--steps and --margin are for --calibrated"),
+        (["--margin", "2"], "--steps and --margin are for --calibrated"),
+        (["--calibrated", "--replace-epochs", "1"], "all ReLUs at once"),
+        (["--calibrated", "--steps", "9", "--epochs", "1"], "give one of them"),
+    ):
+        assert cli.main([*start, *more]) != 0
+        assert said in capsys.readouterr().err
+    assert not asked
 
 
 def test_options_that_are_no_fields_say_where_and_how(
@@ -458,7 +574,9 @@ def test_options_that_are_no_fields_say_where_and_how(
     assert cli.main(["train", "--activation", "relu"]) == 130
     assert cli.main(["train", *where]) == 130
     assert cli.main(["finetune", "--start", "fashion-resnet-relu"]) == 130
-    plain, told, tuned = asked
+    assert cli.main(["finetune", "--start", "fashion-resnet-relu", "--calibrated"])
+    plain, told, tuned, calibrated = asked
+    assert calibrated["out"] == Path("out/fashion-resnet-calibrated")
     assert plain["out"] == Path("out/fashion-resnet-relu")
     assert plain["data"] == Path("data") and plain["start"] is plain["device"] is None
     assert (told["out"], told["data"]) == (Path(out), Path(data))

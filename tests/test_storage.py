@@ -13,6 +13,7 @@ from torch import nn
 
 from crypten_espn.errors import CheckpointError, EspnError
 from crypten_espn.pillar.data import Normalization, fashion_sample
+from crypten_espn.pillar.guard import InputGuard, attach_guard, guard_of
 from crypten_espn.pillar.networks import Architecture, fashion_resnet
 from crypten_espn.pillar.ranges import range_report
 from crypten_espn.pillar.recipes import RECIPES, Recipe, accuracy
@@ -56,6 +57,21 @@ def test_a_network_survives_its_file(tmp_path: Path) -> None:
         torch.testing.assert_close(loaded(x), network(x), rtol=0, atol=0)
 
 
+def test_a_guard_survives_its_networks_file(tmp_path: Path) -> None:
+    network, path = network_with_polynomials(), tmp_path / "x.safetensors"
+    save_network(network, path)
+    assert guard_of(load_network(path)) is None
+    with safe_open(path, framework="pt") as file:
+        assert "guard" not in file.metadata()
+    guard = InputGuard.fit(torch.rand(5, 2, 9, 9))
+    attach_guard(network, guard)
+    save_network(network, path)
+    assert guard_of(load_network(path)) == guard
+    attach_guard(network, InputGuard.fit(torch.rand(5, 3, 9, 9)))
+    with pytest.raises(CheckpointError, match="guard of 3 channels and takes 2"):
+        save_network(network, path)
+
+
 def test_files_that_are_not_ours_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="cannot be read as a network"):
         load_network(tmp_path / "missing.safetensors")
@@ -84,6 +100,9 @@ def test_files_that_are_not_ours_are_refused(tmp_path: Path) -> None:
         ),
         ("polynomials", "[", "damaged description"),
         ("polynomials", '{"relu": {"numerators": []}}', "damaged description"),
+        ("guard", "null", "not a stored guard"),
+        ("guard", '{"depth": [1.0]}', "not a stored guard"),
+        ("guard", InputGuard.fit(torch.ones(2, 3)).to_json(), "guard of 3 channels"),
     ],
 )
 def test_damaged_descriptions_are_named(

@@ -17,7 +17,15 @@ from ..graph.read import declared_shape
 from ..pillar.networks import Network
 from ..pillar.storage import load_network
 from .networks import calibration_inputs, planned_on
-from .options import INPUTS, NetworkFile, Precision, checked, option, whole
+from .options import (
+    INPUTS,
+    GuardFile,
+    NetworkFile,
+    Precision,
+    checked,
+    option,
+    whole,
+)
 
 _CALIBRATION = f"{INPUTS}, or a folder of images; they bound every layer"
 _LABELS = "text file of the classes' names in the logits' order, one a line"
@@ -61,6 +69,7 @@ def bundle(
     resize: Annotated[int | None, whole(_RESIZE)] = None,
     stretch: Annotated[bool, option(_STRETCH, None, "--stretch")] = False,
     precision: Precision = "fast",
+    guard: GuardFile = None,
 ) -> int:
     """Make a network ready to be served: plan, weights, and what clients need.
 
@@ -94,7 +103,7 @@ def bundle(
                 "image files, only .npy",
                 file=sys.stderr,
             )
-    planned = planned_on(network, (calibration, inputs), precision)
+    planned = planned_on(network, (calibration, inputs), precision, guard)
     made = Bundle(planned, Description(images, classes))
     made.save(out)
     print(planned)

@@ -12,6 +12,8 @@ from ..errors import EspnError
 from ..inputs import check_batch
 from ..pillar.calibrate import calibrate as calibrate_network
 from ..pillar.calibrate import fits
+from ..pillar.guard import guard_of
+from ..pillar.guarding import in_words
 from ..pillar.storage import load_network, save_network
 from ..pillar.stress import stress
 from ..sweep import sweep as compare
@@ -65,7 +67,8 @@ def calibrate(
     found = calibrate_network(model, inputs, degree=degree, margin=margin)
     done = fits(found)
     assert done is not None
-    print(f"{done}\n\n{stress(found, inputs[:_STRESSED]).verdict}")
+    print(f"{done}\n\nstress: {stress(found, inputs[:_STRESSED]).verdict}")
+    print(in_words(guard_of(found)))
     notes = {"calibrated": {"degree": done.degree, "margin": done.margin}}
     try:
         save_network(

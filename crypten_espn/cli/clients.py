@@ -40,6 +40,10 @@ _INPUTS = "image files (JPEG, PNG), folders of them, or .npy of inputs"
 _BATCH = "inputs sent at once, of one preparation"
 _TOP = "likeliest classes of each input, with their scores (default: 1)"
 _OUT = ".npy to write the logits to, which are then not printed"
+_FORCE = (
+    "send inputs that the network's guard refuses: the logits may then be any numbers, "
+    "and nothing tells"
+)
 _FOLDER = "folder for the prepared randomness, as `predict --material` takes it"
 
 Server = Annotated[str, argument("host:port of the server", "ADDRESS")]
@@ -57,6 +61,7 @@ def predict(
         str, choice("of what is printed", "text", "csv", "jsonl")
     ] = "text",
     out: Annotated[Path | None, option(_OUT, "FILE")] = None,
+    force: Annotated[bool, option(_FORCE, None, "--force")] = False,
     material: Material = None,
     tls: Tls = None,
     revoked: Revoked = None,
@@ -99,10 +104,10 @@ def predict(
         with _progress(2 * len(rows)) as advance:
             write = _writer(format, described, top or 1) if out is None else None
             for one in given:  # all of them, before anything of them is sent
-                one.check(server)
+                one.check(server, force)
                 advance(len(one.rows()))
             size = batch if input is None else len(rows)
-            for part, found in _answers(server, rows, size):
+            for part, found in _answers(server, rows, size, force):
                 logits.append(found)
                 if write is not None:
                     write([row.name for row in part], found)
@@ -168,11 +173,11 @@ class _Given:
             return server.read_images(self.source)
         return self.source
 
-    def check(self, server: Client) -> None:
+    def check(self, server: Client, force: bool) -> None:
         """Raise what `Client.predict` would raise, with the name of the file."""
         x = self.inputs(server)
         try:
-            server.plan.encode(x)
+            server.plan.encode(x, force=force)
         except (DataError, ShapeError, RangeError) as error:
             raise type(error)(f"{self.name}: {error}") from None
 
@@ -184,7 +189,7 @@ def _read(path: Path) -> _Given:
 
 
 def _answers(
-    server: Client, rows: Sequence[_Given], size: int
+    server: Client, rows: Sequence[_Given], size: int, force: bool
 ) -> Iterator[tuple[Sequence[_Given], torch.Tensor]]:
     """Batches of inputs with their logits.
 
@@ -199,7 +204,7 @@ def _answers(
         missing = (prepared or len(x)) - len(x)
         if missing:
             x = torch.cat([x, x[-1:].expand(missing, *x.shape[1:])])
-        yield part, server.predict(x)[: len(part)]
+        yield part, server.predict(x, force=force)[: len(part)]
         start += len(part)
 
 

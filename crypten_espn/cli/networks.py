@@ -21,6 +21,8 @@ from ..explain import explain as explain_network
 from ..inputs import check_batch
 from ..masked.model import MaskedModel
 from ..masked.planning import masked_model
+from ..masked.planning.tails import IMAGES
+from ..pillar.guard import InputGuard
 from ..pillar.networks import NETWORKS, Network
 from ..pillar.storage import BUNDLED, load_network
 from ..protocols import PROTOCOLS, TRUNCATIONS
@@ -28,6 +30,7 @@ from .options import (
     INPUTS,
     SEVERAL_BITS,
     Calibration,
+    GuardFile,
     NetworkFile,
     Precision,
     argument,
@@ -50,28 +53,39 @@ _MACS = (
 _TRUNCATION = "of espn, opened_mask and beaver"
 _PROTOCOL = "what computes it (default: masked, with --precision-bits espn)"
 _LOCAL = "of CrypTen's protocols (default: local)"
+_STRESSED = (
+    f"{INPUTS}; they bound every layer, and the first {IMAGES} are corrupted to see "
+    "what leaves its interval or wraps"
+)
 _BOUNDING = ".npy of inputs that bound the masked engine's layers (default: the input)"
 
 
 def check(
     network: NetworkFile,
     shape: Annotated[torch.Size | None, input_shape(".onnx only")] = None,
+    images: Annotated[Path | None, option(_STRESSED, "FILE")] = None,
+    guard: GuardFile = None,
 ) -> int:
     """Name every layer of a network that cannot be private, with its cure.
 
     examples:
       crypten-espn check model.onnx --shape 3,224,224
-      crypten-espn check network.safetensors
+      crypten-espn check network.safetensors --images images.npy
       crypten-espn check fashion-resnet
     """
-    model = _fitting(network)
-    size = model.input_shape if isinstance(model, Network) else shape
-    if size is None:
-        raise EspnError(
-            "an .onnx file needs --shape, one input without the batch, such as "
-            "--shape 3,224,224"
-        )
-    report = check_network(model, torch.zeros(1, *size))
+    if images is None:
+        model = _fitting(network)
+        size = model.input_shape if isinstance(model, Network) else shape
+        if size is None:
+            raise EspnError(
+                "an .onnx file needs --shape, one input without the batch, such as "
+                "--shape 3,224,224, or --images"
+            )
+        example = torch.zeros(1, *size)
+    else:
+        example = load_array(images)
+        model = _fitting(network, (images, example))
+    report = check_network(model, example, guard=_guard(guard))
     print(report)
     return 0 if report.ok else 1
 
@@ -196,7 +210,10 @@ def explain(
 
 
 def plan(
-    network: NetworkFile, calibration: Calibration, precision: Precision = "fast"
+    network: NetworkFile,
+    calibration: Calibration,
+    precision: Precision = "fast",
+    guard: GuardFile = None,
 ) -> int:
     """Print the masked engine's plan of a network: rings, scales, bytes, error.
 
@@ -204,34 +221,58 @@ def plan(
       crypten-espn plan network.safetensors --calibration images.npy
       crypten-espn plan network.onnx --calibration images.npy --precision high
     """
-    model = planned(network, calibration, precision)
+    model = planned(network, calibration, precision, guard)
     print(model)
     print(f"digest {model.plan.digest.hex()}")
     return 0
 
 
-def planned(network: Path, calibration: Path, precision: str) -> MaskedModel:
-    """Read a network and plan it on the inputs in a file.
+def planned(
+    network: Path, calibration: Path, precision: str, guard: Path | None = None
+) -> MaskedModel:
+    """Read a network and plan it on the inputs in a file, with a guard in another.
 
     Raises:
         EspnError: a file cannot be read, does not fit the other, or has no plan.
     """
     return planned_on(
-        network, (calibration, calibration_inputs(calibration)), precision
+        network, (calibration, calibration_inputs(calibration)), precision, guard
     )
 
 
 def planned_on(
-    network: Path, calibration: tuple[Path, torch.Tensor], precision: str
+    network: Path,
+    calibration: tuple[Path, torch.Tensor],
+    precision: str,
+    guard: Path | None = None,
 ) -> MaskedModel:
     """Read a network and plan it on inputs that were read from a file or a folder.
+
+    With the guard in a file, or the network's own.
 
     Raises:
         EspnError: the network cannot be read, does not take the inputs, or has no plan.
     """
     inputs = calibration[1]
-    private = convert(_fitting(network, calibration), inputs[:1])
+    model = _fitting(network, calibration)
+    private = convert(model, inputs[:1], guard=_guard(guard))
     return masked_model(private, inputs, precision=precision)
+
+
+def _guard(path: Path | None) -> InputGuard | None:
+    """The guard in a file.
+
+    Raises:
+        EspnError: it cannot be read, or holds none.
+    """
+    if path is None:
+        return None
+    try:
+        return InputGuard.from_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise EspnError(
+            f"{path} cannot be read as a guard ({error}); InputGuard.to_json writes one"
+        ) from None
 
 
 def _fitting(network: Path, *inputs: tuple[Path, torch.Tensor]) -> Path | Network:

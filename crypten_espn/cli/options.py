@@ -207,5 +207,9 @@ NetworkFile = Annotated[
     Path, typer.Argument(parser=network_file, metavar="NETWORK", help=_NETWORK)
 ]
 INPUTS = ".npy of inputs as the network takes them, (n, channels, height, width)"
+_GUARD = (
+    "JSON that InputGuard.to_json wrote, in place of the network's own guard; public"
+)
+GuardFile = Annotated[Path | None, option(_GUARD, "FILE")]
 Calibration = Annotated[Path, option(f"{INPUTS}; they bound every layer", "FILE")]
 Precision = Annotated[str, choice("32-bit or 40-bit linear layers", "fast", "high")]

@@ -26,6 +26,7 @@ from ..wire.tls import TLS
 from .networks import planned
 from .options import (
     INPUTS,
+    GuardFile,
     argument,
     checked,
     choice,
@@ -98,6 +99,7 @@ def serve(
     dealer: Dealer,
     calibration: Annotated[Path | None, option(_CALIBRATION, "FILE")] = None,
     precision: Annotated[str | None, choice(_PRECISION, "fast", "high")] = None,
+    guard: GuardFile = None,
     material: Material = None,
     limit: LimitList = None,
     quota: Annotated[int | None, _DAILY] = None,
@@ -123,7 +125,7 @@ def serve(
     log_to_stderr(verbose=verbose, as_json=log_json)
     link = Link(dealer, material, certificates(tls, revoked), timeout, insecure)
     counted = _quota(quota, quota_file, material)
-    bundle = _bundle(network, calibration, precision)
+    bundle = _bundle(network, calibration, precision, guard)
     print(bundle.model)
     server = ModelServer(bundle, address, link=link, limits=limits, quota=counted)
     return _until_stopped(server, "listening on", admin)
@@ -194,7 +196,9 @@ def keys(
     return 0
 
 
-def _bundle(network: Path, calibration: Path | None, precision: str | None) -> Bundle:
+def _bundle(
+    network: Path, calibration: Path | None, precision: str | None, guard: Path | None
+) -> Bundle:
     """The bundle in a file, or a network planned on the inputs in another.
 
     Raises:
@@ -202,10 +206,10 @@ def _bundle(network: Path, calibration: Path | None, precision: str | None) -> B
             network.
     """
     if is_bundle(network):
-        if (calibration, precision) != (None, None):
+        if (calibration, precision, guard) != (None, None, None):
             raise EspnError(
-                f"{network} is a bundle, which has its plan; leave out --calibration "
-                "and --precision"
+                f"{network} is a bundle, which has its plan; leave out --calibration, "
+                "--precision and --guard"
             )
         return load(network)
     if calibration is None:
@@ -213,7 +217,7 @@ def _bundle(network: Path, calibration: Path | None, precision: str | None) -> B
             f"{network} is no bundle and needs --calibration, an .npy of inputs; or "
             "make a bundle of it with `crypten-espn bundle`"
         )
-    return Bundle(planned(network, calibration, precision or "fast"))
+    return Bundle(planned(network, calibration, precision or "fast", guard))
 
 
 def _until_stopped(server: Host, doing: str, admin: str | None) -> int:

@@ -9,9 +9,10 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from ..errors import EspnError
 from ..pillar.data import load_dataset
 from ..pillar.ranges import range_report
-from ..pillar.recipe import RECIPES, Recipe, find_recipe, fine_tuning
+from ..pillar.recipe import RECIPES, Recipe, channel_tuning, find_recipe, fine_tuning
 from ..pillar.storage import load_network, network_file
 from .options import choice, not_negative, option, positive, whole
 
@@ -22,6 +23,9 @@ _START = (
 )
 _PENALTY = "of inputs outside the interval; sum is the paper's"
 _REPLACE = "epochs over which ReLUs give way (default: a quarter of --epochs)"
+_CALIBRATED = "a fitted polynomial for each channel first, then ReLU's answers learnt"
+_STEPS = "of --calibrated, instead of --epochs (default: 200 from degree 4 on)"
+_MARGIN = "of --calibrated: interval over what a channel saw, 1 to 16"
 
 RecipeName = Annotated[str, option(f"one of {', '.join(RECIPES)}", "NAME")]
 Data = Annotated[Path, option("folder of the data set", "DIR")]
@@ -104,6 +108,9 @@ def finetune(
     threads: Threads = None,
     quiet: Quiet = False,
     replace_epochs: Annotated[float | None, not_negative(_REPLACE)] = None,
+    calibrated: Annotated[bool, option(_CALIBRATED, None, "--calibrated")] = False,
+    steps: Annotated[int | None, whole(_STEPS)] = None,
+    margin: Annotated[float | None, positive(_MARGIN)] = None,
     degree: Degree = None,
     frac_bits: FracBits = None,
     radius: Radius = None,
@@ -124,12 +131,23 @@ def finetune(
 
     examples:
       crypten-espn finetune --recipe fashion-resnet --start relu.safetensors
+      crypten-espn finetune --recipe fashion-resnet --start relu.safetensors \\
+        --calibrated --degree 4 --steps 200
     """
-    tuning = fine_tuning(
-        find_recipe(recipe), epochs=epochs, replace_epochs=replace_epochs
-    )
+    named = find_recipe(recipe)
+    if calibrated and replace_epochs is not None:
+        raise EspnError(
+            "--calibrated replaces all ReLUs at once; give it or --replace-epochs"
+        )
+    if not calibrated and (steps, margin) != (None, None):
+        raise EspnError("--steps and --margin are for --calibrated; give that too")
+    if calibrated:
+        tuning = channel_tuning(named, degree=degree or 4, steps=steps, epochs=epochs)
+    else:
+        tuning = fine_tuning(named, epochs=epochs, replace_epochs=replace_epochs)
     changed = replace(tuning, **_given_fields(context))
-    out = out or Path("out") / f"{tuning.name}-finetuned"
+    kind = "calibrated" if calibrated else "finetuned"
+    out = out or Path("out") / f"{tuning.name}-{kind}"
     return _run(changed, start, out, data, device, threads, quiet)
 
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from ..errors import PlanError
+from ..errors import DataError, PlanError
+from ..pillar.guarding import check_channels
 from .linear import Conv, Operation, Pad, Pool, Read, Shape
 from .steps import VALUE_RING, Activation
 
 if TYPE_CHECKING:
     from .plan import Plan
 
-VERSION = 3
+VERSION = 4
 MAX_TEXT = 1 << 24
 MAX_DEPTH = 100
 MAX_OPERATIONS = 1 << 16
@@ -47,6 +48,11 @@ class Checked:
             raise PlanError(
                 f"An input up to {first.bound:.4g} does not fit {first.ring} bits."
             )
+        if first.guard is not None:
+            try:
+                check_channels(first.guard.read(), shape)
+            except DataError as error:
+                raise PlanError(f"The input's guard: {error}.") from None
         self._shapes: list[Shape] = [(*shape[1:], shape[0])]
         self._rings = [first.ring]
         self._count(math.prod(shape), "the input")

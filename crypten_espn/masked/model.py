@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from ..pillar.guarding import in_words
 from ..table import aligned
 from ..wire.packing import packed_bytes
 from .inference import online_bytes
@@ -123,5 +124,6 @@ def table(plan: Plan, report: PlanReport) -> str:
         f"[{-width / 2:.2g}, {width / 2:.2g})",
         f"calibrated on {report.inputs} input{'s' * (report.inputs > 1)}"
         + ("" if report.inputs > 1 else ": one bounds every layer; give more"),
+        in_words(plan.guard),
     ]
     return "\n".join(line.rstrip() for line in lines)

@@ -1,9 +1,10 @@
 """A plan: which integers each party computes, at which scale, in which ring.
 
 A plan is public. It holds the network's structure, shapes, polynomials, ring widths and
-scales: what client and dealer need to compute, and nothing else. Weights, the values
-seen in calibration and the layers' names stay with the owner (`model.PlanReport`).
-Both parties and the dealer hold the same plan and compare its digest first.
+scales, and the input guard's bounds: what client and dealer need, and nothing else.
+Weights, the values seen in calibration and the layers' names stay with the owner
+(`model.PlanReport`). Both parties and the dealer hold the same plan and compare its
+digest first.
 
 The network is cut at its activations into steps. Each reads sources (the input, or the
 result of an activation), which exist as x = D + t with D opened and t a dealer-known
@@ -31,7 +32,8 @@ import torch
 from msgspec import Meta
 
 from ..errors import PlanError, RangeError
-from ..inputs import input_batch
+from ..pillar.guard import InputGuard
+from ..pillar.guarding import guarded_batch
 from ..wire.packing import packed_bytes
 from . import kernels
 from .checks import MAX_TEXT, Checked
@@ -257,19 +259,25 @@ class Plan(Strict, frozen=True, dict=True):
 
     # -- the input
 
-    def encode(self, x: object) -> np.ndarray:
+    @cached_property
+    def guard(self) -> InputGuard | None:
+        """What the client checks of an input in the clear; None if nothing."""
+        return None if self.input.guard is None else self.input.guard.read()
+
+    def encode(self, x: object, *, force: bool = False) -> np.ndarray:
         """Integers of an input batch, channels last, at the input's scale.
 
         Args:
             x: (batch, *input.shape), real numbers of any kind that `inputs` takes.
+            force: take what the guard refuses, as `pillar.guarding.guarded_batch`.
 
         Returns: int64 (batch, *sources[0].shape), rounded to nearest.
 
         Raises: DataError for what holds no real numbers; ShapeError for another shape;
-            RangeError for values that are not finite or exceed `input.bound`. Nothing
-            has been sent by then.
+            RangeError for values that are not finite or exceed `input.bound`, forced or
+            not, and for inputs that the guard refuses. Nothing has been sent by then.
         """
-        x = input_batch(x, self.input.shape)
+        x = guarded_batch(x, self.input.shape, self.guard, force=force)
         largest = float(x.abs().max())
         if largest > self.input.bound:
             raise RangeError(

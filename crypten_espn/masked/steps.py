@@ -9,7 +9,7 @@ channels, or one for each.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Annotated
 
@@ -17,6 +17,7 @@ import msgspec
 import numpy as np
 from msgspec import Meta
 
+from ..pillar.guard import InputGuard
 from .linear import Expression
 
 VALUE_RING = 64
@@ -34,6 +35,7 @@ Size = Annotated[int, Meta(ge=1, le=1 << 26)]
 Integers = Annotated[tuple[Int64, ...], Meta(min_length=1, max_length=1 << 22)]
 Row = Annotated[tuple[Int64, ...], Meta(min_length=3, max_length=17)]
 Rows = Annotated[tuple[Row, ...], Meta(min_length=1, max_length=1 << 22)]
+Bounds = Annotated[tuple[float, ...], Meta(min_length=1, max_length=1 << 12)]
 
 
 class Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -219,6 +221,34 @@ class Output(Strict, frozen=True):
     noise_bits: Bits
 
 
+class Guard(Strict, frozen=True):
+    """The bounds of an `InputGuard` as they stand in a plan; public like all of it.
+
+    Args:
+        depth, height, energy, roughness, mean, std: by channel, as `InputGuard`'s.
+    """
+
+    depth: Bounds
+    height: Bounds
+    energy: Bounds
+    roughness: Bounds
+    mean: Bounds
+    std: Bounds
+
+    @staticmethod
+    def of(guard: InputGuard) -> Guard:
+        """The bounds of a guard."""
+        return Guard(**asdict(guard))
+
+    def read(self) -> InputGuard:
+        """The guard itself.
+
+        Raises:
+            DataError: these are no bounds of a guard.
+        """
+        return InputGuard(**msgspec.structs.asdict(self))
+
+
 class Input(Strict, frozen=True):
     """The network's input.
 
@@ -227,9 +257,11 @@ class Input(Strict, frozen=True):
         ring: x = D + t holds modulo 2**ring.
         frac_bits: of its integers.
         bound: largest |input| that fits.
+        guard: what the client checks of an input before it sends it; None if nothing.
     """
 
     shape: Annotated[tuple[Size, ...], Meta(min_length=1, max_length=3)]
     ring: Ring
     frac_bits: Bits
     bound: Annotated[float, Meta(gt=0, le=2.0**60)]
+    guard: Guard | None = None

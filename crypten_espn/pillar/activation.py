@@ -19,10 +19,10 @@ from .elementwise import Number
 class PolynomialActivation(nn.Module):
     """A polynomial, element by element: the same for all, or one for each channel.
 
-    In training the input is clipped to its polynomial's interval, and recorded before
-    the clip for `range_penalty` to read. In evaluation the polynomial is applied as it
-    is, as the parties will. An ONNX export keeps the module whole, as one operator
-    crypten_espn::PolynomialActivation.
+    In training the input is clipped to its polynomial's interval, unless `clip` is set
+    to False, and recorded before that for `range_penalty` to read. In evaluation the
+    polynomial is applied as it is, as the parties will. An ONNX export keeps the module
+    whole, as one operator crypten_espn::PolynomialActivation.
 
     Args:
         polynomial: what to apply. Of ChannelPolynomials, row c applies to channel c:
@@ -35,6 +35,7 @@ class PolynomialActivation(nn.Module):
         super().__init__()
         self.polynomial = polynomial
         self.inplace = inplace
+        self.clip = True
         self._recorded: dict[object, Tensor] = {}
         self._hidden = False
         self._replaced: tuple[nn.Module, ...] = ()
@@ -57,16 +58,21 @@ class PolynomialActivation(nn.Module):
             self._hidden = False
         elif self.training and x.requires_grad:
             seen = x.clone() if self.inplace else x
-            y = _Evaluate.apply(seen, self.polynomial, True, False)
+            y = _Evaluate.apply(seen, self.polynomial, self.clip, False)
             self._record(seen, y)
             return x.copy_(y) if self.inplace else y
         out: Tensor
-        out = _Evaluate.apply(x, self.polynomial, self.training, self.inplace)
+        clip = self.training and self.clip
+        out = _Evaluate.apply(x, self.polynomial, clip, self.inplace)
         return out
+
+    def recorded(self) -> list[Tensor]:
+        """Return the inputs since the last call of `take_recorded` or backward pass."""
+        return list(self._recorded.values())
 
     def take_recorded(self) -> list[Tensor]:
         """Return the inputs since the last call or backward pass, and forget them."""
-        recorded = list(self._recorded.values())
+        recorded = self.recorded()
         self._recorded.clear()
         return recorded
 
@@ -97,7 +103,8 @@ class PolynomialActivation(nn.Module):
             self._check_traceable(x)
             self._check_channels(x)
             out: Tensor
-            out = _Evaluate.apply(x, self.polynomial, self.training, self.inplace)
+            clip = self.training and self.clip
+            out = _Evaluate.apply(x, self.polynomial, clip, self.inplace)
             return out
 
     def _check_channels(self, x: Tensor) -> None:
@@ -118,7 +125,8 @@ class PolynomialActivation(nn.Module):
 
     def __setstate__(self, state: dict[str, object]) -> None:
         # A module pickled before these existed.
-        super().__setstate__({"inplace": False, "_hidden": False, **state})
+        earlier = {"inplace": False, "clip": True, "_hidden": False}
+        super().__setstate__({**earlier, **state})
 
     def extra_repr(self) -> str:
         """Return the polynomial, for print(model)."""

@@ -10,6 +10,7 @@ import copy
 import warnings
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -24,6 +25,8 @@ from ..errors import (
 from ..inputs import real_tensor
 from ..polynomial import MAX_DEGREE, Polynomial
 from .fitting import IDENTITY, Fits, Fitting
+from .guard import InputGuard, attach_guard
+from .guard_bounds import MOST_CHANNELS, Sample, normalization_of
 from .keeping import as_taken
 from .sharing import unshare
 from .spellings import ACTIVATIONS
@@ -71,14 +74,19 @@ def calibrate(
     1. An activation that stands at several places becomes one for each place.
     2. Front to back, on what the layers already replaced make of the images: channel
        c gets [-R, R], R = margin times the 99.95th percentile of |input|, at least the
-       largest seen and the layer's widest over 16; and the polynomial of least squared
+       layer's widest over 16, and 1.25 times the largest that the images and
+       `stress.sample`'s corruptions of them reach; and the polynomial of least squared
        error there, which counts by the channel's own histogram, 0.2 % of it evenly.
     3. Coefficients have 20 fractional bits in units of U, a power of two from R on.
+    4. The network carries an `InputGuard` (`guard_of`) fitted to it. Corruptions that
+       the guard refuses are not covered in 2: the roughest, and without a
+       `normalization` of the model's only those far beyond the images' levels.
 
     Labels are not needed. One pass over the images for each activation.
 
     Args:
-        model: any trained network; it is not changed.
+        model: any trained network; it is not changed. Its attribute `normalization`, a
+            Normalization or None, tells the guard what made the images of [0, 1].
         images: (n, ...) as the network takes them, unlabelled; some hundreds.
         degree: 1 to 10; 8 if None. Below 6, fine-tune afterwards. The masked engine
             computes degree 10 for few networks, and refuses the others.
@@ -95,13 +103,15 @@ def calibrate(
         ConversionError: no activation, one that cannot be replaced, a max pool (no
             polynomial is one: replace_pooling first), or one shared module at places of
             different numbers of channels.
-        DataError: no images, or a single one.
-        RangeError: images that hold NaN or infinity, a layer whose inputs do, a degree
-            or margin out of range.
+        DataError: no images, or a single one; or of other channels than the model's
+            `normalization`.
+        RangeError: images that hold NaN, infinity or values of 2**19 and more, a layer
+            whose inputs are not finite, a degree or margin out of range.
 
     Warns:
         CalibrationWarning: an activation is never called, never fires, or is not known;
-            it is named.
+            it is named. Or polynomials that were there before leave their intervals, so
+            that the guard is fitted to the images alone.
     """
     degree = DEGREE if degree is None else degree
     if type(degree) is not int or not 1 <= degree <= MAX_DEGREE:
@@ -112,7 +122,11 @@ def calibrate(
     batches = calibration_batches(model, images)
     network = _prepared(model)
     unknown = _unknown(network)
-    done, notes = Fitting(network, batches, degree, margin).run(batch_norm)
+    sample = _sample(torch.cat(batches), model)
+    beside = [] if sample is None else _beside(sample, batches)
+    done, notes = Fitting(network, batches, degree, margin, beside).run(batch_norm)
+    if sample is not None:
+        attach_guard(network, _guard(network, sample, notes))
     if unknown or notes:
         warnings.warn(
             f"{'; '.join(unknown + notes)}. espn.check(network, images[:1]) says "
@@ -122,6 +136,27 @@ def calibrate(
         )
     object.__setattr__(network, "_fits", done)
     return network
+
+
+def _sample(images: Tensor, model: nn.Module) -> Sample | None:
+    """Clean and corrupted images; None for more channels than a guard is of."""
+    if images.shape[1] > MOST_CHANNELS:
+        return None
+    return Sample.of(images.float().cpu(), normalization_of(model))
+
+
+def _beside(sample: Sample, batches: list[Tensor]) -> list[Tensor]:
+    """Corrupted images that intervals are to cover, as the model takes them."""
+    images = sample.images[sample.admitted & ~sample.clean].to(batches[0])
+    return list(images.split(len(batches[0])))
+
+
+def _guard(network: nn.Module, sample: Sample, notes: list[str]) -> InputGuard:
+    try:
+        return InputGuard.of(sample, network)
+    except RangeError as error:
+        notes.append(f"the input guard is the images' alone: {error}")
+        return InputGuard.of(sample)
 
 
 def calibration_batches(model: nn.Module, images: object) -> list[Tensor]:

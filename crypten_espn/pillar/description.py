@@ -17,6 +17,7 @@ from torch import nn
 from ..errors import CheckpointError
 from ..polynomial import AnyPolynomial, polynomial_from_json
 from .data import Normalization
+from .guard import InputGuard
 from .networks import Architecture
 
 FORMAT = "crypten-espn network 1"
@@ -48,16 +49,18 @@ class Description:
             all, or one for each channel.
         normalization: of its inputs, one mean and deviation a channel.
         notes: plain values stored with it.
+        guard: of its inputs, of as many channels.
     """
 
     architecture: Architecture
     polynomials: Mapping[str, AnyPolynomial]
     normalization: Normalization | None
     notes: dict[str, object]
+    guard: InputGuard | None = None
 
     def to_metadata(self) -> dict[str, str]:
         """The texts a file keeps."""
-        return {
+        texts = {
             "format": FORMAT,
             "architecture": json.dumps(self.architecture.arguments()),
             "polynomials": json.dumps(
@@ -71,6 +74,10 @@ class Description:
             ),
             "notes": json.dumps(self.notes),
         }
+        # A file without a guard is one that earlier versions read too.
+        if self.guard is not None:
+            texts["guard"] = self.guard.to_json()
+        return texts
 
     @staticmethod
     def from_metadata(metadata: Mapping[str, str]) -> Description:
@@ -96,6 +103,14 @@ class Description:
                     f"{len(given.mean)} means and {len(given.std)} deviations for "
                     f"{built.in_channels} channels"
                 )
+            guard = None
+            if "guard" in metadata:
+                guard = InputGuard.from_json(metadata["guard"])
+                if len(guard.height) != built.in_channels:
+                    raise ValueError(
+                        f"a guard of {len(guard.height)} channels for "
+                        f"{built.in_channels}"
+                    )
             return Description(
                 Architecture(built.name, built.classes, built.in_channels, built.size),
                 {
@@ -104,6 +119,7 @@ class Description:
                 },
                 Normalization(given.mean, given.std) if given else None,
                 notes,
+                guard,
             )
         except (
             KeyError,

@@ -72,26 +72,42 @@ def slope(
     return out
 
 
-def power_sum(x: Tensor, unit: Number, power: int) -> Tensor:
-    """Return the sum of (x / unit)^power, power even, as a float64 scalar."""
+def power_sum(x: Tensor, unit: Number, power: int, bend: float = math.inf) -> Tensor:
+    """Return the sum of |x / unit|^power, power even, as a float64 scalar.
+
+    Beyond `bend`, an element's |x / unit| counts by the power's tangent there.
+    """
     if not _readable(x):
         value = _widened(x)
         (inverse,) = _columns(value, (1 / unit,))
-        return value.mul(inverse).pow_(power).sum(dtype=torch.float64)
-    total = loops.power_sum(_elements(x), *_table(x, (1 / unit,)), power // 2)
+        t = value.mul(inverse).abs_()
+        if math.isinf(bend):
+            return t.pow_(power).sum(dtype=torch.float64)
+        beyond = t.sub(bend).clamp_(min=0).mul_(power / bend)
+        return (
+            t.clamp_(max=bend).pow_(power).mul_(beyond.add_(1)).sum(dtype=torch.float64)
+        )
+    table, run = _table(x, (1 / unit,))
+    total = loops.power_sum(_elements(x), table, run, power // 2, np.float32(bend))
     return torch.tensor(total, dtype=torch.float64)
 
 
-def power_slope(x: Tensor, unit: Number, power: int, scale: Tensor) -> Tensor:
-    """Return scale / unit * (x / unit)^(power - 1), power even, of the type of x."""
+def power_slope(
+    x: Tensor, unit: Number, power: int, scale: Tensor, bend: float = math.inf
+) -> Tensor:
+    """Return scale / unit * t^(power - 1), power even, of the type of x.
+
+    There t = x / unit, at most `bend` in magnitude.
+    """
     if not _readable(x):
         value = _widened(x)
         (inverse,) = _columns(value, (1 / unit,))
-        result = value.mul(inverse).pow_(power - 1)
+        result = value.mul(inverse).clamp_(-bend, bend).pow_(power - 1)
         return result.mul_(inverse).mul_(scale).to(x.dtype)
     out = torch.empty_like(x)
-    numbers = (1 / unit, float(scale) / unit)
-    loops.power_slope(_elements(x), _elements(out), *_table(x, numbers), power // 2 - 1)
+    table, run = _table(x, (1 / unit, float(scale) / unit))
+    half = power // 2 - 1
+    loops.power_slope(_elements(x), _elements(out), table, run, half, np.float32(bend))
     return out
 
 

@@ -23,6 +23,8 @@ class LayerEscapes:
         outside: how many of them outside the interval, NaN and infinity included.
         largest: the largest distance from the interval's middle, in its radii.
         finite: whether every input was finite.
+        rows: (rows,) the largest distance for each row of the polynomial: of each
+            channel where each has its own. Infinity where an input was not finite.
     """
 
     name: str
@@ -30,6 +32,7 @@ class LayerEscapes:
     outside: int = 0
     largest: float = 0.0
     finite: bool = True
+    rows: Tensor = field(default_factory=lambda: torch.zeros(1))
 
 
 @dataclass
@@ -96,7 +99,9 @@ class Escapes:
     def _see(
         self, layer: LayerEscapes, module: PolynomialActivation, x: Tensor
     ) -> None:
-        distance = _in_radii(x, module).flatten(1)
+        distance = _in_radii(x, module)
+        self._see_rows(layer, module, distance)
+        distance = distance.flatten(1)
         layer.values += distance.numel()
         # Not >: so NaN counts as outside.
         layer.outside += distance.numel() - int((distance <= 1.0).sum())
@@ -106,6 +111,16 @@ class Escapes:
         layer.finite &= bool(finite.all())
         layer.largest = max(layer.largest, float(furthest.max()))
         self.reach = furthest if self.reach is None else self.reach.maximum(furthest)
+
+    def _see_rows(
+        self, layer: LayerEscapes, module: PolynomialActivation, distance: Tensor
+    ) -> None:
+        flat = distance.transpose(0, 1).flatten(1) if distance.dim() > 1 else distance
+        if len(module.polynomial.rows) == 1:
+            flat = flat.reshape(1, -1)
+        rows = flat.amax(1).cpu()
+        rows = torch.where(torch.isfinite(rows), rows, torch.inf)
+        layer.rows = torch.maximum(layer.rows, rows)
 
 
 def _in_radii(x: Tensor, module: PolynomialActivation) -> Tensor:

@@ -24,6 +24,8 @@ PERCENT = 99.95
 # Of the weight of an error; the rest follows what the channel saw. More costs accuracy,
 # less lets tails escape at degree 4.
 _UNIFORM = 0.002
+# Room of the intervals, beyond the largest seen, for images to come.
+SLACK = 1.25
 _CELLS = 512
 # A channel's interval is at least the layer's widest over this: in the ring, channels
 # share a unit. Where all is zero, it is the next number.
@@ -95,9 +97,14 @@ class Fitting:
     """Fits a prepared network's activations one after the other, in place."""
 
     def __init__(
-        self, network: nn.Module, batches: list[Tensor], degree: int, margin: float
+        self,
+        network: nn.Module,
+        batches: list[Tensor],
+        degree: int,
+        margin: float,
+        beside: Sequence[Tensor] = (),
     ) -> None:
-        self.network, self.batches = network, batches
+        self.network, self.batches, self.beside = network, batches, list(beside)
         self.degree, self.margin = degree, margin
         self.open = {
             module: name
@@ -187,7 +194,11 @@ class Fitting:
                 handle.remove()
 
     def _inputs(
-        self, module: nn.Module, name: str, take: Callable[[Tensor], None]
+        self,
+        module: nn.Module,
+        name: str,
+        take: Callable[[Tensor], None],
+        batches: list[Tensor],
     ) -> None:
         """Hand over what a module gets, batch by batch; nothing after it is computed.
 
@@ -210,12 +221,17 @@ class Fitting:
             if not left:
                 raise _ReachedError
 
-        self._pass([module], hook, self.batches)
+        self._pass([module], hook, batches)
 
     def _fit(self, module: PolynomialActivation) -> tuple[ChannelPolynomials, LayerFit]:
-        name, seen = self.open[module], ChannelHistogram()
-        self._inputs(module, name, seen.add)
-        reach = np.maximum(self.margin * seen.percentile(PERCENT), seen.largest)
+        name = self.open[module]
+        seen, beside = ChannelHistogram(), ChannelHistogram()
+        self._inputs(module, name, seen.add, self.batches)
+        largest = seen.largest
+        if self.beside:
+            self._inputs(module, name, beside.add, self.beside)
+            largest = np.maximum(largest, beside.largest)
+        reach = np.maximum(self.margin * seen.percentile(PERCENT), SLACK * largest)
         radii = np.maximum(reach, reach.max() / _NARROWEST or _NOTHING_SEEN)
         shares = seen.shares(radii, _CELLS)
         values = _values(self.functions[module], radii)
@@ -252,7 +268,7 @@ class Fitting:
             total = total + flat.sum(1)
             square = square + flat.square().sum(1)
 
-        self._inputs(module, "a batch-norm", take)
+        self._inputs(module, "a batch-norm", take, self.batches)
         mean = total / count
         variance = (square / count - mean**2).clamp_min(0) * count / max(count - 1, 1)
         module.running_mean.copy_(mean)

@@ -9,36 +9,39 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Annotated
 
 import msgspec
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import DataError, RangeError, ShapeError
 from ..inputs import real_tensor
 from .data import Normalization
+from .guard_bounds import (
+    KINDS,
+    LARGEST,
+    MOST_CHANNELS,
+    Sample,
+    Statistics,
+    bounds_of,
+    mean_and_std,
+    refusals,
+    statistics,
+)
 
-# Room for inputs to come, before a bound is rounded up. None for the ends: a pixel that
-# is black or white is so in most images, and 1 must not become 2.
-_SLACK = {"depth": 1.0, "height": 1.0, "energy": 1.125, "roughness": 1.125}
-# Of a channel's range: what undoing a normalisation in floating point leaves.
-_ROUNDING = 2.0**-12
-_MOST_CHANNELS = 1 << 12
-_KINDS = ("depth", "height", "energy", "roughness")
-_ENDS = ("depth", "height")
 _SAID = {
     "depth": "its smallest value, negated,",
     "height": "its largest value",
     "energy": "its mean square",
     "roughness": "its mean squared difference between neighbours",
 }
-_LARGEST = 2.0**40
+# Of the module that carries a guard.
+_ATTRIBUTE = "_input_guard"
 
 _Bounds = Annotated[
-    tuple[float, ...], msgspec.Meta(min_length=1, max_length=_MOST_CHANNELS)
+    tuple[float, ...], msgspec.Meta(min_length=1, max_length=MOST_CHANNELS)
 ]
 
 
@@ -79,13 +82,13 @@ class InputGuard:
     std: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        counts = {len(getattr(self, kind)) for kind in (*_KINDS, "mean", "std")}
-        if len(counts) != 1 or not 1 <= max(counts) <= _MOST_CHANNELS:
+        counts = {len(getattr(self, kind)) for kind in (*KINDS, "mean", "std")}
+        if len(counts) != 1 or not 1 <= max(counts) <= MOST_CHANNELS:
             raise DataError(
                 f"a guard with bounds for {sorted(counts)} channels; give each kind of "
-                f"bound for the same 1 to {_MOST_CHANNELS:,} channels"
+                f"bound for the same 1 to {MOST_CHANNELS:,} channels"
             )
-        for kind in _KINDS:
+        for kind in KINDS:
             for bound in self._bounds(kind):
                 if type(bound) is not float or not _is_allowed(bound):
                     raise DataError(
@@ -93,7 +96,7 @@ class InputGuard:
                         "from 2**-40 to 2**40"
                     )
         if not all(
-            type(m) is type(s) is float and abs(m) <= _LARGEST and 0 < s <= _LARGEST
+            type(m) is type(s) is float and abs(m) <= LARGEST and 0 < s <= LARGEST
             for m, s in zip(self.mean, self.std, strict=True)
         ):
             raise DataError(
@@ -103,50 +106,47 @@ class InputGuard:
 
     @staticmethod
     def fit(
-        images: object, *, normalization: Normalization | None = None
+        images: object,
+        *,
+        normalization: Normalization | None = None,
+        network: nn.Module | None = None,
     ) -> InputGuard:
-        """Bounds that the images keep, rounded up to powers of two.
+        """Bounds that the images keep, with an eighth of room, powers of two.
 
-        The mean squares have an eighth of room before.
+        With a network they open for what a camera may make of the images, and close
+        until none of `stress.sample` passes that reaches beyond 0.9 radii of an
+        interval of the network's.
 
         Args:
             images: (n, channels, ...) as the network takes them; some hundreds.
             normalization: what made them of values in [0, 1], such as the network's.
                 With it the ends are exact: without, 2.02 is rounded up to 4.
+            network: with polynomial activations; run in evaluation mode and put back.
 
         Raises:
             DataError: no images, without channels, or of others than the
                 normalisation's or more than 4,096.
-            RangeError: NaN, infinity, or values of 2**19 and more.
+            RangeError: NaN, infinity, or values of 2**19 and more; images that leave
+                the network's intervals themselves, or that no bound tells from some
+                that do.
         """
         x = real_tensor(images, "the images", finite=True)
-        if x.dim() < 2:
-            raise DataError(
-                f"the images have shape {tuple(x.shape)}; give (n, channels, ...)"
-            )
-        channels = x.shape[1]
-        mean, std = (0.0,) * channels, (1.0,) * channels
-        if normalization is not None:
-            mean, std = normalization.mean, normalization.std
-            if len(mean) != channels:
-                raise DataError(
-                    f"the images have {channels} channels, the normalisation "
-                    f"{len(mean)}; give the one of these images"
-                )
-        statistics = _statistics(x, mean, std)
-        reach = (statistics["depth"] + statistics["height"]).amax(0) * _ROUNDING
-        found = {}
-        for kind, values in statistics.items():
-            largest = values.amax(0) * _SLACK[kind]
-            if kind in _ENDS:
-                largest = (largest - reach).clamp_min(0)
-            if float(largest.max()) > _LARGEST:
-                raise RangeError(
-                    f"the images' {kind} is {float(largest.max()):.3g}; normalise them "
-                    "as in training"
-                )
-            found[kind] = tuple(_rounded_up(float(v)) for v in largest)
-        return InputGuard(**found, mean=tuple(mean), std=tuple(std))
+        if network is not None:
+            return InputGuard.of(Sample.of(x.float(), normalization), network)
+        mean, std = mean_and_std(x, normalization)
+        seen = statistics(x, mean, std)
+        bounds = bounds_of(seen, room=True, bounded=normalization is not None)
+        return _guard(bounds, mean, std)
+
+    @staticmethod
+    def of(sample: Sample, network: nn.Module | None = None) -> InputGuard:
+        """The guard of a sample's clean images, or with a network as `fit`.
+
+        Raises:
+            RangeError: as `fit`.
+        """
+        bounds = sample.least if network is None else sample.bounds_for(network)
+        return _guard(bounds, sample.mean, sample.std)
 
     def refused(self, x: object) -> Tensor:
         """(n,) bool, for each of a batch's inputs whether `check` refuses it.
@@ -155,8 +155,8 @@ class InputGuard:
             ShapeError: inputs of other channels.
             DataError: no real numbers.
         """
-        beyond = [seen > bound for _, seen, bound in self._compared(x)]
-        return torch.stack(beyond).any(0).any(1)
+        _, beyond = self._compared(x)
+        return torch.stack(list(beyond.values())).any(0).any(1)
 
     def check(self, x: object) -> None:
         """Refuse a batch (n, channels, ...) that holds an input beyond a bound.
@@ -167,10 +167,11 @@ class InputGuard:
             ShapeError: inputs of other channels.
             DataError: no real numbers.
         """
-        for kind, seen, bound in self._compared(x):
-            beyond = seen > bound
+        statistics, found = self._compared(x)
+        for kind, beyond in found.items():
             if not bool(beyond.any()):
                 continue
+            seen = statistics[kind]
             index, channel = (int(i) for i in beyond.nonzero()[0])
             inputs = int(beyond.any(1).sum())
             raise RangeError(
@@ -206,8 +207,8 @@ class InputGuard:
         bounds: tuple[float, ...] = getattr(self, kind)
         return bounds
 
-    def _compared(self, x: object) -> list[tuple[str, Tensor, Tensor]]:
-        """For each kind its name, (n, channels) of an input and (channels,) bounds."""
+    def _compared(self, x: object) -> tuple[Statistics, dict[str, Tensor]]:
+        """By kind, (n, channels) of the inputs and whether that is beyond its bound."""
         numbers = real_tensor(x)
         channels = len(self.depth)
         if numbers.dim() < 2 or numbers.shape[1] != channels:
@@ -215,47 +216,46 @@ class InputGuard:
                 f"the input has shape {tuple(numbers.shape)}, the guard is of (n, "
                 f"{channels}, ...)"
             )
-        ends = torch.tensor([self.depth, self.height], dtype=torch.float64)
-        rounding = ends.sum(0) * _ROUNDING
-        compared = []
-        for kind, seen in _statistics(numbers, self.mean, self.std).items():
-            bound = torch.tensor(self._bounds(kind), dtype=torch.float64)
-            compared.append((kind, seen, bound + rounding * (kind in _ENDS)))
-        return compared
+        seen = statistics(numbers, self.mean, self.std)
+        bounds = {
+            kind: torch.tensor(self._bounds(kind), dtype=torch.float64)
+            for kind in KINDS
+        }
+        return seen, refusals(seen, bounds)
 
     def _units(self, channel: int) -> str:
         plain = (self.mean[channel], self.std[channel]) == (0.0, 1.0)
         return "" if plain else " before the normalisation"
 
 
-def _statistics(
-    x: Tensor, mean: Sequence[float], std: Sequence[float]
-) -> dict[str, Tensor]:
-    """By kind, (n, channels) float64; infinity where an input is not finite."""
-    x = x.double().cpu()
-    ones = (1,) * (x.dim() - 2)
-    x = x * torch.tensor(std, dtype=torch.float64).view(-1, *ones)
-    x = x + torch.tensor(mean, dtype=torch.float64).view(-1, *ones)
-    rough = torch.zeros(x.shape[:2], dtype=torch.float64)
-    for axis in range(2, x.dim()):
-        if x.shape[axis] > 1:
-            rough = rough + x.diff(dim=axis).square().flatten(2).mean(2)
-    flat = x.flatten(2) if x.dim() > 2 else x.unsqueeze(2)
-    found = {
-        "depth": (-flat).amax(2).clamp_min(0),
-        "height": flat.amax(2).clamp_min(0),
-        "energy": flat.square().mean(2),
-        "roughness": rough,
-    }
-    return {
-        kind: torch.where(torch.isfinite(values), values, torch.inf)
-        for kind, values in found.items()
-    }
+def attach_guard(module: nn.Module, guard: InputGuard | None) -> None:
+    """Let a network carry its guard: copies and files of it carry it too.
+
+    Args:
+        module: any network; what it computes stays the same.
+        guard: None takes the one it carries away.
+
+    Raises:
+        DataError: neither a guard nor None.
+    """
+    if not isinstance(guard, InputGuard | None):
+        raise DataError(
+            f"a {type(guard).__name__} is no guard; give what InputGuard.fit returns"
+        )
+    vars(module)[_ATTRIBUTE] = guard
 
 
-def _rounded_up(value: float) -> float:
-    """The smallest power of two from a value on, at least 2**-40; 0 for 0."""
-    return 2.0 ** max(math.ceil(math.log2(value)), -40) if value else 0.0
+def guard_of(module: nn.Module) -> InputGuard | None:
+    """The guard that a network carries; None where it carries none."""
+    guard: InputGuard | None = vars(module).get(_ATTRIBUTE)
+    return guard
+
+
+def _guard(
+    bounds: Statistics, mean: tuple[float, ...], std: tuple[float, ...]
+) -> InputGuard:
+    found = {kind: tuple(bounds[kind].tolist()) for kind in KINDS}
+    return InputGuard(**found, mean=mean, std=std)
 
 
 def _is_allowed(bound: float) -> bool:

@@ -179,10 +179,17 @@ def slope(
 
 
 @compiled
-def power_sum(x: np.ndarray, table: np.ndarray, run: int, half: int) -> float:
-    """Sum of (x * inverse)**(2 * half); row: inverse."""
+def power_sum(
+    x: np.ndarray, table: np.ndarray, run: int, half: int, bend: np.float32
+) -> float:
+    """Sum of t**(2 * half), t = |x * inverse|; row: inverse.
+
+    Beyond `bend`, which may be infinite, its tangent there goes on.
+    """
     bits, products = np.empty(BLOCK, np.uint32), np.empty(BLOCK, np.float32)
     value = bits.view(np.float32)
+    # What the tangent's rise is of the power's own value there.
+    rise = np.float32(2 * half) / bend
     total = 0.0
     start = 0
     while start < x.size:
@@ -190,8 +197,10 @@ def power_sum(x: np.ndarray, table: np.ndarray, run: int, half: int) -> float:
         _read(x[start : start + count], bits)
         inverse = _row(table, 0, start, run, count)
         for k in range(count):
-            value[k] *= _at(inverse, k)
-            products[k] = 1
+            t = abs(value[k] * _at(inverse, k))
+            beyond = t - bend if t > bend else np.float32(0)
+            products[k] = np.float32(1) + beyond * rise
+            value[k] = bend if t > bend else t
         for _ in range(half):
             for k in range(count):
                 products[k] *= value[k] * value[k]
@@ -205,9 +214,17 @@ def power_sum(x: np.ndarray, table: np.ndarray, run: int, half: int) -> float:
 
 @compiled
 def power_slope(
-    x: np.ndarray, out: np.ndarray, table: np.ndarray, run: int, half: int
+    x: np.ndarray,
+    out: np.ndarray,
+    table: np.ndarray,
+    run: int,
+    half: int,
+    bend: np.float32,
 ) -> None:
-    """scale * (x * inverse)**(2 * half + 1); rows: inverse, scale."""
+    """scale * t**(2 * half + 1), t = x * inverse, at most `bend` in magnitude.
+
+    Rows: inverse, scale.
+    """
     bits, sums = np.empty(BLOCK, np.uint32), np.empty(BLOCK, np.uint32)
     value, product = bits.view(np.float32), sums.view(np.float32)
     start = 0
@@ -218,6 +235,8 @@ def power_slope(
         scale = _row(table, 1, start, run, count)
         for k in range(count):
             value[k] *= _at(inverse, k)
+            value[k] = bend if value[k] > bend else value[k]
+            value[k] = -bend if value[k] < -bend else value[k]
             product[k] = value[k] * _at(scale, k)
         for _ in range(half):
             for k in range(count):

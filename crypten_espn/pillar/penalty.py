@@ -11,6 +11,7 @@ clip, warm-up); the boundary form after arXiv 2505.11589.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -69,7 +70,12 @@ def warmup_stage(
 
 
 def range_penalty(
-    model: nn.Module, *, gamma: float = 4.8, power: int = 10, reduction: str = "sum"
+    model: nn.Module,
+    *,
+    gamma: float = 4.8,
+    power: int = 10,
+    reduction: str = "sum",
+    tail: float | None = None,
 ) -> Tensor:
     """Return the penalty on large activation inputs, a float32 scalar.
 
@@ -89,6 +95,9 @@ def range_penalty(
             polynomial, at gamma / 5 of its radius.
         power: even and positive.
         reduction: "sum" (the paper's) or "mean".
+        tail: how far out, in units of gamma, the power stops and its tangent goes on,
+            so that one input far outside does not outweigh all the others; nowhere if
+            None, as in the paper.
 
     Returns:
         A scalar on the network's device; zero if nothing was recorded. Recorded inputs
@@ -104,8 +113,14 @@ def range_penalty(
             f"range_penalty was given power={power}, gamma={gamma}; power must be even "
             "and positive, gamma positive"
         )
+    if tail is not None and not 1 <= tail < math.inf:
+        raise RangeError(
+            f"range_penalty was given tail={tail}; it is None or from 1 on, in units "
+            "of gamma"
+        )
+    bend = math.inf if tail is None else tail
     return _mean_over_layers(
-        model, reduction, lambda x, p: _PowerSum.apply(x, _unit(gamma, p), power)
+        model, reduction, lambda x, p: _PowerSum.apply(x, _unit(gamma, p), power, bend)
     )
 
 
@@ -183,20 +198,21 @@ def _mean_over_layers(
 
 
 class _PowerSum(torch.autograd.Function):
-    """sum |x / unit|^power for an even power."""
+    """sum |x / unit|^power for an even power, its tangent beyond |x / unit| = bend."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, unit: Number, power: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, unit: Number, power: int, bend: float) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.form = unit, power
+        ctx.form = unit, power, bend
         return elementwise.power_sum(x, *ctx.form).float()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        (x,), (unit, power) = ctx.saved_tensors, ctx.form
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        (x,), (unit, power, bend) = ctx.saved_tensors, ctx.form
         scale = gradients[0].double() * power
-        return elementwise.power_slope(x, unit, power, scale), None, None
+        slope = elementwise.power_slope(x, unit, power, scale, bend)
+        return slope, None, None, None
 
 
 class _BoundarySum(torch.autograd.Function):

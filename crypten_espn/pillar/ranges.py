@@ -10,13 +10,17 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..errors import RangeError
 from ..polynomial import RING_BITS, AnyPolynomial, ChannelPolynomials
 from .activation import PolynomialActivation
+from .guard import guard_of
 from .keeping import evaluating
+from .stress import StressReport, corruptions, reaches
+from .stress import stress as run_stress
 from .surgery import activations
 
 
@@ -62,18 +66,58 @@ class LayerRange:
     channel: int | None = None
 
 
+# Images that are corrupted: enough to see what blows up.
+STRESSED = 16
 PERCENTILES = (50.0, 99.0, 99.9, 99.99)
 
 
 @dataclass(frozen=True)
+class Stressed:
+    """What corruptions of the first images do; `str` is two lines.
+
+    Attributes:
+        report: what escapes, by corruption and by layer.
+        layers: every activation's ranges on all corruptions together.
+        refused: of the inputs that leave an interval, how many the network's guard
+            refuses; None if it carries none.
+    """
+
+    report: StressReport
+    layers: tuple[LayerRange, ...]
+    refused: int | None
+
+    def __str__(self) -> str:
+        least = min(self.layers, key=lambda layer: (layer.finite, layer.headroom_bits))
+        escaping = sum(row.escaping for row in self.report.rows)
+        bits = least.headroom_bits if least.finite else -math.inf
+        ring = "fits the ring" if bits >= 0 else "overflows the ring"
+        guard = (
+            "the network carries no input guard"
+            if self.refused is None
+            else f"the input guard refuses {self.refused} of the {escaping}"
+        )
+        return (
+            f"stress: {self.report.verdict}\n"
+            f"the largest value {ring}, with {bits:.1f} bits to spare at "
+            f"{least.name}; {guard}"
+        )
+
+
+@dataclass(frozen=True)
 class RangeReport:
-    """Every layer's ranges; `str` is a table with the verdict as its last line."""
+    """Every layer's ranges; `str` is a table with the verdict as its last line.
+
+    Attributes:
+        layers: on the data, which the verdict is of.
+        stressed: likewise on corruptions of the first images; None if not asked for.
+    """
 
     layers: tuple[LayerRange, ...]
     images: int
     fixed_point: FixedPoint
     most_outside: float
     spare_bits: float
+    stressed: Stressed | None = None
 
     @property
     def unsafe(self) -> LayerRange | None:
@@ -126,6 +170,7 @@ class RangeReport:
                 f"{layer.name:<{width}}  {layer.largest:>8.3g}  {layer.outside:>8.4%}  "
                 f"{cells}  {layer.headroom_bits:>5.1f}"
             )
+        lines += [] if self.stressed is None else [str(self.stressed)]
         return "\n".join([*lines, self.verdict])
 
 
@@ -136,6 +181,7 @@ def range_report(
     fixed_point: FixedPoint | None = None,
     most_outside: float = 0.01,
     spare_bits: float = 0.0,
+    stress: bool = False,
 ) -> RangeReport:
     """Return the ranges of every activation input over the data, with a verdict.
 
@@ -147,6 +193,9 @@ def range_report(
         fixed_point: the parties' format; the default is `FixedPoint()`.
         most_outside: share of inputs outside the interval that is still called safe.
         spare_bits: headroom below which a layer is called unsafe.
+        stress: whether the first 16 images are corrupted as `stress` does, too, and
+            what that does reported beside the verdict; some sixty more passes over
+            them.
 
     Returns:
         A RangeReport, layers in the order of their first call.
@@ -179,10 +228,13 @@ def range_report(
         handles.append(module.register_forward_pre_hook(hook))
     parameter = next(model.parameters(), None)
     images = 0
+    first: list[Tensor] = []
     try:
         with evaluating(model):
             for batch in loader:
                 x = batch if isinstance(batch, Tensor) else batch[0]
+                if stress and images < STRESSED:
+                    first.append(x[: STRESSED - images].detach().cpu())
                 calls.clear()
                 model(x if parameter is None else x.to(parameter.device))
                 images += len(x)
@@ -195,7 +247,19 @@ def range_report(
         tally.layer(name if call == 1 else f"{name} #{call}", form)
         for (name, call), tally in seen.items()
     )
-    return RangeReport(layers, images, form, most_outside, spare_bits)
+    stressed = _stressed(model, torch.cat(first), form) if first else None
+    return RangeReport(layers, images, form, most_outside, spare_bits, stressed)
+
+
+def _stressed(model: nn.Module, images: Tensor, form: FixedPoint) -> Stressed:
+    given = corruptions(images.float()).values()
+    ranges = range_report(model, given, fixed_point=form)
+    guard, refused = guard_of(model), None
+    if guard is not None:
+        refused = sum(
+            int((guard.refused(x) & (reaches(model, x)[0] > 1.0)).sum()) for x in given
+        )
+    return Stressed(run_stress(model, images), ranges.layers, refused)
 
 
 # |input| is counted in bins of 1/_BINS_PER_UNIT of the interval's farther end.
@@ -271,7 +335,10 @@ class _Tally:
 
     def _headroom(self, form: FixedPoint) -> float:
         ends = zip(self.rows, self.lowest.tolist(), self.highest.tolist(), strict=True)
-        value = max(row.max_abs(low, high) for row, low, high in ends)
+        # Of inputs that stress makes huge, a value may be beyond float64.
+        with np.errstate(over="ignore", invalid="ignore"):
+            values = [row.max_abs(low, high) for row, low, high in ends]
+        value = max(math.inf if math.isnan(v) else v for v in values)
         return form.ring_bits - max(
             form.frac_bits + math.log2(max(self.largest, 2.0**-30)),
             form.out_bits + math.log2(max(value, 2.0**-30)),

@@ -50,6 +50,14 @@ class Recipe:
         relu_epochs: epochs with ReLU in place, before the first gives way.
         replace_epochs: ReLUs give way one by one over so many epochs; all of them at
             once, before the first step, if both are 0.
+        calibration_images: training images on which `calibrate` gives each channel of
+            the network started from its polynomial; 0 is one polynomial for all.
+        margin: of `calibrate`; None is its own for the degree.
+        distillation: weight of the divergence from what the network started from
+            answers; the cross-entropy has the rest. 1 needs no labels.
+        unclipped: share of the steps, the last, without the clip of training.
+        replayed: images of a batch whose place is taken by those kept by `TailReplay`.
+        epoch_steps: steps that an epoch ends after; None is every training image once.
         held_out: validation images; None is the data set's own number.
         crop: padding from which training crops are taken; None is the data set's own.
         train_size: height and width of ImageNet's training crops.
@@ -84,6 +92,12 @@ class Recipe:
     escape: float = 1e4
     relu_epochs: float = 0.0
     replace_epochs: float = 0.0
+    calibration_images: int = 0
+    margin: float | None = None
+    distillation: float = 0.0
+    unclipped: float = 0.0
+    replayed: int = 0
+    epoch_steps: int | None = None
     held_out: int | None = None
     crop: int | None = None
     train_size: int | None = None
@@ -126,6 +140,17 @@ class Recipe:
             "replace_epochs": self.replace_epochs >= 0
             and self.relu_epochs + self.replace_epochs <= self.epochs
             and not (self.gradual and self.average),
+            "calibration_images": self.calibration_images == 0
+            or (
+                self.calibration_images >= 2
+                and self.activation == "polynomial"
+                and not self.gradual
+            ),
+            "margin": self.margin is None or 1 <= self.margin <= 16,
+            "distillation": 0 <= self.distillation <= 1,
+            "unclipped": 0 <= self.unclipped <= 1,
+            "replayed": 0 <= self.replayed < self.batch_size,
+            "epoch_steps": self.epoch_steps is None or self.epoch_steps >= 1,
         }
         bad = [
             f"{name}={getattr(self, name)!r}" for name in allowed if not allowed[name]
@@ -301,4 +326,61 @@ def fine_tuning(
         stage_epochs=min(recipe.stage_epochs, epochs / 16),
         relu_epochs=0.0,
         replace_epochs=epochs / 4 if replace_epochs is None else replace_epochs,
+    )
+
+
+# Training images to calibrate on, and the steps after which degree 4 has what it loses
+# back: less than half an epoch of Fashion-MNIST.
+_CALIBRATED = 1000
+_STEPS = 200
+
+
+def channel_tuning(
+    recipe: Recipe,
+    *,
+    degree: int = 4,
+    steps: int | None = None,
+    epochs: int | None = None,
+) -> Recipe:
+    """Return the recipe that calibrates a trained network and trains it on a little.
+
+    Every channel gets its polynomial (`calibrate`), then the network learns to answer
+    as it did with its ReLUs: no label is used.
+
+    Args:
+        recipe: that of training from scratch.
+        degree: of the polynomials.
+        steps: 200 by default from degree 4 on.
+        epochs: instead of steps; below degree 4 a fifth of the recipe's by default.
+
+    Raises:
+        TrainingError: steps and epochs are both given.
+    """
+    if steps is not None and epochs is not None:
+        raise TrainingError(
+            f"steps={steps} and epochs={epochs} both say how long; give one of them"
+        )
+    if steps is None and epochs is None:
+        if degree >= 4:
+            steps = _STEPS
+        else:
+            epochs = max(recipe.epochs // 5, 1)
+    return replace(
+        recipe,
+        activation="polynomial",
+        degree=degree,
+        epochs=epochs or 1,
+        epoch_steps=steps,
+        learning_rate=0.1,
+        warmup_epochs=(epochs or 1) / 20,
+        penalty="boundary",
+        beta=1e-4,
+        clip_norm=1.0,
+        stage_epochs=0.0,
+        relu_epochs=0.0,
+        replace_epochs=0.0,
+        calibration_images=_CALIBRATED,
+        # Training brings back what a narrow interval cuts off.
+        margin=1.25 if degree < 4 else None,
+        distillation=1.0,
     )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -16,19 +18,20 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..errors import TrainingError
+from ..polynomial import polynomial_from_json
+from .calibrate import calibrate
 from .checkpoint import read_state, write_log, write_state
 from .data import Dataset
 from .networks import Architecture
+from .phases import replace_share
 from .preparation import blending, fresh_network, parameter_groups, schedule
 from .recipe import Recipe
 from .result import SELECTION_RULE, Result, accuracy
 from .storage import save_network
-from .surgery import (
-    replace_activations,
-)
+from .surgery import activations, replace_activations
 from .watch import Watch
 
-STATE_FORMAT = 2  # of what state.pt holds
+STATE_FORMAT = 3  # of what state.pt holds
 
 
 class Run:
@@ -56,20 +59,36 @@ class Run:
         if self.device.type == "cuda" and self.processes > 1:
             self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         self.started_from = None if start is None else str(start)
+        # The one for all activations, where there is one.
         self.polynomial = (
-            recipe.polynomial() if recipe.activation == "polynomial" else None
+            recipe.polynomial()
+            if recipe.activation == "polynomial" and not recipe.calibration_images
+            else None
         )
+        if start is None and (recipe.calibration_images or recipe.distillation):
+            raise TrainingError(
+                f"{recipe.name} with calibration_images={recipe.calibration_images}, "
+                f"distillation={recipe.distillation:g} starts from a trained network; "
+                "give it as start"
+            )
         # The network, from the recipe's seed alone.
         torch.manual_seed(recipe.seed)
         built = Architecture(
             recipe.network, dataset.classes, dataset.in_channels, dataset.size
         )
-        self.model = fresh_network(built, start)
-        self.relus = [
-            name for name, m in self.model.named_modules() if type(m) is nn.ReLU
-        ]
+        self.model: nn.Module = fresh_network(built, start)
+        self.relus = sum(type(m) is nn.ReLU for m in self.model.modules())
+        # What it answered before it was touched.
+        self.teacher: nn.Module | None = None
+        if recipe.distillation:
+            self.teacher = copy.deepcopy(self.model).eval().requires_grad_(False)
+            self.teacher.to(self.device)
+            self.teacher.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.found = read_state(folder, identity=self._identity(), device=self.device)
         if self.polynomial is not None and not recipe.gradual:
             replace_activations(self.model, {nn.ReLU: self.polynomial})
+        elif recipe.calibration_images:
+            self.model = self._calibrated()
         self.model.to(self.device)
         # mypy's view of Module.to lacks the memory format alone.
         self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -105,8 +124,29 @@ class Run:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Whole batches."""
-        return max(len(self.dataset.train) // self.recipe.batch_size, 1)
+        """Whole batches, or as many as the recipe says."""
+        whole = max(len(self.dataset.train) // self.recipe.batch_size, 1)
+        return min(self.recipe.epoch_steps or whole, whole)
+
+    @property
+    def clipped_steps(self) -> int:
+        """Steps, from the first on, in which training clips activations' inputs."""
+        whole = self.recipe.epochs * self.steps_per_epoch
+        return whole - round(self.recipe.unclipped * whole)
+
+    def _calibrated(self) -> nn.Module:
+        """The network with a polynomial a channel: the state's, or fitted now."""
+        if self.found is not None:
+            fitted = {
+                name: polynomial_from_json(text)
+                for name, text in self.found["polynomials"].items()
+            }
+            return replace_activations(self.model, fitted)
+        recipe = self.recipe
+        generator = torch.Generator().manual_seed(recipe.seed)
+        count = min(recipe.calibration_images, len(self.dataset.train))
+        images, _ = next(self.dataset.train.batches(count, generator=generator))
+        return calibrate(self.model, images, degree=recipe.degree, margin=recipe.margin)
 
     def replace_gradually(self) -> None:
         """Make polynomial the ReLUs whose turn has come, first to last."""
@@ -115,13 +155,9 @@ class Run:
             return
         since = self.step + 1 - recipe.relu_epochs * self.steps_per_epoch
         share = since / max(recipe.replace_epochs * self.steps_per_epoch, 1)
-        due = self.relus[: math.ceil(min(max(share, 0.0), 1.0) * len(self.relus))]
-        left = {n for n, m in self.model.named_modules() if type(m) is nn.ReLU}
-        now = left.intersection(due)
-        if now:
-            replace_activations(
-                self.model, {nn.ReLU: self.polynomial}, select=now.__contains__
-            )
+        due = math.ceil(min(max(share, 0.0), 1.0) * self.relus)
+        if due > len(activations(self.model)):
+            replace_share(self.model, {nn.ReLU: self.polynomial}, due / self.relus)
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield this process's share of an epoch: images, and targets (n, classes)."""
@@ -129,11 +165,12 @@ class Run:
             random.Random(f"{self.recipe.seed} {self.epoch}").getrandbits(62)
         )
         torch.manual_seed(self.recipe.seed + self.epoch)  # of the blends
-        for images, labels in self.dataset.train.batches(
+        batches = self.dataset.train.batches(
             self.recipe.batch_size,
             generator=generator,
             part=(self.rank, self.processes),
-        ):
+        )
+        for images, labels in islice(batches, self.steps_per_epoch):
             images, targets = self.blend(images, labels)
             yield (
                 images.to(self.device, memory_format=torch.channels_last),
@@ -191,17 +228,18 @@ class Run:
             "best_accuracy": self.best_accuracy,
             "rows": self.rows,
             "since": self.watch.since,
+            "polynomials": {
+                name: module.polynomial.to_json()
+                for name, module in activations(self.model).items()
+                if self.recipe.calibration_images
+            },
         }
 
     def resume(self) -> None:
-        """Continue from state.pt, if there is one.
-
-        Raises:
-            CheckpointError: it is damaged, or of another recipe.
-        """
-        state = read_state(self.folder, identity=self._identity(), device=self.device)
-        if state is None:
+        """Continue from state.pt, if there was one when the run was made."""
+        if self.found is None:
             return
+        state, self.found = self.found, None
         self.epoch, self.step = state["epoch"], state["step"]
         self.seconds, self.rows = state["seconds"], state["rows"]
         if self.step:

@@ -1,7 +1,7 @@
 """Networks as files: tensors with the architecture and the polynomials, no pickle.
 
 A network's file is a safetensors file: its tensors, and as metadata (JSON) its
-architecture, its polynomials and the normalisation of its inputs.
+architecture, its polynomials, the normalisation and the guard of its inputs.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import nn
 from ..errors import CheckpointError, EspnError
 from .data import Normalization
 from .description import FORMAT, Description
+from .guard import attach_guard, guard_of
 from .networks import Architecture, Network
 from .surgery import activations, replace_activations
 
@@ -73,14 +74,14 @@ def save_network(
     """Write a network of `networks.NETWORKS` with its polynomials to one file.
 
     Args:
-        model: the network; ReLU or polynomial activations.
+        model: the network; ReLU or polynomial activations, and the guard it carries.
         path: where to write; an existing file is replaced in one step.
         normalization: of the images it was trained on.
         notes: plain values stored with it: recipe, accuracy, selection rule.
 
     Raises:
-        CheckpointError: the model was not built by networks.py, or holds a value that
-            is not finite.
+        CheckpointError: the model was not built by networks.py, holds a value that is
+            not finite, or carries a guard of other channels.
     """
     architecture = getattr(model, "architecture", None)
     if not isinstance(architecture, Architecture):
@@ -88,6 +89,12 @@ def save_network(
             f"a {type(model).__name__} cannot be saved: only networks built by "
             "crypten_espn.pillar.networks know how to be built again; keep the "
             "state_dict of your own network, and Polynomial.to_json"
+        )
+    guard = guard_of(model)
+    if guard is not None and len(guard.height) != architecture.in_channels:
+        raise CheckpointError(
+            f"the network carries a guard of {len(guard.height)} channels and takes "
+            f"{architecture.in_channels}; attach the one of its own inputs"
         )
     tensors = {}
     for name, tensor in model.state_dict().items():
@@ -102,6 +109,7 @@ def save_network(
         {name: module.polynomial for name, module in activations(model).items()},
         normalization,
         notes or {},
+        guard,
     )
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -114,7 +122,7 @@ def load_network(path: str | Path) -> Network:
     """Return the network of a file, polynomials in place, in evaluation mode.
 
     The network has attributes `architecture`, `normalization` (a Normalization or
-    None) and `notes` (what was stored with it).
+    None) and `notes` (what was stored with it), and carries its guard (`guard_of`).
 
     Raises:
         CheckpointError: no such file, not one of ours, damaged, of another network, or
@@ -146,6 +154,7 @@ def load_network(path: str | Path) -> Network:
     network.load_state_dict(tensors)
     network.normalization = description.normalization
     network.notes = description.notes
+    attach_guard(network, description.guard)
     return network.eval()
 
 

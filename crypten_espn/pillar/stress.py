@@ -20,7 +20,7 @@ from .keeping import as_taken, evaluating
 
 
 @dataclass(frozen=True)
-class _Levels:
+class Levels:
     """The smallest and the largest value of each channel, (1, channels, ...)."""
 
     low: Tensor
@@ -28,20 +28,22 @@ class _Levels:
 
     @property
     def span(self) -> Tensor:
+        """The largest minus the smallest."""
         return self.high - self.low
 
     @staticmethod
-    def of(x: Tensor) -> _Levels:
+    def of(x: Tensor) -> Levels:
+        """Those of images, (n, channels, ...)."""
         shape = (1, -1, *(1,) * (x.dim() - 2))
         flat = x.transpose(0, 1).flatten(1)
-        return _Levels(flat.amin(1).view(shape), flat.amax(1).view(shape))
+        return Levels(flat.amin(1).view(shape), flat.amax(1).view(shape))
 
 
-_Corruption = Callable[[Tensor, _Levels, torch.Generator], Tensor]
+_Corruption = Callable[[Tensor, Levels, torch.Generator], Tensor]
 
 
 def _contrast(factor: float) -> _Corruption:
-    def corrupt(x: Tensor, levels: _Levels, generator: torch.Generator) -> Tensor:
+    def corrupt(x: Tensor, levels: Levels, generator: torch.Generator) -> Tensor:
         mean = x.flatten(1).mean(1).view(-1, *(1,) * (x.dim() - 1))
         return mean + factor * (x - mean)
 
@@ -53,14 +55,14 @@ def _brightness(share: float) -> _Corruption:
 
 
 def _noise(share: float) -> _Corruption:
-    def corrupt(x: Tensor, levels: _Levels, generator: torch.Generator) -> Tensor:
+    def corrupt(x: Tensor, levels: Levels, generator: torch.Generator) -> Tensor:
         return x + share * levels.span * torch.randn(x.shape, generator=generator)
 
     return corrupt
 
 
 def _salt_and_pepper(share: float) -> _Corruption:
-    def corrupt(x: Tensor, levels: _Levels, generator: torch.Generator) -> Tensor:
+    def corrupt(x: Tensor, levels: Levels, generator: torch.Generator) -> Tensor:
         drawn = torch.rand(x.shape, generator=generator)
         x = torch.where(drawn < share / 2, levels.low, x)
         return torch.where(drawn > 1 - share / 2, levels.high, x)
@@ -68,19 +70,19 @@ def _salt_and_pepper(share: float) -> _Corruption:
     return corrupt
 
 
-def _blur(x: Tensor, levels: _Levels, generator: torch.Generator) -> Tensor:
+def _blur(x: Tensor, levels: Levels, generator: torch.Generator) -> Tensor:
     """The mean over 5 x 5, of one axis over 5."""
     pool = functional.avg_pool1d if x.dim() == 3 else functional.avg_pool2d
     return pool(x, 5, stride=1, padding=2, count_include_pad=False)
 
 
-def _shift(x: Tensor, levels: _Levels, generator: torch.Generator) -> Tensor:
+def _shift(x: Tensor, levels: Levels, generator: torch.Generator) -> Tensor:
     """A quarter to the right, the lowest value in its place."""
     by = max(x.shape[-1] // 4, 1)
     return torch.cat([levels.low.expand_as(x)[..., :by], x[..., :-by]], -1)
 
 
-def _inversion(x: Tensor, levels: _Levels, generator: torch.Generator) -> Tensor:
+def _inversion(x: Tensor, levels: Levels, generator: torch.Generator) -> Tensor:
     return levels.low + levels.high - x
 
 
@@ -88,12 +90,28 @@ def _flat(share: float) -> _Corruption:
     return lambda x, levels, generator: (levels.low + share * levels.span).expand_as(x)
 
 
-def _checkerboard(size: int) -> _Corruption:
-    def corrupt(x: Tensor, levels: _Levels, generator: torch.Generator) -> Tensor:
+def _binary_noise(size: int) -> _Corruption:
+    """Each field of that size the lowest or the highest; nothing of the image."""
+
+    def corrupt(x: Tensor, levels: Levels, generator: torch.Generator) -> Tensor:
+        fields = [-(-length // size) for length in x.shape[2:]]
+        drawn = torch.rand(*x.shape[:2], *fields, generator=generator) < 0.5
+        for axis, length in enumerate(x.shape[2:], start=2):
+            drawn = drawn.repeat_interleave(size, axis).narrow(axis, 0, length)
+        return torch.where(drawn, levels.low, levels.high)
+
+    return corrupt
+
+
+def _board(size: int, axes: tuple[int, ...] = (-2, -1)) -> _Corruption:
+    """Fields of `size` along each of the axes that there are, the first the lowest."""
+
+    def corrupt(x: Tensor, levels: Levels, generator: torch.Generator) -> Tensor:
         place = torch.zeros(x.shape[2:], dtype=torch.int64)
-        for axis, length in enumerate(x.shape[2:]):
-            ones = (1,) * (x.dim() - 3 - axis)
-            place = place + (torch.arange(length) // size).view(-1, *ones)
+        for axis in axes:
+            if place.dim() + axis >= 0:
+                fields = torch.arange(place.shape[axis]) // size
+                place = place + fields.view(-1, *(1,) * (-1 - axis))
         return torch.where(place % 2 == 0, levels.low, levels.high).expand_as(x)
 
     return corrupt
@@ -115,33 +133,49 @@ _CORRUPTIONS: dict[str, tuple[_Corruption, bool]] = {
     "flat, lowest": (_flat(0.0), False),
     "flat, middle": (_flat(0.5), False),
     "flat, highest": (_flat(1.0), False),
-    "checkerboard 1": (_checkerboard(1), True),
-    "checkerboard 4": (_checkerboard(4), True),
+    "checkerboard 1": (_board(1), True),
+    "checkerboard 4": (_board(4), True),
+    "stripes across 1": (_board(1, (-2,)), True),
+    "stripes across 2": (_board(2, (-2,)), True),
+    "stripes across 4": (_board(4, (-2,)), True),
+    "stripes down 1": (_board(1, (-1,)), True),
+    "stripes down 2": (_board(2, (-1,)), True),
+    "stripes down 4": (_board(4, (-1,)), True),
+    "binary noise 1": (_binary_noise(1), False),
+    "binary noise 4": (_binary_noise(4), True),
 }
 # Beyond every image's levels, as wrongly normalised inputs are.
 _BEYOND = ("contrast x3", "brightness +50 %", "brightness -50 %", "gaussian noise 30 %")
 BEYOND = "beyond, "
 CLEAN = "clean"
+# Nothing of the image is left in these.
+_PATTERNS = ("flat", "checkerboard", "stripes", "binary noise")
 # The same for every image, so that one is enough.
-_ONE = ("flat", "checkerboard")
+_ONE = ("flat", "checkerboard", "stripes")
+# Images of a sample that are corrupted, each in every way: of four one, 64 at most.
+_EVERY = 4
+_CORRUPTED = 64
 
 
-def corruptions(images: Tensor, *, seed: int = 0) -> dict[str, Tensor]:
+def corruptions(
+    images: Tensor, *, seed: int = 0, levels: Levels | None = None
+) -> dict[str, Tensor]:
     """The images themselves, and each way they are corrupted.
 
-    Shares are of the span between a channel's smallest and largest value here, to
-    which all but those called "beyond" are clipped, as a camera clips.
+    Shares are of the span between a channel's smallest and largest value, to which all
+    but those called "beyond" are clipped, as a camera clips.
 
     Args:
         images: (n, channels, ...), float, as the network takes them.
         seed: of the noises.
+        levels: the smallest and largest values; those of the images if None.
 
     Returns:
         By name, tensors of the shape of the images; one image of those that do not
-        depend on them. Blur, shift and checkerboard need one or two axes after the
-        channels, and are left out elsewhere.
+        depend on them. Blur, shift, checkerboard and stripes need one or two axes after
+        the channels, and are left out elsewhere.
     """
-    levels = _Levels.of(images)
+    levels = Levels.of(images) if levels is None else levels
     found = {CLEAN: images}
     for name, (corrupt, spatial) in _CORRUPTIONS.items():
         if spatial and images.dim() not in (3, 4):
@@ -153,6 +187,27 @@ def corruptions(images: Tensor, *, seed: int = 0) -> dict[str, Tensor]:
         if name in _BEYOND:
             found[BEYOND + name] = made
     return found
+
+
+def of_images(name: str) -> bool:
+    """Whether a corruption leaves the image, and its levels, to be recognised."""
+    return not name.startswith((BEYOND, *_PATTERNS))
+
+
+def sample(images: Tensor, *, seed: int = 0) -> dict[str, Tensor]:
+    """The images, and corruptions of some of them: what a network is prepared for.
+
+    Args:
+        images: (n, channels, ...), float, as the network takes them.
+        seed: of the noises.
+
+    Returns:
+        As `corruptions`, at the levels of all images; corrupted are every fourth, at
+        most 64.
+    """
+    some = images[:: max(_EVERY, -(-len(images) // _CORRUPTED))]
+    found = corruptions(some, seed=seed, levels=Levels.of(images))
+    return {**found, CLEAN: images}
 
 
 @dataclass(frozen=True)
@@ -260,6 +315,7 @@ def stress(model: nn.Module, images: object, *, seed: int = 0) -> StressReport:
             total.outside += layer.outside
             total.largest = max(total.largest, layer.largest)
             total.finite &= layer.finite
+            total.rows = total.rows.maximum(layer.rows)
     return StressReport(tuple(rows), tuple(totals.values()))
 
 

@@ -23,9 +23,12 @@ from torch.nn import functional
 from ..errors import DataError, EspnError
 from .data import load_dataset
 from .penalty import PenaltyStage, boundary_penalty, range_penalty, warmup_stage
+from .phases import clip_in_training
 from .recipe import Recipe
+from .replay import TailReplay
 from .result import Result
 from .run import Run
+from .surgery import activations
 
 
 def train(
@@ -96,32 +99,42 @@ def train_epoch(run: Run) -> None:
     run.model.train()
     totals = torch.zeros(3, dtype=torch.float64)
     largest, seen, rate = 0.0, 0, 0.0
+    # Anew each epoch, so that a run that was stopped goes on as it would have.
+    replay = TailReplay(4 * recipe.replayed) if recipe.replayed else None
     bar = _bar(run)
     for images, targets in bar:
         # 1. ReLUs whose turn has come give way.
         run.replace_gradually()
+        if run.step >= run.clipped_steps:
+            clip_in_training(run.model, False)
         rate = float(run.schedule.get_last_lr()[0])
         # The inputs of trained ReLUs are wide: their penalty warms up anew.
         stage = warmup_stage(
             max(run.step / run.steps_per_epoch - recipe.relu_epochs, 0.0),
             stage_epochs=recipe.stage_epochs,
         )
+        if replay is not None:
+            images, targets = replay.mix(images, targets, recipe.replayed)
         # 2. Forward: logits [n, classes]; the activations record their inputs.
         half = recipe.precision == "bfloat16" and _is_fast(run.device)
         with torch.autocast(run.device.type, torch.bfloat16, enabled=half):
             logits = run.parallel(images).float()
+            taught = None if run.teacher is None else run.teacher(images).float()
         entropy = functional.cross_entropy(
             logits, targets, label_smoothing=recipe.label_smoothing
         )
+        aim = _aim(recipe, entropy, logits, taught)
+        if replay is not None and activations(run.model):
+            replay.keep(run.model, images, targets)
         if run.step % _LOOK_EVERY == 0:
             escaped = run.watch.look(run.model, run.step)
             largest = max([largest, *run.watch.largest.values()])
             if escaped and stage.power == 10 and stage.factor == 1:
                 what = "left the range of the polynomial"
                 raise run.watch.escaped(escaped, what, epoch=run.epoch, step=run.step)
-        # 3. Loss: cross-entropy, and the penalty on large inputs.
+        # 3. Loss: the aim, and the penalty on large inputs.
         penalty = _penalty(run, stage)
-        loss = _entropy_weight(run, stage) * entropy + penalty
+        loss = _aim_weight(run, stage) * aim + penalty
         if not bool(torch.isfinite(loss)):
             raise _not_finite(run, images)
         # 4. Backward and step.
@@ -136,7 +149,7 @@ def train_epoch(run: Run) -> None:
             run.average.update_parameters(run.model)
         # 5. What the log says.
         right = (logits.argmax(1) == targets.argmax(1)).float().mean()
-        figures = torch.stack([entropy.detach(), penalty.detach(), right])
+        figures = torch.stack([aim.detach(), penalty.detach(), right])
         totals += figures.double().cpu()
         seen += 1
         run.step += 1
@@ -160,6 +173,21 @@ def train_epoch(run: Run) -> None:
         }
     )
     run.seconds += took
+
+
+def _aim(
+    recipe: Recipe, entropy: Tensor, logits: Tensor, taught: Tensor | None
+) -> Tensor:
+    """What is to be small but for the penalty: cross-entropy, divergence or both."""
+    if taught is None:
+        return entropy
+    divergence = functional.kl_div(
+        logits.log_softmax(1),
+        taught.log_softmax(1),
+        reduction="batchmean",
+        log_target=True,
+    )
+    return entropy.lerp(divergence, recipe.distillation)
 
 
 def _is_fast(device: torch.device) -> bool:
@@ -189,7 +217,7 @@ def _penalty(run: Run, stage: PenaltyStage) -> Tensor:
     return weighted if recipe.penalty == "mean" else weighted * run.processes
 
 
-def _entropy_weight(run: Run, stage: PenaltyStage) -> float:
+def _aim_weight(run: Run, stage: PenaltyStage) -> float:
     # A network that is trained already must not forget; one of ReLUs has no ranges.
     if run.polynomial is None or run.started_from or run.recipe.gradual:
         return 1.0

@@ -5,12 +5,75 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..errors import TrainingError
+from .activation import PolynomialActivation, interval_of
 from .recipe import Recipe
 from .surgery import activations
+
+
+def largest_inputs(model: nn.Module) -> dict[str, float]:
+    """Return how far each activation's inputs reach, for a training loop to watch.
+
+    Args:
+        model: a network in training mode, between its forward and backward pass and
+            before a penalty was computed, which forgets the inputs.
+
+    Returns:
+        By dotted name, in the order of the network, the largest |x| / R of the inputs
+        recorded, R the larger end of the interval in magnitude, the channel's own where
+        it has one: above 1 some input is outside. Infinite where an input is NaN, 0
+        where nothing was recorded.
+    """
+    return {
+        name: max((float(r.max()) for r in reaches), default=0.0)
+        for name, reaches in _reaches(model).items()
+    }
+
+
+def image_reach(model: nn.Module) -> Tensor:
+    """Return how far the inputs of each image of the last batch reach.
+
+    Args:
+        model: as in `largest_inputs`.
+
+    Returns:
+        (n,) float32, the largest |x| / R over all activations; as in `largest_inputs`.
+
+    Raises:
+        TrainingError: nothing was recorded, or batches of several sizes.
+    """
+    reaches = [reach for some in _reaches(model).values() for reach in some]
+    if len({len(reach) for reach in reaches}) != 1:
+        raise TrainingError(
+            "the reach of a batch's images is read between its forward and backward "
+            "pass, in training mode, before a penalty; the activations hold inputs of "
+            f"{len(reaches)} calls and no single number of images"
+        )
+    return torch.stack(reaches).amax(0)
+
+
+def _reaches(model: nn.Module) -> dict[str, list[Tensor]]:
+    """By activation and call, (n,): the largest |x| / R of each image."""
+    return {
+        name: [_reach(x.detach(), module) for x in module.recorded()]
+        for name, module in activations(model).items()
+    }
+
+
+def _reach(x: Tensor, module: PolynomialActivation) -> Tensor:
+    low, high = interval_of(module.polynomial)
+    radius = np.maximum(np.abs(low), np.abs(high))
+    if x.dim() < 2:
+        x = x.reshape(len(x), 1)
+    # (n, channels) before anything is divided or widened.
+    rest = tuple(range(2, x.dim()))
+    top = torch.maximum(x.amax(rest), x.amin(rest).neg()) if rest else x.abs()
+    scaled = top.float() / torch.as_tensor(radius, dtype=torch.float32).to(x.device)
+    return scaled.amax(1).nan_to_num_(math.inf, math.inf, math.inf)
 
 
 @dataclass
@@ -29,10 +92,10 @@ class Watch:
 
     def look(self, model: nn.Module, step: int) -> str | None:
         """Note the recorded inputs; return the first layer beyond the limit."""
-        limit = self.recipe.escape * self.recipe.radius
         first = None
         for name, module in activations(model).items():
-            peak = max((_peak(x) for x in module._recorded.values()), default=0.0)
+            limit = self.recipe.escape * max(map(abs, module.polynomial.interval))
+            peak = max((_peak(x) for x in module.recorded()), default=0.0)
             self.largest[name] = peak
             if peak <= limit:
                 self.since.pop(name, None)

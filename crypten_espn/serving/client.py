@@ -205,11 +205,17 @@ class Client:
         )
         report(log, event)
 
-    def predict(self, x: object) -> torch.Tensor:
+    def predict(self, x: object, *, force: bool = False) -> torch.Tensor:
         """Logits of a batch; the server learns neither input nor logits.
+
+        The network's guard is asked first, here and in the clear: a refused input
+        costs no material, the server learns nothing of it, and the session goes on.
 
         Args:
             x: (batch, *input_shape), real numbers of any kind that `inputs` takes.
+            force: send what the guard refuses. Its values may leave the polynomials'
+                intervals, where they grow without bound, and wrap around in a ring: the
+                logits may be any numbers, and nothing tells.
 
         Returns: float32 (batch, *output_shape).
 
@@ -219,14 +225,15 @@ class Client:
         Error: as the plan's table says; no truncation ever fails.
 
         Raises:
-            DataError, ShapeError, RangeError: it is no input, before anything is sent.
+            DataError, ShapeError, RangeError: it is no input, or one that the guard
+                refuses, before anything is sent; NaN and infinity with `force` too.
             MaterialError: as `prepare`, or the next material is for another batch.
             PeerError: the server is gone or silent. Where nothing of the inference was
                 sent, it is connected to again first.
             QuotaError: the server answers this client no more today; nothing was used.
         """
-        self._prepare_for(len(self.plan.encode(x)))
-        return self._predict(self._channel, x)
+        self._prepare_for(len(self.plan.encode(x, force=force)))
+        return self._predict(self._channel, x, force)
 
     def _prepare_for(self, batch: int) -> None:
         """Be connected to a server that answers so many inputs, with material."""
@@ -243,7 +250,7 @@ class Client:
             self.prepare(1, batch=batch)
 
     def predict_many(
-        self, inputs: Sequence[Sized], *, in_flight: int = 8
+        self, inputs: Sequence[Sized], *, in_flight: int = 8, force: bool = False
     ) -> list[torch.Tensor]:
         """`predict` for each input, several at once over as many connections.
 
@@ -252,6 +259,7 @@ class Client:
         Args:
             inputs: each (batch, *input_shape), the same batch.
             in_flight: how many inferences at once, 1 to 64.
+            force: as `predict`.
 
         Returns: the logits in the order of the inputs.
 
@@ -263,7 +271,7 @@ class Client:
                 f"in_flight={in_flight} was given; allowed are 1 to {WINDOW}"
             )
         for x in inputs:
-            self.plan.encode(x)
+            self.plan.encode(x, force=force)
         if not inputs:
             return []
         self._reach_again(inputs=sum(map(len, inputs)))
@@ -272,10 +280,10 @@ class Client:
             self.prepare(missing, batch=len(inputs[0]))
         while len(self._others) < min(in_flight, len(inputs)) - 1:
             self._others.append(self._another())
-        return self._over(inputs, [self._channel, *self._others][:in_flight])
+        return self._over(inputs, [self._channel, *self._others][:in_flight], force)
 
     def _over(
-        self, inputs: Sequence[object], channels: Sequence[Channel]
+        self, inputs: Sequence[object], channels: Sequence[Channel], force: bool
     ) -> list[torch.Tensor]:
         """The logits of every input; a channel that is free takes the next one."""
         results: list[torch.Tensor | None] = [None] * len(inputs)
@@ -289,7 +297,7 @@ class Client:
                         number = next(waiting, None)
                     if number is None:
                         return
-                    results[number] = self._predict(channel, inputs[number])
+                    results[number] = self._predict(channel, inputs[number], force)
             except BaseException as error:
                 failures.append(error)
 
@@ -366,8 +374,8 @@ class Client:
         tag = "" if self.session is None else session_tag(self.session)
         report(log, Reconnected(tag, told(lost)))
 
-    def _predict(self, channel: Channel, x: object) -> torch.Tensor:
-        encoded = self.plan.encode(x)
+    def _predict(self, channel: Channel, x: object, force: bool) -> torch.Tensor:
+        encoded = self.plan.encode(x, force=force)
         batch = len(encoded)
         start, waited = time.perf_counter(), channel.seconds_waited
         material = self._stock.take_next(batch=batch)

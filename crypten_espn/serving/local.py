@@ -24,7 +24,11 @@ _CLIENT_RANK, _DEALER_RANK = 1, 2
 
 
 def run_session(
-    model: MaskedModel, batches: Sequence[torch.Tensor], *, timeout: float = TIMEOUT_S
+    model: MaskedModel,
+    batches: Sequence[torch.Tensor],
+    *,
+    timeout: float = TIMEOUT_S,
+    force: bool = False,
 ) -> list[tuple[torch.Tensor, SessionCost]]:
     """Prepare and do one inference for each batch, over TCP between three processes.
 
@@ -32,14 +36,15 @@ def run_session(
         model: a planned network.
         batches: each (batch, *input_shape); all are checked before a process starts.
         timeout: seconds without progress before a dead process is an error.
+        force: as `Client.predict`.
 
     Returns: the logits and the cost of each, in order.
 
     Raises: ShapeError, RangeError before anything starts; PeerError if a process dies.
     """
     for x in batches:
-        model.plan.encode(x)
-    results = run_parties(_party, world_size=3, args=(model, batches, timeout))
+        model.plan.encode(x, force=force)
+    results = run_parties(_party, world_size=3, args=(model, batches, timeout, force))
     plan = model.plan
     return [
         (logits, _cost(plan, len(x), online, offline, first=number == 0))
@@ -50,7 +55,7 @@ def run_session(
 
 
 def _party(
-    model: MaskedModel, batches: Sequence[torch.Tensor], timeout: float
+    model: MaskedModel, batches: Sequence[torch.Tensor], timeout: float, force: bool
 ) -> list[tuple[torch.Tensor, Cost, Cost]] | None:
     """One of the three; the addresses and the end are told over CrypTen's channel."""
     import crypten.communicator as comm
@@ -77,7 +82,7 @@ def _party(
             for x in batches:
                 client.online = client.offline = Cost()
                 client.prepare(1, batch=len(x))
-                logits = client.predict(x)
+                logits = client.predict(x, force=force)
                 found.append((logits, client.online, client.offline))
     finally:
         party.barrier()

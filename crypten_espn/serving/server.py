@@ -22,6 +22,7 @@ from ..masked.material import Pairing
 from ..masked.model import MaskedModel
 from ..masked.planning import masked_model
 from ..masked.store_writer import remove_used_up
+from ..pillar.guarding import in_words
 from ..wire.channel import Channel
 from ..wire.tls import TLS
 from .boundary import telling, told
@@ -400,6 +401,9 @@ def serve(
     """
     if not isinstance(private, Bundle):
         private = masked_model(private, example, precision=precision, headroom=headroom)
+    model = private.model if isinstance(private, Bundle) else private
+    if model.plan.guard is None:
+        log.warning(in_words(None))
     with ModelServer(
         private,
         address,

@@ -67,11 +67,36 @@ def test_an_ended_run_is_not_repeated(
         training.main(options(tmp_path, "--kinds", "relu", "--seeds", "2"))
 
 
+def test_fields_that_a_result_lacks_are_as_they_were_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert training.main(options(tmp_path, "--kinds", "relu")) == 0
+    path = tmp_path / "runs/tiny-relu-1/result.json"
+    result = json.loads(path.read_text())
+    del result["recipe"]["replayed"], result["recipe"]["epoch_steps"]
+    path.write_text(json.dumps(result))
+    monkeypatch.setattr(training, "train", None)
+    assert training.main(options(tmp_path, "--kinds", "relu")) == 0
+
+
+@pytest.mark.slow
+def test_calibrated_networks_have_their_rows(tmp_path: Path) -> None:
+    kinds = ("--kinds", "quadratic", "calibrated", "relu")
+    assert training.main(options(tmp_path, *kinds)) == 0
+    rows = training.summary(tmp_path / "results/training").to_dict("records")
+    assert {line["activation"]: line["epochs"] for line in rows} == {
+        "ReLU": "5",
+        "degree 4 a channel, tuned": "200 steps",
+        "degree 2 a channel, tuned": "1",
+    }
+
+
 def test_what_cannot_be_done_is_said(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert training.main(options(tmp_path, "--kinds", "finetuned")) == 2
-    assert "run with --kinds relu finetuned" in capsys.readouterr().err
+    for kind in ("finetuned", "calibrated", "quadratic"):
+        assert training.main(options(tmp_path, "--kinds", kind)) == 2
+        assert f"run with --kinds relu {kind}" in capsys.readouterr().err
     assert training.main(options(tmp_path, "--table")) == 2
     assert "no results there" in capsys.readouterr().err
     place = tmp_path / "results/training"

@@ -69,7 +69,7 @@ class Pair:
         values, transcript = together(
             {
                 "server": server(self.plan, self.model.weights, ours),
-                "client": client(self.plan, theirs, self.plan.encode(x)),
+                "client": client(self.plan, theirs, self.plan.encode(x, force=True)),
             },
             keep=keep,
         )
@@ -219,6 +219,7 @@ def fuzzed_plans() -> list[str]:
     flat = torch.nn.Sequential(
         torch.nn.Linear(6, 7), espn.PolynomialActivation(QUARTIC), torch.nn.Linear(7, 3)
     )
+    espn.attach_guard(flat, espn.InputGuard.fit(torch.randn(4, 6)))
     pairs = [layers(5, 6), residual(), by_channel(), (flat, torch.randn(4, 6))]
     return [
         planned(network, example, precision=precision).plan.to_json()

@@ -85,7 +85,7 @@ def test_what_the_owner_keeps_is_not_in_the_plan(small):
         "type", "x", "source", "multiplier", "weight", "filters", "kernel", "stride",
         "dilation", "pads", "groups", "activation", "linear", "shift", "coefficient",
         "coeffs", "constant", "drop", "output", "noise_bits", "terms", "conv", "read",
-        "add", "pool", "flatten",
+        "add", "pool", "flatten", "guard",
     }  # fmt: skip
     assert set(words_of(json.loads(text))) == known
     assert re.findall(r"\d+\.\d+", text) == [str(small.plan.input.bound)]
@@ -133,7 +133,7 @@ def test_the_table_names_layers_and_totals(small):
     table = str(small)
     lines = table.splitlines()
     plan = small.plan
-    assert len(lines) == 1 + len(plan.parts) + 4
+    assert len(lines) == 1 + len(plan.parts) + 5
     assert "act1" in table and "output" in table
     down, up = online_bytes(plan)
     assert f"{plan.messages} messages, {down + up:,} bytes online" in table

@@ -17,6 +17,7 @@ from crypten_espn.masked.plan import Plan
 from crypten_espn.masked.steps import (
     Activation,
     Group,
+    Guard,
     Input,
     Linear,
     Output,
@@ -66,6 +67,12 @@ def changed(path, value, base=PLAN):
     return data
 
 
+def guard(channels, **changes):
+    ones, zeros = [1.0] * channels, [0.0] * channels
+    bounds = {"depth": zeros, "height": ones, "energy": ones, "roughness": ones}
+    return bounds | {"mean": zeros, "std": ones} | changes
+
+
 def node(kind, x=READ, **fields):
     return {"type": kind, "x": x, **fields}
 
@@ -113,7 +120,7 @@ REFUSALS = [
     ("pads of three", f"{ROOT}.pads", [1, 1, 1], "length 4"),
     ("a kernel of one", f"{ROOT}.kernel", [3], "length 2"),
     ("other version", "version", 2, "version 2"),
-    ("future version", "version", 4, "version 4"),
+    ("future version", "version", 5, "version 5"),
     # Numbers.
     ("negative drop", f"{ACT}.drop", -1, ">= 8"),
     ("negative shift", f"{ACT}.groups.0.shift", -1, ">= 0"),
@@ -180,6 +187,21 @@ REFUSALS = [
     ("a huge bound", "input.bound", 1e300, ANY),
     ("no bound", "input.bound", 0.0, "> 0"),
     ("a negative bound", "input.bound", -8.0, "> 0"),
+    # The input's guard.
+    ("a guard that is none", "input.guard", 3, "Expected `object | null`"),
+    ("a guard of one channel", "input.guard", guard(1), "guard is of 1 channels"),
+    ("a guard of none", "input.guard", guard(0), "length >= 1"),
+    ("a guard of too many", "input.guard", guard((1 << 12) + 1), "length <= 4096"),
+    ("no power of two", "input.guard", guard(2, energy=[1.0, 3.0]), "bound of 3.0"),
+    ("a huge power", "input.guard", guard(2, energy=[1.0, 2.0**41]), "2**40"),
+    ("a negative power", "input.guard", guard(2, depth=[-1.0, 1.0]), "bound of -1.0"),
+    ("a negative zero", "input.guard", guard(2, depth=[-0.0, 1.0]), "bound of -0.0"),
+    ("bounds that differ", "input.guard", guard(2, energy=[1.0]), "[1, 2] channels"),
+    ("text for bounds", "input.guard", guard(2, energy=["1", "1"]), "Expected `float`"),
+    ("no deviation", "input.guard", guard(2, std=[1.0, 0.0]), "deviation"),
+    ("a huge mean", "input.guard", guard(2, mean=[0.0, 1e300]), "mean"),
+    ("more in a guard", "input.guard", guard(2, name="x"), "unknown field"),
+    ("less in a guard", "input.guard", {"depth": [0.0, 0.0]}, "missing required field"),
     # Structure.
     ("a later source", f"{ROOT}.x.source", 1, "reads source 1, a later one"),
     ("a source that is not there", "output.root.x.x.source", 2, "source 2"),
@@ -322,6 +344,7 @@ def test_plans_made_in_code_are_checked_like_received_ones():
         replace(plan, steps=(replace(plan.steps[0], root=Add((Read(0), CODE))),))
 
 
+PAIR = (2.0, 0.5)
 CODE = Conv(Read(0), 0, 4, (3, 3), pads=(1, 1, 1, 1))
 
 
@@ -333,7 +356,7 @@ def test_every_operation_survives_a_plans_text():
     root = Concat((pool, Conv(Read(0), 0, 4, (2, 2), (2, 2))))
     plan = Plan(
         VERSION,
-        Input((2, 8, 8), 32, 12, 8.0),
+        Input((2, 8, 8), 32, 12, 8.0, Guard(PAIR, PAIR, PAIR, PAIR, PAIR, PAIR)),
         (Step(root, 32, 20, act),),
         Output(Flatten(Add((Read(1), Read(1, 2)))), 32, 20, 0),
     )

@@ -9,6 +9,7 @@ import pytest
 
 from crypten_espn import cli
 from crypten_espn.graph import export
+from crypten_espn.pillar.guard import InputGuard
 
 from ..masked.cases import residual
 
@@ -94,3 +95,29 @@ def test_plan_takes_an_onnx_file_and_prints_the_digest_that_deal_takes(
     digest = out.splitlines()[-1].removeprefix("digest ")
     assert status == 0 and len(bytes.fromhex(digest)) == 32
     assert digest[:16] in "".join(out.splitlines()[:-1])
+    assert "input guard: none" in out
+
+
+def test_plan_takes_a_guard_from_a_file_and_its_digest_is_another(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    network, inputs = residual()
+    (tmp_path / "network.onnx").write_bytes(export(network, inputs[:1]))
+    np.save(tmp_path / "images.npy", inputs.numpy())
+    guard = tmp_path / "guard.json"
+    command = [
+        *("plan", str(tmp_path / "network.onnx")),
+        *("--calibration", str(tmp_path / "images.npy"), "--guard", str(guard)),
+    ]
+    status, _, err = run(capsys, *command)
+    assert status == 2 and "guard.json cannot be read as a guard" in err
+    guard.write_text("{}")
+    status, _, err = run(capsys, *command)
+    assert status == 2 and "InputGuard.to_json writes one" in err
+    digests = []
+    for scale in (1, 4):
+        guard.write_text(InputGuard.fit(scale * inputs).to_json())
+        status, out, _ = run(capsys, *command)
+        assert status == 0 and f"of x at most {4 * scale}" in out
+        digests.append(out.splitlines()[-1])
+    assert digests[0] != digests[1]

@@ -12,7 +12,7 @@ from ..checks import VERSION
 from ..linear import Expression, Read
 from ..model import PartReport, PlanReport
 from ..plan import INPUT, Plan
-from ..steps import VALUE_RING, Activation, Input, Output, Step
+from ..steps import VALUE_RING, Activation, Guard, Input, Output, Step
 from ..weights import Quantisation
 from .coins import largest_deviation
 from .layers import Layer
@@ -130,6 +130,7 @@ class Builder:
             scales.ring,
             scales.frac_bits[INPUT],
             scales.largest_source(self.network.input),
+            None if self.network.guard is None else Guard.of(self.network.guard),
         )
         output = Output(roots[-1], scales.ring, scales.scales[-1], noise_bits)
         try:

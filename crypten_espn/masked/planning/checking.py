@@ -27,6 +27,7 @@ _ROWS = 2
 def check_plan(
     private: crypten_nn.Graph,
     example: torch.Tensor,
+    model: MaskedModel | None = None,
     *,
     reference: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> str | None:
@@ -42,6 +43,7 @@ def check_plan(
     Args:
         private: the converted network, not encrypted.
         example: (batch, *input_shape), calibration inputs.
+        model: the plan they made; made here if None.
         reference: the network itself, from (batch, *input_shape) to its outputs; the
             converted network in float64 if None.
 
@@ -50,7 +52,7 @@ def check_plan(
     Cost: the plan's; three inputs through its integers, the network and its float64.
     """
     try:
-        model = masked_model(private, example)
+        model = masked_model(private, example) if model is None else model
         network = Network(private)
         network.cut()
         return _difference(network, model, example, reference)

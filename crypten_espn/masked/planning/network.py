@@ -11,6 +11,7 @@ from crypten.nn import module as crypten_nn
 from ...errors import PlanError
 from ...layers import Kind, Reals
 from ...layers.polynomial import Activation
+from ...pillar.guard import InputGuard
 from ...polynomial import Polynomial
 from .forms import Forms, parameter_form, read_form
 from .layers import RESCALED, Layer, layer_title, naming
@@ -52,6 +53,7 @@ class Network:
             )
         self.parameters = parameters_of(private)
         self._tensors: dict[str, torch.Tensor] = {}
+        self.guard: InputGuard | None = getattr(private, "guard", None)
         self.input = private.input_names[0]
         self.output = private.output_names[0]
         taken = read_form(private.input_shape, 0)
