@@ -40,6 +40,7 @@ from .protocols.truncation import failure_probability  # noqa: E402
 from .serving.client import connect  # noqa: E402
 from .serving.dealer import deal  # noqa: E402
 from .serving.link import Limits, Link  # noqa: E402
+from .serving.quota import Quota  # noqa: E402
 from .serving.server import serve  # noqa: E402
 from .simulate import simulate  # noqa: E402
 from .sweep import sweep  # noqa: E402
@@ -60,6 +61,7 @@ __all__ = [
     "PolynomialActivation",
     "Preprocessing",
     "PrivateNetwork",
+    "Quota",
     "TailReplay",
     "attach_guard",
     "boundary_penalty",

@@ -80,6 +80,31 @@ class PlanMismatchError(PeerError):
     """The two parties hold different plans; nothing was sent."""
 
 
+class LimitError(PeerError):
+    """Something exceeds what a party puts up with; others are served on.
+
+    Args:
+        text: what was given, what is allowed, and how to fix it.
+        limit: which limit, a field of `Limits`; empty where the other party refused.
+    """
+
+    def __init__(self, text: str, limit: str = "") -> None:
+        super().__init__(text)
+        self.limit = limit
+
+
+class QuotaError(PeerError):
+    """A client has had as many inferences as the server allows it in a day."""
+
+
+class RevokedError(PeerError):
+    """A certificate is on the list of those that are no longer accepted."""
+
+
+class ClosingError(PeerError):
+    """The other party is shutting down; connect again later."""
+
+
 class DegreeCollapsedWarning(UserWarning):
     """The best fit at these fractional bits has a lower degree than was asked for."""
 

@@ -104,9 +104,8 @@ class Process:
         ]
 
 
-@contextlib.contextmanager
-def running(folder: Path) -> Iterator[tuple[Process, Process, torch.nn.Module]]:
-    """A dealer and a server of a small network, until the end of the block."""
+def small_network(folder: Path) -> torch.nn.Module:
+    """The same network every time, as network.onnx with calibration.npy in a folder."""
     torch.manual_seed(0)
     square = Polynomial((0, 512, 256), 10, (-3.0, 3.0))
     network = torch.nn.Sequential(
@@ -119,6 +118,13 @@ def running(folder: Path) -> Iterator[tuple[Process, Process, torch.nn.Module]]:
     inputs = torch.randn(16, *SHAPE)
     (folder / "network.onnx").write_bytes(export(network, inputs[:1]))
     np.save(folder / "calibration.npy", inputs.numpy())
+    return network
+
+
+@contextlib.contextmanager
+def running(folder: Path) -> Iterator[tuple[Process, Process, torch.nn.Module]]:
+    """A dealer and a server of a small network, until the end of the block."""
+    network = small_network(folder)
     short = ["--limit", "handshake_s=3", "--limit", "waiting_s=3"]
     dealer = Process("deal", ["127.0.0.1:0", *short], folder)
     try:

@@ -211,3 +211,7 @@ def _strict(made: Preprocessing | Description) -> None:
             msgspec.structs.force_setattr(made, field.name, whole)
     except msgspec.ValidationError as error:
         raise DataError(f"{type(made).__name__}: {error}") from None
+
+
+# Made here once: two threads that decode a type for the first time crash msgspec.
+msgspec.json.Decoder(Description)

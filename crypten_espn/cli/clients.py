@@ -20,8 +20,21 @@ from ..bundle import Description
 from ..bundle.images import SUFFIXES, existing
 from ..errors import DataError, EspnError, RangeError, ShapeError
 from ..serving.client import Client, connect
+from ..serving.events import log_to_stderr
+from ..serving.link import TIMEOUT_S, Link
 from .options import argument, choice, option, whole
-from .sessions import Dealer, Insecure, Material, Tls, Verbose, made_link
+from .sessions import (
+    Config,
+    Dealer,
+    Insecure,
+    LogJson,
+    Material,
+    Revoked,
+    Timeout,
+    Tls,
+    Verbose,
+    certificates,
+)
 
 _INPUTS = "image files (JPEG, PNG), folders of them, or .npy of inputs"
 _BATCH = "inputs sent at once, of one preparation"
@@ -51,8 +64,12 @@ def predict(
     force: Annotated[bool, option(_FORCE, None, "--force")] = False,
     material: Material = None,
     tls: Tls = None,
+    revoked: Revoked = None,
+    timeout: Timeout = TIMEOUT_S,
     insecure: Insecure = False,
     verbose: Verbose = False,
+    log_json: LogJson = False,
+    config: Config = None,
 ) -> int:
     """Own the input, learn its classes, or the logits of a network without names.
 
@@ -64,7 +81,8 @@ def predict(
       crypten-espn predict 127.0.0.1:29500 --dealer 127.0.0.1:29501 \\
         --input x.npy --out logits.npy
     """
-    link = made_link(dealer, material, tls, insecure, verbose)
+    log_to_stderr(verbose=verbose, as_json=log_json)
+    link = Link(dealer, material, certificates(tls, revoked), timeout, insecure)
     if bool(inputs) == (input is not None):
         raise typer.BadParameter(
             "give images, folders or .npy files, or one .npy as --input; one of both",
@@ -107,8 +125,12 @@ def prepare(
     count: Annotated[int, whole("inferences")] = 1,
     batch: Annotated[int, whole("inputs in each")] = 1,
     tls: Tls = None,
+    revoked: Revoked = None,
+    timeout: Timeout = TIMEOUT_S,
     insecure: Insecure = False,
     verbose: Verbose = False,
+    log_json: LogJson = False,
+    config: Config = None,
 ) -> int:
     """Prepare inferences ahead of time; the server keeps its part by --material too.
 
@@ -116,7 +138,8 @@ def prepare(
       crypten-espn prepare server:29500 --dealer dealer:29501 --material prepared \\
         --count 100 --batch 8 --tls client.pem client.key authority.pem
     """
-    link = made_link(dealer, material, tls, insecure, verbose)
+    log_to_stderr(verbose=verbose, as_json=log_json)
+    link = Link(dealer, material, certificates(tls, revoked), timeout, insecure)
     with connect(address, link=link) as server:
         server.prepare(count, batch=batch)
         cost = server.offline

@@ -4,18 +4,31 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import torch
 import typer
-from typer.core import TyperCommand, TyperOption
+from typer.core import TyperArgument, TyperCommand, TyperOption
 from typer.models import ArgumentInfo, OptionInfo
 
+from ..errors import DataError
 from ..pillar.storage import network_file
 
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
 T = TypeVar("T")
+
+_ENVIRONMENT = "CRYPTEN_ESPN_"
+_CONFIG = (
+    "TOML with a table for each command, such as [serve], and in it what else this "
+    "help lists, by name; CRYPTEN_ESPN_NAME in the environment goes before it"
+)
 
 
 class Command(TyperCommand):
@@ -24,6 +37,15 @@ class Command(TyperCommand):
     An option whose metavar ends in "..." takes all values up to the next option. What
     looks like an option is never a value: in `--out --quiet` one is missing.
     """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        if not any(parameter.name == "config" for parameter in self.params):
+            return
+        for parameter in self.params:
+            if isinstance(parameter, TyperOption | TyperArgument):
+                parameter.envvar = _ENVIRONMENT + str(parameter.name).upper()
+                parameter.show_envvar = False  # --config's help says it for all
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Repeat an option's name before each of its values, then parse."""
@@ -63,6 +85,49 @@ def option(help: str, metavar: str | None = None, *names: str) -> OptionInfo:
     """Any text or path; a flag by its names alone."""
     made: OptionInfo = typer.Option(*names, metavar=metavar, help=help)
     return made
+
+
+def configuration() -> OptionInfo:
+    """A file of defaults for a command's other options and arguments.
+
+    What the command line says comes first, then the environment, where an option is
+    CRYPTEN_ESPN_ and its name in capitals, then this file.
+    """
+
+    def read(context: typer.Context, path: Path | None) -> Path | None:
+        if path is not None:
+            names = {parameter.name for parameter in context.command.params}
+            context.default_map = _table(path, str(context.info_name), names)
+        return path
+
+    made: OptionInfo = typer.Option(
+        metavar="FILE", help=_CONFIG, is_eager=True, callback=read
+    )
+    return made
+
+
+def _table(path: Path, command: str, names: Collection[str | None]) -> dict[str, Any]:
+    """One command's table of a file."""
+    try:
+        with open(path, "rb") as file:
+            tables = tomllib.load(file)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}).") from None
+    except ValueError as error:
+        raise DataError(f"{path} is no TOML: {error}.") from None
+    table = tables.get(command)
+    if not isinstance(table, dict):
+        raise DataError(f"{path} has no table [{command}].")
+    found = {name.replace("-", "_"): value for name, value in table.items()}
+    for name, value in found.items():
+        if name not in names or name == "config":
+            raise DataError(
+                f"{path}: {name!r} in [{command}] is no option of `crypten-espn "
+                f"{command}`; see crypten-espn {command} --help."
+            )
+        if isinstance(value, dict):  # [serve.limit] batch = 16, as --limit batch=16
+            found[name] = [f"{key}={number}" for key, number in value.items()]
+    return found
 
 
 def checked(

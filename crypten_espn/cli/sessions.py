@@ -1,9 +1,8 @@
 """`crypten-espn serve`, `deal`, `material` and `keys`."""
 
-import logging
 import signal
-import sys
 import threading
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
@@ -15,13 +14,26 @@ from ..bundle.sealed import is_bundle
 from ..errors import EspnError
 from ..masked.store import material_info
 from ..pillar.storage import network_file
+from ..serving.admin import Admin
 from ..serving.dealer import DealerServer
+from ..serving.events import log_to_stderr
 from ..serving.host import Host
-from ..serving.link import Limits, Link
+from ..serving.link import TIMEOUT_S, Limits, Link
+from ..serving.messages import INDEX_LIMIT
+from ..serving.quota import Quota
 from ..serving.server import ModelServer
 from ..wire.tls import TLS
 from .networks import planned
-from .options import INPUTS, GuardFile, argument, checked, choice, option
+from .options import (
+    INPUTS,
+    GuardFile,
+    argument,
+    checked,
+    choice,
+    configuration,
+    option,
+    positive,
+)
 
 _LIMITS = asdict(Limits())
 _DEFAULTS = ", ".join(f"{name}={value:g}" for name, value in _LIMITS.items())
@@ -32,6 +44,22 @@ _INSECURE = (
     "allow addresses beyond this machine without TLS: whoever sees the traffic can "
     "then undo the masks"
 )
+_REVOKED = (
+    "certificates that are refused, a serial number or SHA-256 fingerprint a line; "
+    "read again when it changes"
+)
+_ADMIN = "HTTP for /health and /metrics; a port alone is of 127.0.0.1"
+_LOG_JSON = "log every event to standard error, as a JSON object a line"
+_TIMEOUT = "seconds another party may be silent while something is under way"
+_QUOTA = "inputs that are answered to one client in a day (UTC)"
+_DAILY = checked(
+    _QUOTA,
+    "INT",
+    int,
+    range(1, INDEX_LIMIT).__contains__,
+    f"was given; give a whole number from 1 on, below {INDEX_LIMIT}",
+)
+_QUOTA_FILE = "where they are counted (default: quota.json in the --material folder)"
 _DIGESTS = checked(
     "deal only for plans with this digest; may be repeated",
     "HEX",
@@ -58,6 +86,11 @@ LimitList = Annotated[list[str] | None, option(_LIMIT, "NAME=VALUE")]
 Tls = Annotated[tuple[str, str, str] | None, option(*_TLS)]
 Insecure = Annotated[bool, option(_INSECURE, None, "--insecure")]
 Verbose = Annotated[bool, option(_VERBOSE, None, "-v", "--verbose")]
+LogJson = Annotated[bool, option(_LOG_JSON, None, "--log-json")]
+Timeout = Annotated[float, positive(_TIMEOUT)]
+Revoked = Annotated[Path | None, option(_REVOKED, "FILE")]
+AdminAddress = Annotated[str | None, option(_ADMIN, "HOST:PORT", "--admin")]
+Config = Annotated[Path | None, configuration()]
 
 
 def serve(
@@ -69,9 +102,16 @@ def serve(
     guard: GuardFile = None,
     material: Material = None,
     limit: LimitList = None,
+    quota: Annotated[int | None, _DAILY] = None,
+    quota_file: Annotated[Path | None, option(_QUOTA_FILE, "FILE")] = None,
     tls: Tls = None,
+    revoked: Revoked = None,
+    timeout: Timeout = TIMEOUT_S,
     insecure: Insecure = False,
+    admin: AdminAddress = None,
     verbose: Verbose = False,
+    log_json: LogJson = False,
+    config: Config = None,
 ) -> int:
     """Own the network and answer clients until interrupted.
 
@@ -82,11 +122,13 @@ def serve(
         --dealer 127.0.0.1:29501 --calibration images.npy
     """
     limits = _limits(limit)
-    link = made_link(dealer, material, tls, insecure, verbose)
+    log_to_stderr(verbose=verbose, as_json=log_json)
+    link = Link(dealer, material, certificates(tls, revoked), timeout, insecure)
+    counted = _quota(quota, quota_file, material)
     bundle = _bundle(network, calibration, precision, guard)
     print(bundle.model)
-    server = ModelServer(bundle, address, link=link, limits=limits)
-    return _until_stopped(server, "listening on")
+    server = ModelServer(bundle, address, link=link, limits=limits, quota=counted)
+    return _until_stopped(server, "listening on", admin)
 
 
 def deal(
@@ -94,8 +136,13 @@ def deal(
     plan_digest: Annotated[list[bytes] | None, _DIGESTS] = None,
     limit: LimitList = None,
     tls: Tls = None,
+    revoked: Revoked = None,
+    timeout: Timeout = TIMEOUT_S,
     insecure: Insecure = False,
+    admin: AdminAddress = None,
     verbose: Verbose = False,
+    log_json: LogJson = False,
+    config: Config = None,
 ) -> int:
     """Be the dealer: prepare randomness for both parties, see no data.
 
@@ -103,9 +150,10 @@ def deal(
       crypten-espn deal 0.0.0.0:29501 --tls dealer.pem dealer.key authority.pem
     """
     limits = _limits(limit)
-    link = made_link(None, None, tls, insecure, verbose)
+    log_to_stderr(verbose=verbose, as_json=log_json)
+    link = Link(tls=certificates(tls, revoked), timeout=timeout, insecure=insecure)
     server = DealerServer(address, link=link, limits=limits, plans=plan_digest)
-    return _until_stopped(server, "dealing on")
+    return _until_stopped(server, "dealing on", admin)
 
 
 def material(
@@ -172,22 +220,64 @@ def _bundle(
     return Bundle(planned(network, calibration, precision or "fast", guard))
 
 
-def _until_stopped(server: Host, doing: str) -> int:
-    """Run until SIGTERM or SIGINT; then tell every peer, and end well."""
-    signals = (signal.SIGTERM, signal.SIGINT)
-    with server:
+def _until_stopped(server: Host, doing: str, admin: str | None) -> int:
+    """Run until SIGTERM or SIGINT, finish what is under way, and end well.
+
+    SIGHUP reads the certificates again.
+    """
+    handlers = {
+        signal.SIGTERM: server.stop,
+        signal.SIGINT: server.stop,
+        signal.SIGHUP: server.reload,
+    }
+    with ExitStack() as stack:
+        stack.enter_context(server)
         before = {}
         if threading.current_thread() is threading.main_thread():
-            for number in signals:
-                before[number] = signal.signal(number, lambda *_: server.stop())
+            for number, act in handlers.items():
+                before[number] = signal.signal(number, lambda *_, act=act: act())
         try:
+            if admin is not None:
+                watched = stack.enter_context(Admin(server, admin))
+                print(f"health and metrics on http://{watched.address}")
             print(f"{doing} {server.address}; Ctrl-C ends", flush=True)
             server.run()
+            server.close()
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
     print(f"stopped {doing} {server.address}", flush=True)
     return 0
+
+
+def certificates(
+    files: tuple[str, str, str] | None, revoked: Path | None
+) -> TLS | None:
+    """What --tls and --revoked name.
+
+    Raises:
+        BadParameter: there is a list and no certificate.
+    """
+    if files is not None:
+        return TLS(*files, revoked)
+    if revoked is not None:
+        raise typer.BadParameter("it needs --tls", param_hint="'--revoked'")
+    return None
+
+
+def _quota(daily: int | None, file: Path | None, material: Path | None) -> Quota | None:
+    if daily is None:
+        if file is not None:
+            raise typer.BadParameter("it needs --quota", param_hint="'--quota-file'")
+        return None
+    if file is not None:
+        return Quota(daily, file)
+    if material is None:
+        raise typer.BadParameter(
+            "it needs --quota-file, or --material, to be kept across restarts",
+            param_hint="'--quota'",
+        )
+    return Quota(daily, material / "quota.json")
 
 
 def _limits(given: list[str] | None) -> Limits:
@@ -203,19 +293,3 @@ def _limits(given: list[str] | None) -> Limits:
                 param_hint="'--limit'",
             ) from None
     return limits
-
-
-def made_link(
-    dealer: str | None,
-    material: Path | None,
-    tls: tuple[str, str, str] | None,
-    insecure: bool,
-    verbose: bool,
-) -> Link:
-    """How a command reaches the others, by its options; it logs from here on."""
-    logging.basicConfig(
-        stream=sys.stderr,
-        level=logging.INFO if verbose else logging.WARNING,
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-    )
-    return Link(dealer, material, tls and TLS(*tls), insecure=insecure)

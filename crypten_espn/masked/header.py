@@ -145,3 +145,7 @@ def room(shape: tuple[int, ...], dtype: np.dtype) -> int:
     """Bytes an array takes in a record; the next one is aligned."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
     return -(-size // _ALIGNMENT) * _ALIGNMENT
+
+
+# Made here once: two threads that decode a type for the first time crash msgspec.
+msgspec.msgpack.Decoder(Header)

@@ -308,3 +308,7 @@ def channels_last(values: np.ndarray) -> np.ndarray:
     if values.ndim == 4:
         values = values.transpose(0, 2, 3, 1)
     return np.ascontiguousarray(values)
+
+
+# Made here once: two threads that decode a type for the first time crash msgspec.
+msgspec.json.Decoder(Plan)

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Sequence, Sized
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,7 +17,14 @@ import torch
 from ..bundle import Description, inputs_of
 from ..compiled import heat
 from ..cost import Cost
-from ..errors import EspnError, MaterialError
+from ..errors import (
+    EspnError,
+    LimitError,
+    MaterialError,
+    PeerError,
+    QuotaError,
+    RevokedError,
+)
 from ..masked.drivers import over
 from ..masked.inference import chunks
 from ..masked.inference import client as inference
@@ -24,7 +32,9 @@ from ..masked.material import ClientMaterial, Pairing
 from ..masked.plan import Plan
 from ..wire.channel import Channel
 from ..wire.tls import TLS
-from .boundary import session_tag, telling
+from .boundary import session_tag, telling, told
+from .events import Burnt, Inference, InferenceBegun, Reconnected, report
+from .events import Prepared as PreparedEvent
 from .link import Limits, Link, one_link
 from .messages import (
     GREETING,
@@ -45,8 +55,15 @@ from .stock import WINDOW, Stock, stored_session
 log = logging.getLogger(__name__)
 
 
+# Whoever says so would say it again.
+_FINAL = (LimitError, QuotaError, RevokedError)
+
+
 class Client:
     """A connection to a served model; see `connect`.
+
+    A connection that was lost while nothing was under way is made again when it is
+    needed. Material in memory is lost with it, that in a folder is gone on with.
 
     Args:
         address: "host:port" of the server.
@@ -73,14 +90,21 @@ class Client:
         self.session: str | None = None
         if self._folder is not None:
             self.session, self._following = stored_session(self._folder)
+        # Inputs that the server still answers today; None for any number.
+        self._allowed: int | None = None
         heat()  # before anyone's time-out runs
         self._channel = reach(address, link, role="client", peer_role="server")
         with telling(self._channel):
             self.plan, self.description, following = self._greet(self._channel, plan)
-            self._stock = Stock(ClientMaterial, "client", self.plan, b"")
-            if self._folder is not None and self.session is not None:
-                self._stock.open(self._folder, session=self.session)
-                self._stock.compare(following)
+            self._stock = self._open_stock(following)
+
+    def _open_stock(self, following: int) -> Stock[ClientMaterial]:
+        """What the folder holds, which must fit the server's next index."""
+        stock = Stock(ClientMaterial, "client", self.plan, b"")
+        if self._folder is not None and self.session is not None:
+            stock.open(self._folder, session=self.session)
+            stock.compare(following)
+        return stock
 
     def _greet(
         self, channel: Channel, plan: Plan | None
@@ -95,6 +119,8 @@ class Client:
             channel, digest=welcome.description, plan=theirs
         )
         channel.handshake(digest=(plan or theirs).digest)
+        with self._lock:
+            self._allowed = welcome.quota
         return theirs, described, welcome.next_index
 
     @property
@@ -139,17 +165,20 @@ class Client:
         """
         if self._link.dealer is None:
             raise MaterialError("No material is left and no dealer is known.")
+        self._reach_again()
         channel, began = self._channel, time.perf_counter()
         fresh = self._dealing is None
         name = secrets.token_hex(16) if self._dealing is None else self._dealing.session
         start = 0 if fresh else self._following
         order = Prepare(session=name, start=start, count=count, batch=batch)
-        sent = channel.bytes_sent
+        sent, received = channel.bytes_sent, channel.bytes_received
         pairing = Pairing(bytes.fromhex(name), start, batch)
         adding = self._stock.adding(pairing, count=count, folder=self._folder)
         with telling(channel), adding as added:
             if self._dealing is None:
-                self._dealing = ClientDealing(self._link, name, self.plan)
+                # The dealer is shown the certificate that the server was shown.
+                link = replace(self._link, tls=channel.tls)
+                self._dealing = ClientDealing(link, name, self.plan)
             dealing = self._dealing
             with telling(dealing.channel):
                 tell(channel, order)
@@ -161,17 +190,20 @@ class Client:
                     added.add(material)
                 hear(channel, Prepared)
         self.session, self._following = name, start + count
-        log.info(
-            "session %s: prepared %d inferences of batch %d",
+        seconds, sent = time.perf_counter() - began, channel.bytes_sent - sent
+        self.offline += Cost(rounds=0, bytes_sent=sent, seconds=seconds)
+        event = PreparedEvent(
+            "",
             session_tag(name),
+            start,
             count,
             batch,
+            seconds=seconds,
+            sent=sent,
+            received=channel.bytes_received - received,
+            left=self.remaining,
         )
-        self.offline += Cost(
-            rounds=0,
-            bytes_sent=channel.bytes_sent - sent,
-            seconds=time.perf_counter() - began,
-        )
+        report(log, event)
 
     def predict(self, x: object, *, force: bool = False) -> torch.Tensor:
         """Logits of a batch; the server learns neither input nor logits.
@@ -196,9 +228,26 @@ class Client:
             DataError, ShapeError, RangeError: it is no input, or one that the guard
                 refuses, before anything is sent; NaN and infinity with `force` too.
             MaterialError: as `prepare`, or the next material is for another batch.
-            PeerError: the server is gone or silent.
+            PeerError: the server is gone or silent. Where nothing of the inference was
+                sent, it is connected to again first.
+            QuotaError: the server answers this client no more today; nothing was used.
         """
+        self._prepare_for(len(self.plan.encode(x, force=force)))
         return self._predict(self._channel, x, force)
+
+    def _prepare_for(self, batch: int) -> None:
+        """Be connected to a server that answers so many inputs, with material."""
+        end = time.monotonic() + self._link.timeout
+        self._reach_again(inputs=batch)
+        if self.remaining:
+            return
+        try:
+            self.prepare(1, batch=batch)
+        except PeerError as error:
+            # Whoever went in the middle of it may be back.
+            if isinstance(error, _FINAL) or time.monotonic() > end:
+                raise
+            self.prepare(1, batch=batch)
 
     def predict_many(
         self, inputs: Sequence[Sized], *, in_flight: int = 8, force: bool = False
@@ -225,6 +274,7 @@ class Client:
             self.plan.encode(x, force=force)
         if not inputs:
             return []
+        self._reach_again(inputs=sum(map(len, inputs)))
         missing = len(inputs) - self.remaining
         if missing > 0:
             self.prepare(missing, batch=len(inputs[0]))
@@ -264,41 +314,125 @@ class Client:
 
     def _another(self) -> Channel:
         """One more connection to this session."""
-        channel = reach(self._address, self._link, role="client", peer_role="server")
+        # By the certificate that the session began with.
+        link = replace(self._link, tls=self._channel.tls)
+        channel = reach(self._address, link, role="client", peer_role="server")
         with telling(channel):
             self._greet(channel, self.plan)
         return channel
 
+    def _reach_again(self, *, inputs: int = 0) -> None:
+        """Connect anew where a connection was lost; nothing is under way.
+
+        Args:
+            inputs: how many the server must still answer today.
+
+        Raises:
+            QuotaError: it does not.
+            RevokedError: the server's certificate was revoked meanwhile, or this one.
+            PeerError: it cannot be reached.
+        """
+        self._channel.check_revoked()
+        for channel in [c for c in self._others if c.lost() is not None]:
+            self._others.remove(channel)
+            channel.close()
+        lost = self._channel.lost()
+        if isinstance(lost, (QuotaError, RevokedError)):
+            raise lost
+        if lost is not None:
+            self._begin_again(lost)
+        if self._allowed is not None and inputs > self._allowed:
+            # It may be another day: ask, before anything is given up.
+            channel, old = self._another(), self._channel
+            self._channel = channel
+            old.close()
+        if self._allowed is not None and inputs > self._allowed:
+            raise QuotaError(
+                f"{inputs} input(s) were given, and the server answers this client "
+                f"{self._allowed} more today; nothing was used."
+            )
+
+    def _begin_again(self, lost: PeerError) -> None:
+        """Connect to the server once more, and go on with what the folder holds."""
+        self._leave()
+        if self._folder is None:
+            self.session, self._following = None, 0
+            self._stock = self._open_stock(0)
+        else:
+            self.session, self._following = stored_session(self._folder)
+        try:
+            channel = reach(
+                self._address, self._link, role="client", peer_role="server"
+            )
+        except PeerError as error:
+            raise type(error)(f"{error} The last connection was lost: {lost}") from None
+        with telling(channel):
+            _, described, following = self._greet(channel, self.plan)
+            stock = self._open_stock(following)
+        self._channel, self._stock = channel, stock
+        self.description = described
+        tag = "" if self.session is None else session_tag(self.session)
+        report(log, Reconnected(tag, told(lost)))
+
     def _predict(self, channel: Channel, x: object, force: bool) -> torch.Tensor:
         encoded = self.plan.encode(x, force=force)
         batch = len(encoded)
-        if self.remaining == 0:
-            self.prepare(1, batch=batch)
+        start, waited = time.perf_counter(), channel.seconds_waited
         material = self._stock.take_next(batch=batch)
+        index, tag = material.pairing.index, session_tag(material.pairing.session.hex())
+        report(log, InferenceBegun("", tag, index, batch))
         sent, messages = channel.bytes_sent, channel.messages_sent
-        received = channel.messages_received
+        received, heard = channel.bytes_received, channel.messages_received
         began = time.perf_counter()
-        with telling(channel):
-            channel.pace()
-            part = inference(self.plan, material, encoded)
-            z = over(part, {"server": channel}, tag=material.pairing.index)
-        seconds = time.perf_counter() - began
+        with self._lock:
+            if self._allowed is not None:
+                self._allowed -= batch
+        try:
+            with telling(channel):
+                channel.pace()
+                part = inference(self.plan, material, encoded)
+                z = over(part, {"server": channel}, tag=index)
+        except BaseException as error:
+            report(log, Burnt("", tag, index, told(error)))
+            raise
+        end, waited = time.perf_counter(), channel.seconds_waited - waited
         # Each way one message beside the layers', the input or the logits, and one to
         # compare what was used. The chunks of a large batch travel at once.
-        layers = channel.messages_sent - messages + channel.messages_received - received
-        rounds = 2 + (layers - 4) // len(chunks(batch))
+        layers = channel.messages_sent - messages + channel.messages_received - heard
+        rounds, sent = 2 + (layers - 4) // len(chunks(batch)), channel.bytes_sent - sent
         with self._lock:
-            self.online += Cost(rounds, channel.bytes_sent - sent, 0, seconds)
+            self.online += Cost(rounds, sent, 0, end - began)
+        report(
+            log,
+            Inference(
+                "",
+                tag,
+                index,
+                batch,
+                seconds=end - start,
+                material_s=began - start,
+                compute_s=end - began - waited,
+                wait_s=waited,
+                sent=sent,
+                received=channel.bytes_received - received,
+                left=self.remaining,
+            ),
+        )
         return self.plan.decode(z)
 
     def close(self) -> None:
         """Say goodbye and disconnect."""
+        self._leave()
+
+    def _leave(self) -> None:
         for channel in (*self._others, self._channel):
             with suppress(EspnError):
                 tell(channel, Goodbye())
             channel.close()
+        self._others.clear()
         if self._dealing is not None:
             self._dealing.close()
+            self._dealing = None
 
     def __enter__(self) -> Client:
         return self

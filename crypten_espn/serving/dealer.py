@@ -11,19 +11,19 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from ..errors import MaterialError, PeerError, PlanError
+from ..errors import LimitError, MaterialError, PeerError, PlanError
 from ..masked.dealing import Dealing
 from ..masked.drivers import over
 from ..masked.kernels import ring_dtype
 from ..masked.plan import Plan
-from ..wire.channel import Channel
 from ..wire.tls import TLS
 from .boundary import session_tag, told
+from .events import Dealing as DealingEvent
+from .events import Dealt
 from .host import Connection, Host
 from .link import Limits, Link, one_link
 from .messages import (
     GREETING,
-    MESSAGE_BYTES,
     Goodbye,
     Join,
     Joined,
@@ -91,6 +91,9 @@ class DealerServer(Host):
         self._plans = plans
         self._seats: dict[str, _Seat] = {}
         self._held = 0
+        self.metrics.gauge(
+            "sessions_open", "Clients waiting or dealt to", lambda: len(self._seats)
+        )
 
     def answer(self, connection: Connection) -> None:
         """Greet a party; a client then waits for its server, a server is dealt to."""
@@ -102,7 +105,7 @@ class DealerServer(Host):
         if party == "client":
             self._wait(join, connection)
         else:
-            self._deal_to(join, channel)
+            self._deal_to(join, connection)
 
     def _wait(self, join: Join, connection: Connection) -> None:
         seat = _Seat(join, connection)
@@ -114,8 +117,11 @@ class DealerServer(Host):
                 oldest = waiting[0]
                 self._remove(oldest)
                 oldest.connection.end(
-                    f"{self.limits.waiting} clients wait here for their servers; this "
-                    "one makes room for a newer one."
+                    LimitError(
+                        f"{self.limits.waiting} clients wait here for their servers; "
+                        "this one makes room for a newer one.",
+                        "waiting",
+                    )
                 )
             self._seats[join.session] = seat
         try:
@@ -146,15 +152,15 @@ class DealerServer(Host):
                 left = not connection.channel.is_quiet()
                 if left or time.monotonic() >= end:
                     self._remove(seat)
-                    raise PeerError(
-                        "The client left before its server came."
-                        if left
-                        else f"No server joined this client within {limit:g} s."
+                    if left:
+                        raise PeerError("The client left before its server came.")
+                    raise LimitError(
+                        f"No server joined this client within {limit:g} s.", "waiting_s"
                     )
         if connection.ended is not None and not seat.taken:
-            raise PeerError(connection.ended)
+            raise connection.ended
 
-    def _deal_to(self, join: Join, channel: Channel) -> None:
+    def _deal_to(self, join: Join, connection: Connection) -> None:
         with self._lock:
             seat = self._seats.get(join.session)
             if seat is None:
@@ -168,7 +174,7 @@ class DealerServer(Host):
         # A server may come before the thread that told the client is back.
         seat.told.wait()
         try:
-            self._deal(join, channel, seat)
+            self._deal(join, connection, seat)
         except BaseException as error:
             seat.error = error
             raise
@@ -184,8 +190,9 @@ class DealerServer(Host):
         if self._seats.get(seat.join.session) is seat:
             del self._seats[seat.join.session]
 
-    def _deal(self, join: Join, down: Channel, seat: _Seat) -> None:
+    def _deal(self, join: Join, server: Connection, seat: _Seat) -> None:
         """Deal what the server orders, until it says goodbye."""
+        down = server.channel
         if join.digest != seat.join.digest:
             raise PlanError(
                 f"The parties' plans differ: the server's is {join.digest[:16]}, the "
@@ -199,31 +206,40 @@ class DealerServer(Host):
         tell(down, Paired())
         plan = receive_plan(down, limit=self.limits.plan_bytes, digest=join.digest)
         with self._holding(_mask_bytes(plan)):
-            self._deal_plan(plan, down, seat)
+            self._deal_plan(plan, server, seat)
 
-    def _deal_plan(self, plan: Plan, down: Channel, seat: _Seat) -> None:
-        up, tag = seat.connection.channel, session_tag(seat.join.session)
+    def _deal_plan(self, plan: Plan, server: Connection, seat: _Seat) -> None:
+        down, up = server.channel, seat.connection.channel
+        tag, client = session_tag(seat.join.session), seat.connection.client
         dealing = Dealing(plan)
         for mine, other, secret in ((down, up, 0), (up, down, 1)):
             seed = dealing.seeds[secret].hex()
             tell(mine, Seed(seed=seed, partner=other.fingerprint))
-        log.info("session %s: dealing for plan %s", tag, plan.digest.hex()[:16])
-        following = 0
+        digest = plan.digest.hex()[:16]
+        self.report(DealingEvent(server.client, client, tag, digest))
+        following, most = 0, self.limits.message_bytes
         while True:
-            down.wait(timeout=self.limits.idle_s, limit=MESSAGE_BYTES)
-            order = hear(down, Order, Goodbye)
+            down.wait(timeout=self.limits.idle_s, limit=most)
+            order = hear(down, Order, Goodbye, limit=most)
             if isinstance(order, Goodbye):
                 return
-            self._check(order, plan, following)
-            following = order.start + order.count
-            for index in range(order.start, following):
-                over(dealing.deal(index, order.batch), {"server": down}, tag=index)
-            log.info(
-                "session %s: dealt %d inferences of batch %d",
-                tag,
-                order.count,
-                order.batch,
-            )
+            with self.under_way(server):
+                up.check_revoked()
+                self._check(order, plan, following)
+                following = order.start + order.count
+                began, sent = time.perf_counter(), down.bytes_sent
+                for index in range(order.start, following):
+                    over(dealing.deal(index, order.batch), {"server": down}, tag=index)
+                self.report(
+                    Dealt(
+                        tag,
+                        order.start,
+                        order.count,
+                        order.batch,
+                        seconds=time.perf_counter() - began,
+                        sent=down.bytes_sent - sent,
+                    )
+                )
 
     @contextmanager
     def _holding(self, size: int) -> Iterator[None]:

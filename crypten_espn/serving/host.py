@@ -6,18 +6,32 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from types import TracebackType
 
 from ..compiled import heat
-from ..errors import EspnError, PeerError
+from ..errors import ClosingError, EspnError, LimitError, PeerError
 from ..wire.channel import Channel
 from ..wire.connect import Incoming, Listener
-from ..wire.frames import printable
 from .boundary import told, traced
+from .events import (
+    Connected,
+    Event,
+    Failed,
+    Left,
+    Listening,
+    Refused,
+    Stopped,
+    Stopping,
+    reason_of,
+    report,
+)
 from .link import Limits, Link
+from .metrics import Metrics
 
 _TICK_S = 0.25
+_LIVE_S = 30.0  # a host that has not looked for connections so long is stuck
 _FAREWELL_S = 5.0
 # Connections that are being told why they end; one more is closed without a word.
 _ENDING = 1024
@@ -31,13 +45,16 @@ class Connection:
         since: when it was accepted, monotonic seconds.
         ended: why this side ends it, if it does.
         wake: set when it is ended, for a thread that waits for something else.
+        busy: whether something is under way that should not be cut.
+        greeted: whether the peer has said who it is.
     """
 
     def __init__(self, incoming: Incoming, number: int) -> None:
         self.number = number
         self.since = time.monotonic()
-        self.ended: str | None = None
+        self.ended: PeerError | None = None
         self.wake = threading.Event()
+        self.busy = self.greeted = False
         self._incoming = incoming
         self._channel: Channel | None = None
         self._farewell: threading.Thread | None = None
@@ -52,10 +69,20 @@ class Connection:
         """Do what TLS needs and check the peer's role."""
         self._channel = self._incoming.open(peer_roles=peer_roles, timeout=timeout)
         if self.ended is not None:
-            raise PeerError(self.ended)
+            raise self.ended
         return self._channel
 
-    def end(self, reason: str) -> None:
+    @property
+    def role(self) -> str:
+        """What the peer is; empty until its greeting, or its certificate, says so."""
+        return "" if self._channel is None else self._channel.peer_role
+
+    @property
+    def client(self) -> str:
+        """The name in the peer's certificate; empty without one."""
+        return "" if self._channel is None else self._channel.peer_name
+
+    def end(self, reason: PeerError) -> None:
         """Give the peer this reason and make the connection's own thread stop."""
         if self.ended is not None:
             return
@@ -63,7 +90,7 @@ class Connection:
         if self._channel is not None:
             # The peer has seconds to read it, and nobody should wait for that here.
             farewell = threading.Thread(
-                target=self._channel.abort, args=(reason,), daemon=True
+                target=self._channel.abort, args=(told(reason),), daemon=True
             )
             farewell.start()
             self._farewell = farewell
@@ -112,7 +139,8 @@ class Host:
         limits: Limits,
         log: logging.Logger,
     ) -> None:
-        self.limits = limits
+        self.limits, self.role = limits, role
+        self.metrics = Metrics(role, connections=lambda: len(self._greeted))
         self._peer_roles, self._link, self._log = peer_roles, link, log
         heat()  # before anyone's time-out runs
         self._listener = Listener(
@@ -125,7 +153,26 @@ class Host:
         self._greeting: dict[Connection, threading.Thread] = {}
         self._greeted: dict[Connection, threading.Thread] = {}
         self._ending: dict[Connection, threading.Thread] = {}
+        # Told to stop; not running any more; said how it ended.
         self._closed = threading.Event()
+        self._reloading = threading.Event()
+        self._over = False
+        self._ticked = 0.0
+
+    @property
+    def ready(self) -> bool:
+        """Whether it accepts connections."""
+        return self.live and not self._closed.is_set()
+
+    @property
+    def live(self) -> bool:
+        """Whether the thread in `run` has looked for connections lately."""
+        return time.monotonic() - self._ticked < _LIVE_S
+
+    def report(self, event: Event, *, level: int | None = None) -> None:
+        """Write an event to the log, and count it."""
+        self.metrics.count(event)
+        report(self._log, event, level=level)
 
     def answer(self, connection: Connection) -> None:
         """Serve one peer until it leaves; whatever is raised ends the connection."""
@@ -133,8 +180,13 @@ class Host:
 
     def run(self) -> None:
         """Accept connections until `stop` or `close` is called."""
+        self.report(Listening(self.role, self.address))
         while not self._closed.is_set():
+            self._ticked = time.monotonic()
             self._end_slow()
+            if self._reloading.is_set():
+                self._reloading.clear()
+                self._listener.reload()
             try:
                 incoming = self._listener.accept(timeout=_TICK_S)
             except PeerError:
@@ -145,48 +197,109 @@ class Host:
         """Make `run` return, from a signal handler or another thread."""
         self._closed.set()
 
-    def close(self, reason: str = "It is shutting down.") -> None:
-        """Stop accepting, give every peer the reason, and wait for the threads."""
-        self._closed.set()
-        self._listener.close()
+    def reload(self) -> None:
+        """Read certificates again at once, from a signal handler or another thread.
+
+        Without it they are read again when their files change.
+        """
+        self._reloading.set()
+
+    def close(self) -> None:
+        """Stop accepting, finish what is under way, and give every peer the reason.
+
+        What is not finished after `limits.grace_s` is cut: its material was claimed
+        and is not used again. A second call does nothing.
+        """
         with self._lock:
-            ending = {**self._greeting, **self._greeted, **self._ending}
-        for connection in ending:
-            connection.end(reason)
-        deadline = time.monotonic() + _FAREWELL_S
-        for connection, thread in ending.items():
-            if thread.ident is not None:
-                thread.join(max(0.0, deadline - time.monotonic()))
+            self._closed.set()
+            over, self._over = self._over, True
+            everybody = {**self._greeting, **self._greeted, **self._ending}
+            busy = {c: thread for c, thread in everybody.items() if c.busy}
+        if over:
+            return
+        self._listener.close()
+        grace = self.limits.grace_s
+        self.report(Stopping(self.role, self.address, len(busy), grace))
+        for connection in everybody:
+            if connection not in busy:
+                connection.end(_closing())
+        self._join(busy, grace)
+        burnt = sum(connection.busy for connection in busy)
+        for connection in busy:
+            connection.end(_closing())
+        self._join(everybody, _FAREWELL_S)
+        for connection in everybody:
             connection.close()
+        self.report(Stopped(self.role, self.address, burnt))
+
+    @staticmethod
+    def _join(threads: Mapping[Connection, threading.Thread], seconds: float) -> None:
+        end = time.monotonic() + seconds
+        for thread in threads.values():
+            if thread.ident is not None:
+                thread.join(max(0.0, end - time.monotonic()))
+
+    @contextmanager
+    def under_way(self, connection: Connection) -> Iterator[None]:
+        """Something that `close` lets finish.
+
+        Raises:
+            ClosingError: the host is stopping: before it has begun, or after its end.
+            RevokedError: the peer's certificate was revoked meanwhile.
+        """
+        connection.channel.check_revoked()
+        with self._lock:
+            if self._closed.is_set():
+                raise _closing()
+            connection.busy = True
+        try:
+            yield
+        finally:
+            with self._lock:
+                connection.busy = False
+        if self._closed.is_set():
+            raise _closing()
 
     def greeted(self, connection: Connection) -> None:
         """Count a connection among those that said who they are.
 
         Raises:
-            PeerError: there are too many.
+            LimitError: there are too many.
         """
         with self._lock:
             if len(self._greeted) >= self.limits.connections:
-                raise PeerError(
+                raise LimitError(
                     f"All {self.limits.connections} connections are in use; try again "
-                    "later."
+                    "later.",
+                    "connections",
                 )
             thread = self._greeting.pop(connection, None)
             if thread is not None:
                 self._greeted[connection] = thread
-        connection.channel.timeout = self._link.timeout
+        connection.greeted = True
+        channel = connection.channel
+        channel.timeout = self._link.timeout
+        self.report(
+            Connected(
+                connection.number,
+                channel.peer_role,
+                channel.peer_name,
+                channel.fingerprint[:16],
+                time.monotonic() - connection.since,
+            )
+        )
 
     def _begin(self, incoming: Incoming) -> None:
         connection = Connection(incoming, next(self._numbers))
         thread = threading.Thread(target=self._run, args=(connection,), daemon=True)
         oldest = None
         with self._lock:
+            if self._closed.is_set():
+                incoming.close()
+                return
             if len(self._ending) >= _ENDING:
-                self._log.warning(
-                    "connection %d: closed, %d others are being told why they end",
-                    connection.number,
-                    _ENDING,
-                )
+                text = f"closed: {_ENDING} others are being told why they end"
+                self.report(Refused(connection.number, "", "", "ending", text))
                 incoming.close()
                 return
             if len(self._greeting) >= self.limits.greeting:
@@ -195,13 +308,16 @@ class Host:
             self._greeting[connection] = thread
         if oldest is not None:
             oldest.end(
-                f"{self.limits.greeting} connections are being greeted; this one makes "
-                "room for a newer one."
+                LimitError(
+                    f"{self.limits.greeting} connections are being greeted; this one "
+                    "makes room for a newer one.",
+                    "greeting",
+                )
             )
         try:
             thread.start()
         except RuntimeError:
-            self._log.error("no thread is left for connection %d", connection.number)
+            self.report(Failed(connection.number, "no thread is left for it"))
             self._forget(connection)
 
     def _end_slow(self) -> None:
@@ -213,28 +329,36 @@ class Host:
             for connection in slow:
                 self._ending[connection] = self._greeting.pop(connection)
         for connection in slow:
-            connection.end(f"The greeting was not complete after {limit:g} s.")
+            connection.end(self._too_slow())
+
+    def _too_slow(self) -> LimitError:
+        limit = self.limits.handshake_s
+        return LimitError(
+            f"The greeting was not complete after {limit:g} s.", "handshake_s"
+        )
 
     def _run(self, connection: Connection) -> None:
-        self._log.debug("connection %d: accepted", connection.number)
+        number = connection.number
         try:
-            channel = connection.open(self._peer_roles, self.limits.handshake_s)
+            connection.open(self._peer_roles, self.limits.handshake_s)
             self.answer(connection)
-            self._log.info("connection %d: %s left", connection.number, channel.peer)
+            self.report(Left(number, connection.role, connection.client))
         except BaseException as error:
-            reason = connection.ended or told(error)
-            if connection.ended is None and not isinstance(error, EspnError):
-                self._log.error("connection %d: %s", connection.number, traced(error))
-            else:
+            reason = error if connection.ended is None else connection.ended
+            late = time.monotonic() - connection.since >= self.limits.handshake_s
+            if late and not connection.greeted and type(reason) is PeerError:
+                reason = self._too_slow()  # its own wait was over first
+            if isinstance(reason, EspnError):
+                role, client = connection.role, connection.client
                 # Whoever is still here when a host closes is no cause for worry.
-                level = logging.INFO if self._closed.is_set() else logging.WARNING
-                self._log.log(
-                    level,
-                    "connection %d: ended: %s",
-                    connection.number,
-                    printable(reason),
+                level = logging.INFO if self._closed.is_set() else None
+                text = told(reason)
+                self.report(
+                    Refused(number, role, client, reason_of(reason), text), level=level
                 )
-            connection.tell(reason)
+            else:
+                self.report(Failed(number, traced(error)))
+            connection.tell(told(reason))
         finally:
             self._forget(connection)
 
@@ -254,3 +378,7 @@ class Host:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _closing() -> ClosingError:
+    return ClosingError("It is shutting down.")

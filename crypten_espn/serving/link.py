@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, fields
 
-from ..errors import PeerError
+from ..errors import LimitError
 from ..wire.tls import TLS
 
 TIMEOUT_S = 30.0
@@ -71,6 +71,8 @@ class Limits:
         material_bytes: material of all sessions that a server holds in memory; at the
             dealer the masks of all pairs' weights, and the material of an inference.
         plan_bytes: length of a plan.
+        message_bytes: length of any other message that is no ring elements.
+        grace_s: seconds that what is under way may still take once it is told to stop.
     """
 
     connections: int = 256
@@ -84,6 +86,8 @@ class Limits:
     prepared: int = 16384
     material_bytes: int = 8 << 30
     plan_bytes: int = 4 << 20
+    message_bytes: int = 4096
+    grace_s: float = 30.0
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -97,29 +101,31 @@ class Limits:
         """Check a wish for inferences before anything is prepared for it.
 
         Raises:
-            PeerError: too many inferences, inputs, or a number that has no index.
+            LimitError: too many inferences, inputs, or a number that has no index.
         """
-        for what, given, most in (
-            ("inferences were asked for in one order", count, self.count),
-            ("inputs in one inference were asked for", batch, self.batch),
+        for limit, what, given, most in (
+            ("count", "inferences were asked for in one order", count, self.count),
+            ("batch", "inputs in one inference were asked for", batch, self.batch),
         ):
             if given > most:
-                raise PeerError(f"{given} {what}; at most {most} are allowed.")
+                raise LimitError(f"{given} {what}; at most {most} are allowed.", limit)
         if start + count > 1 << 32:
-            raise PeerError(
+            raise LimitError(
                 f"Inferences {start} to {start + count - 1} were asked for; a session "
-                f"has {1 << 32}. Connect again to start a new one."
+                f"has {1 << 32}. Connect again to start a new one.",
+                "index",
             )
 
     def check_bytes(self, size: int, *, held: int = 0) -> None:
         """Check what material would take, before anything is allocated for it.
 
         Raises:
-            PeerError: it would take more than `material_bytes`.
+            LimitError: it would take more than `material_bytes`.
         """
         if held + size > self.material_bytes:
-            raise PeerError(
+            raise LimitError(
                 f"Material of {size:,} bytes was asked for beside {held:,} already "
                 f"held; at most {self.material_bytes:,} are allowed. Ask for fewer "
-                "inferences, or smaller batches."
+                "inferences, or smaller batches.",
+                "material_bytes",
             )

@@ -20,7 +20,13 @@ from typing import Annotated, Literal, TypeVar, overload
 import msgspec
 
 from ..bundle.description import DESCRIPTION_BYTES, Description
-from ..errors import DataError, PeerError, PlanMismatchError, ShapeError
+from ..errors import (
+    DataError,
+    LimitError,
+    PeerError,
+    PlanMismatchError,
+    ShapeError,
+)
 from ..masked.plan import Plan
 from ..wire.channel import Channel
 
@@ -67,10 +73,12 @@ class Welcome(Message, frozen=True, tag="welcome"):
     Args:
         next_index: the first inference the server has not used.
         description: digest of the description's text.
+        quota: inputs that it still answers this client today; None for any number.
     """
 
     next_index: Index
     description: Digest
+    quota: Index | None = None
 
 
 class Prepare(Message, frozen=True, tag="prepare"):
@@ -179,18 +187,22 @@ def tell(channel: Channel, message: Message) -> None:
 
 
 @overload
-def hear(channel: Channel, kind: type[M], /) -> M: ...
+def hear(channel: Channel, kind: type[M], /, *, limit: int = ...) -> M: ...
 @overload
-def hear(channel: Channel, kind: type[M], other: type[N], /) -> M | N: ...
+def hear(
+    channel: Channel, kind: type[M], other: type[N], /, *, limit: int = ...
+) -> M | N: ...
 
 
-def hear(channel: Channel, *kinds: type[Message]) -> Message:
-    """Receive one message of one of these kinds.
+def hear(
+    channel: Channel, *kinds: type[Message], limit: int = MESSAGE_BYTES
+) -> Message:
+    """Receive one message of one of these kinds, of at most `limit` bytes.
 
     Raises:
         PeerError: as `decode`, or the peer is gone, silent, or sends too much.
     """
-    data = channel.receive_bytes(limit=MESSAGE_BYTES)
+    data = channel.receive_bytes(limit=limit)
     try:
         return decode(data, *kinds)
     except PeerError as error:
@@ -211,11 +223,14 @@ def receive_plan(channel: Channel, *, limit: int, digest: str | None = None) -> 
         digest: what its digest must be, in hex.
 
     Raises:
-        PeerError: it is longer than `limit`.
+        LimitError: it is longer than `limit`.
         PlanError: it is not a plan that can be run.
         PlanMismatchError: it has another digest.
     """
-    data = channel.receive_bytes(limit=limit)
+    try:
+        data = channel.receive_bytes(limit=limit)
+    except LimitError as error:
+        raise LimitError(str(error), error.limit and "plan_bytes") from None
     # Text that is no UTF-8 reaches the plan's own check, which names the fault.
     plan = Plan.from_json(data.decode("utf-8", "replace"))
     if digest is not None and plan.digest.hex() != digest:
@@ -258,3 +273,8 @@ def receive_description(channel: Channel, *, digest: str, plan: Plan) -> Descrip
             f"{channel.peer} sent a description of no use: {error}."
         ) from None
     return description
+
+
+# Made here once: two threads that decode a type for the first time crash msgspec.
+for _kind in Message.__subclasses__():
+    msgspec.json.Decoder(_kind)

@@ -7,29 +7,37 @@ import os
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from ..bundle import Bundle
 from ..convert import PrivateNetwork
-from ..errors import EspnError, MaterialError, PeerError
+from ..errors import EspnError, LimitError, MaterialError, PeerError
 from ..masked.drivers import over
 from ..masked.inference import server as inference
-from ..masked.material import Pairing, ServerMaterial
+from ..masked.material import Pairing
 from ..masked.model import MaskedModel
 from ..masked.planning import masked_model
 from ..masked.store_writer import remove_used_up
 from ..pillar.guarding import in_words
 from ..wire.channel import Channel
 from ..wire.tls import TLS
-from .boundary import session_tag, telling
+from .boundary import telling, told
+from .events import (
+    Burnt,
+    FolderStays,
+    Inference,
+    InferenceBegun,
+    SessionOpened,
+)
+from .events import Prepared as PreparedEvent
 from .host import Connection, Host
 from .link import Limits, Link, one_link
 from .messages import (
     GREETING,
-    MESSAGE_BYTES,
     Accepted,
     Goodbye,
     Hello,
@@ -42,35 +50,11 @@ from .messages import (
     tell,
 )
 from .preparing import ServerDealing
-from .stock import Stock, material_bytes
+from .quota import Quota
+from .session import OWNER, Session, read_owner, write_owner
+from .stock import material_bytes
 
 log = logging.getLogger(__name__)
-
-# Beside a session's material: digest of the certificate its client showed.
-_OWNER = "client.sha256"
-
-
-class _Session:
-    """What the server holds for one client, over all of its connections.
-
-    Attributes:
-        name: as both parties and the dealer call it; empty before anything is prepared.
-        owner: digest of the client's certificate; empty without TLS.
-        users: its connections.
-    """
-
-    def __init__(self, model: MaskedModel, owner: str) -> None:
-        self.name = ""
-        self.owner = owner
-        self.users = 0
-        self.stock = Stock(ServerMaterial, "server", model.plan, model.weights.digest)
-        self.dealing: ServerDealing | None = None
-        self.following = 0
-        self.preparing = threading.Lock()
-
-    def close(self) -> None:
-        if self.dealing is not None:
-            self.dealing.close()
 
 
 class ModelServer(Host):
@@ -92,6 +76,7 @@ class ModelServer(Host):
         timeout: float | None = None,
         insecure: bool = False,
         limits: Limits | None = None,
+        quota: Quota | None = None,
     ) -> None:
         super().__init__(
             address,
@@ -105,8 +90,15 @@ class ModelServer(Host):
         self.model, self.description = bundle.model, bundle.description
         folder = self._link.directory
         self._directory = None if folder is None else Path(folder)
-        self._sessions: dict[str, _Session] = {}
+        self._sessions: dict[str, Session] = {}
         self._sessions_lock = threading.RLock()
+        self._quota = quota
+        self.metrics.gauge(
+            "sessions_open", "Sessions in use", lambda: len(self._sessions)
+        )
+        self.metrics.gauge(
+            "material_left", "Inferences prepared, of sessions in use", self._left
+        )
 
     def answer(self, connection: Connection) -> None:
         """Greet a client, then answer it until it leaves."""
@@ -115,25 +107,30 @@ class ModelServer(Host):
         hello = hear(channel, Hello)
         self.greeted(connection)
         channel.pace()
+        quota = None if self._quota is None else self._quota.check(connection.client)
         with self._using(hello, channel) as session:
+            following = session.stock.next_index
             described = self.description.digest.hex()
             tell(
                 channel,
-                Welcome(next_index=session.stock.next_index, description=described),
+                Welcome(next_index=following, description=described, quota=quota),
             )
             send_plan(channel, self.model.plan)
             send_description(channel, self.description)
             channel.handshake(digest=self.model.plan.digest)
-            while self._answer_one(session, channel):
+            number, client = connection.number, connection.client
+            left = session.stock.remaining
+            self.report(SessionOpened(number, client, session.tag, left))
+            while self._answer_one(session, connection):
                 pass
 
     # -- sessions
 
     @contextmanager
-    def _using(self, hello: Hello, channel: Channel) -> Iterator[_Session]:
+    def _using(self, hello: Hello, channel: Channel) -> Iterator[Session]:
         """The client's session; it is forgotten when its last connection ends."""
         with self._sessions_lock:
-            session = self._enter(hello, channel.fingerprint)
+            session = self._enter(hello, channel.peer_name)
             session.users += 1
         try:
             yield session
@@ -147,10 +144,10 @@ class ModelServer(Host):
                 session.close()
                 self._tidy(session)
 
-    def _enter(self, hello: Hello, owner: str) -> _Session:
+    def _enter(self, hello: Hello, owner: str) -> Session:
         """The session that a client names: one in use, one on disk, or a new one."""
         if hello.session is None:
-            return _Session(self.model, owner)
+            return Session(self.model, owner)
         session = self._sessions.get(hello.session)
         if session is None:
             session = self._stored(hello.session, hello.next_index)
@@ -159,12 +156,12 @@ class ModelServer(Host):
             if session.users == 0:
                 del self._sessions[hello.session]
             raise PeerError(
-                "This session belongs to another certificate than the one that was "
-                "shown. Prepare material again."
+                "This session belongs to another certificate's name than the one that "
+                "was shown. Prepare material again."
             )
         return session
 
-    def _stored(self, name: str, client_next: int) -> _Session:
+    def _stored(self, name: str, client_next: int) -> Session:
         if self._directory is None or not (self._directory / name).is_dir():
             kept = "" if self._directory else ", and keeps none without a folder for it"
             raise MaterialError(
@@ -172,57 +169,99 @@ class ModelServer(Host):
                 ". Delete the client's and prepare material together again."
             )
         folder = self._directory / name
-        session = _Session(self.model, _read_owner(folder))
+        session = Session(self.model, read_owner(folder))
         session.name = name
         session.stock.open(folder, session=name, floor=client_next)
         session.stock.compare(client_next)
         return session
 
-    def _tidy(self, session: _Session) -> None:
+    def _tidy(self, session: Session) -> None:
         """Remove the folder of a session that is used up."""
         if self._directory is None or not session.name:
             return
         folder = self._directory / session.name
         try:
             if folder.is_dir() and session.stock.remaining == 0:
-                (folder / _OWNER).unlink(missing_ok=True)
+                (folder / OWNER).unlink(missing_ok=True)
                 remove_used_up(folder)
         except (EspnError, OSError) as error:
-            log.warning(
-                "session %s: its folder stays: %s",
-                session_tag(session.name),
-                type(error).__name__,
-            )
+            self.report(FolderStays(session.tag, type(error).__name__))
+
+    def _left(self) -> int:
+        """Inferences prepared and not used, of the sessions that are in use."""
+        with self._sessions_lock:
+            sessions = list(self._sessions.values())
+        left = 0
+        for session in sessions:
+            # Used up, and removed, meanwhile.
+            with suppress(EspnError, OSError):
+                left += session.stock.remaining
+        return left
 
     # -- requests
 
-    def _answer_one(self, session: _Session, channel: Channel) -> bool:
+    def _answer_one(self, session: Session, connection: Connection) -> bool:
         """One request: an inference, a preparation, or goodbye (False)."""
+        channel = connection.channel
         session.stock.read_ahead()
         header = channel.wait(
             timeout=self.limits.idle_s,
             rings=session.stock.input_sizes,
-            limit=MESSAGE_BYTES,
+            limit=self.limits.message_bytes,
         )
-        if header.is_ring:
-            self._infer(session.stock.take(header.tag), channel, header.tag)
+        if not header.is_ring:
+            order = hear(channel, Prepare, Goodbye, limit=self.limits.message_bytes)
+            if isinstance(order, Goodbye):
+                return False
+            with self.under_way(connection), session.preparing:
+                self._prepare(session, connection, order)
             return True
-        order = hear(channel, Prepare, Goodbye)
-        if isinstance(order, Goodbye):
-            return False
-        with session.preparing:
-            self._prepare(session, channel, order)
+        with self.under_way(connection):
+            self._infer(session, connection, header.tag)
         return True
 
-    def _infer(self, material: ServerMaterial, channel: Channel, index: int) -> None:
+    def _infer(self, session: Session, connection: Connection, index: int) -> None:
+        """Answer an inference; its material counts as used, whatever happens."""
+        channel, client, tag = connection.channel, connection.client, session.tag
         start = time.perf_counter()
+        batch = session.stock.batch_of(index)
+        if self._quota is not None:
+            self._quota.charge(client, batch)
+        material = session.stock.take(index)
+        self.report(InferenceBegun(client, tag, index, batch))
+        claimed = time.perf_counter()
+        waited = channel.seconds_waited
+        sent, received = channel.bytes_sent, channel.bytes_received
         channel.pace()
         part = inference(self.model.plan, self.model.weights, material)
-        over(part, {"client": channel}, tag=index)
-        log.debug("inference %d took %.3f s", index, time.perf_counter() - start)
+        try:
+            over(part, {"client": channel}, tag=index)
+        except BaseException as error:
+            self.report(Burnt(client, tag, index, told(error)))
+            raise
+        end, waited = time.perf_counter(), channel.seconds_waited - waited
+        self.report(
+            Inference(
+                client,
+                tag,
+                index,
+                batch,
+                seconds=end - start,
+                material_s=claimed - start,
+                compute_s=end - claimed - waited,
+                wait_s=waited,
+                sent=channel.bytes_sent - sent,
+                received=channel.bytes_received - received,
+                left=session.stock.remaining,
+            )
+        )
 
-    def _prepare(self, session: _Session, channel: Channel, order: Prepare) -> None:
+    def _prepare(
+        self, session: Session, connection: Connection, order: Prepare
+    ) -> None:
         """Check everything, then prepare; what is refused costs the client nothing."""
+        channel, began = connection.channel, time.perf_counter()
+        sent, received = channel.bytes_sent, channel.bytes_received
         start, count, batch = order.start, order.count, order.batch
         folder = None if self._directory is None else self._directory / order.session
         fresh = self._check(session, order)
@@ -230,8 +269,10 @@ class ModelServer(Host):
         with session.stock.adding(pairing, count=count, folder=folder) as adding:
             if fresh:
                 plan, weights = self.model.plan, self.model.weights
+                # The dealer is shown the certificate that the client was shown.
+                link = replace(self._link, tls=channel.tls)
                 session.dealing = ServerDealing(
-                    self._link, order.session, plan, weights, channel
+                    link, order.session, plan, weights, channel
                 )
             dealing = session.dealing
             assert dealing is not None
@@ -244,16 +285,23 @@ class ModelServer(Host):
                 for material in made:
                     adding.add(material)
         if fresh and folder is not None:
-            _write_owner(folder, session.owner)
-        log.info(
-            "session %s: prepared %d inferences of batch %d",
-            session_tag(order.session),
-            count,
-            batch,
-        )
+            write_owner(folder, session.owner)
         tell(channel, Prepared())
+        self.report(
+            PreparedEvent(
+                connection.client,
+                session.tag,
+                start,
+                count,
+                batch,
+                seconds=time.perf_counter() - began,
+                sent=channel.bytes_sent - sent,
+                received=channel.bytes_received - received,
+                left=session.stock.remaining,
+            )
+        )
 
-    def _check(self, session: _Session, order: Prepare) -> bool:
+    def _check(self, session: Session, order: Prepare) -> bool:
         """Check a preparation; whether a dealing begins with it.
 
         Raises:
@@ -265,9 +313,10 @@ class ModelServer(Host):
         limits.check_order(start=order.start, count=count, batch=batch)
         left = session.stock.remaining
         if left + count > limits.prepared:
-            raise PeerError(
+            raise LimitError(
                 f"{count} inferences were asked for beside {left} that are prepared; "
-                f"at most {limits.prepared} of a session may be."
+                f"at most {limits.prepared} of a session may be.",
+                "prepared",
             )
         each = material_bytes(self.model.plan, "server", batch)
         fresh = session.dealing is None
@@ -313,18 +362,6 @@ class ModelServer(Host):
         return True
 
 
-def _read_owner(folder: Path) -> str:
-    try:
-        return (folder / _OWNER).read_text(encoding="ascii")
-    except FileNotFoundError:
-        return ""
-
-
-def _write_owner(folder: Path, owner: str) -> None:
-    if owner:
-        (folder / _OWNER).write_text(owner, encoding="ascii")
-
-
 def serve(
     private: PrivateNetwork | MaskedModel | Bundle,
     address: str,
@@ -339,6 +376,7 @@ def serve(
     timeout: float | None = None,
     insecure: bool = False,
     limits: Limits | None = None,
+    quota: Quota | None = None,
 ) -> None:
     """Own the weights and answer clients until interrupted.
 
@@ -355,6 +393,7 @@ def serve(
         insecure: allow addresses that others reach without TLS; masked values and seeds
             then travel in the clear.
         limits: what it puts up with; the defaults of `Limits` if None.
+        quota: what a client may have answered in a day; all it likes if None.
 
     Raises:
         PlanError: a layer has no plan; it is named.
@@ -370,5 +409,6 @@ def serve(
         address,
         link=one_link(link, dealer, directory, tls, timeout, insecure),
         limits=limits,
+        quota=quota,
     ) as server:
         server.run()

@@ -208,6 +208,20 @@ class Stock(Generic[T]):
         if self._store is not None:
             self._store.read_ahead()
 
+    def batch_of(self, index: int) -> int:
+        """Inputs in inference `index`, which is not used by asking.
+
+        Raises:
+            MaterialError: it was used, or never prepared.
+        """
+        with self._lock:
+            found, store = self._ready.get(index), self._store
+            if found is not None:
+                return found.pairing.batch
+        if store is None or index not in store.identity.indices:
+            raise self._unused(index)
+        return store.identity.batch
+
     def take(self, index: int) -> T:
         """The material of inference `index`; it counts as used from now on.
 
@@ -221,10 +235,7 @@ class Stock(Generic[T]):
             if found is not None:
                 self._promised -= self._size(found)
         if found is None:
-            raise MaterialError(
-                f"Inference {index} has no unused material at the {self._party}; "
-                "nothing was sent."
-            )
+            raise self._unused(index)
         return found
 
     def take_next(self, *, batch: int) -> T:
@@ -248,10 +259,7 @@ class Stock(Generic[T]):
     def _claim(self, store: MaterialStore, index: int) -> T:
         following = max(store.next_index, self._floor)
         if index < following or index not in store.identity.indices:
-            raise MaterialError(
-                f"Inference {index} has no unused material at the {self._party}; "
-                "nothing was sent."
-            )
+            raise self._unused(index)
         if index - following >= WINDOW:
             raise MaterialError(
                 f"Inference {index} was asked for and {following} is next; at most "
@@ -264,6 +272,12 @@ class Stock(Generic[T]):
                 return material
             self._promised += self._size(material)
             self._ready[record.index] = material
+
+    def _unused(self, index: int) -> MaterialError:
+        return MaterialError(
+            f"Inference {index} has no unused material at the {self._party}; "
+            "nothing was sent."
+        )
 
     def _material(self, store: MaterialStore, record: Record) -> T:
         pairing = Pairing(self._session, record.index, store.identity.batch)

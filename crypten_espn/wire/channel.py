@@ -16,7 +16,14 @@ from collections.abc import Collection, Container, Sequence
 
 import numpy as np
 
-from ..errors import PeerError, PlanMismatchError
+from ..errors import (
+    ClosingError,
+    LimitError,
+    PeerError,
+    PlanMismatchError,
+    QuotaError,
+    RevokedError,
+)
 from . import tcp
 from .frames import (
     HEADER_BYTES,
@@ -33,6 +40,14 @@ from .frames import (
 )
 from .packing import pack, packed_bytes, unpack
 from .stream import Reading, Stream, nothing
+from .tls import TLS, common_name
+
+# What a peer may refuse with; raised here as what it was there.
+_REFUSALS = {
+    kind.__name__: kind for kind in (LimitError, QuotaError, RevokedError, ClosingError)
+}
+
+_LAST_WORD_S = 1.0  # for a peer's reason of which the beginning is there
 
 
 class Channel:
@@ -47,6 +62,12 @@ class Channel:
             bytes.
         peer: what to call the other side in errors.
         certificate_role: the role in the peer's certificate; None without TLS.
+
+    Attributes:
+        peer_role: what the peer's certificate or its greeting says; empty before.
+        peer_name: the common name in its certificate, or the beginning of its SHA-256;
+            empty without TLS.
+        tls: the certificates that this side has shown; None without TLS.
 
     Counters: `messages_sent`, `messages_received` and `bytes_sent`, `bytes_received`
     (payload and the 20-byte frame header; TLS and TCP framing excluded).
@@ -70,6 +91,12 @@ class Channel:
         self.role = role
         self.peer_roles = tuple(peer_roles)
         self.certificate_role = certificate_role
+        self.peer_role = certificate_role or ""
+        self.tls: TLS | None = None
+        self._certificate, self.peer_name = None, ""
+        if isinstance(sock, ssl.SSLSocket):
+            self._certificate = sock.getpeercert(binary_form=True) or b""
+            self.peer_name = common_name(sock) or self.fingerprint[:16]
         self.timeout = timeout
         self.messages_sent = self.messages_received = 0
         self.bytes_sent = self.bytes_received = 0
@@ -89,10 +116,22 @@ class Channel:
     @property
     def fingerprint(self) -> str:
         """SHA-256 of the peer's certificate, in hex; empty without TLS."""
-        sock = self._stream.sock
-        if not isinstance(sock, ssl.SSLSocket):
-            return ""
-        return hashlib.sha256(sock.getpeercert(binary_form=True) or b"").hexdigest()
+        shown = self._certificate
+        return "" if shown is None else hashlib.sha256(shown).hexdigest()
+
+    @property
+    def seconds_waited(self) -> float:
+        """For the peer, since the channel was made."""
+        return self._stream.waited
+
+    def check_revoked(self) -> None:
+        """Compare the peer's certificate with the list of revoked ones.
+
+        Raises:
+            RevokedError: it is on the list by now.
+        """
+        if self.tls is not None and self._certificate is not None:
+            self.tls.check_revoked(self._certificate, role=self.peer_role)
 
     def pace(self) -> None:
         """Keep TCP's speed through one inference; see `tcp.pace`."""
@@ -219,12 +258,28 @@ class Channel:
             header.kind == Kind.BYTES and header.size <= limit
         )
         if not known:
-            raise self._out_of_step(header, "something else at this point")
+            error = self._out_of_step(header, "something else at this point")
+            if header.kind == Kind.BYTES and limit >= 0:
+                raise LimitError(f"{error} At most {limit} bytes.", "message_bytes")
+            raise error
         return header
 
     def is_quiet(self) -> bool:
-        """Whether the peer has neither sent anything nor closed; reads nothing."""
+        """Whether nothing was sent here and neither side closed; reads nothing."""
         return self._header is None and self._stream.is_quiet()
+
+    def lost(self) -> PeerError | None:
+        """Why nothing can be asked any more: what the peer said, or that it left.
+
+        None while the channel is quiet, for a side whose turn it is to ask.
+        """
+        if self.is_quiet():
+            return None
+        try:
+            self.wait(timeout=_LAST_WORD_S)
+        except PeerError as error:
+            return error
+        raise AssertionError("no message is acceptable here")
 
     def handshake(self, *, digest: bytes) -> str:
         """Exchange role and a digest; nothing else is sent.
@@ -252,6 +307,7 @@ class Channel:
                 f"Greeted as a {role} with the certificate of a "
                 f"{self.certificate_role}."
             )
+        self.peer_role = role
         if theirs != digest:
             raise PlanMismatchError(
                 f"The {self.role} holds plan {digest.hex()[:16]}, the {role} holds "
@@ -326,7 +382,10 @@ class Channel:
         else:
             fits, size = header.size == sum(sizes), f"{sum(sizes)} bytes"
         if header.kind != kind or header.tag != tag or not fits:
-            raise self._out_of_step(header, f"kind {kind:d}, tag {tag}, {size}")
+            error = self._out_of_step(header, f"kind {kind:d}, tag {tag}, {size}")
+            if header.kind == kind and isinstance(sizes, int) and not fits:
+                raise LimitError(str(error), "message_bytes")
+            raise error
         self._header = None
         parts = [header.size] if isinstance(sizes, int) else sizes
         buffers = [np.empty(part, dtype=np.uint8).data for part in parts]
@@ -358,9 +417,9 @@ class Channel:
         return None
 
     def _stopped(self, text: bytearray) -> PeerError:
-        return PeerError(
-            f"{self.peer} stopped: {printable(text.decode(errors='replace'))}"
-        )
+        said = printable(text.decode(errors="replace"))
+        kind = _REFUSALS.get(said.partition(":")[0], PeerError)
+        return kind(f"{self.peer} stopped: {said}")
 
     def _out_of_step(self, header: Header, expected: str) -> PeerError:
         return PeerError(

@@ -13,9 +13,9 @@ import threading
 import time
 from collections.abc import Collection
 
-from ..errors import PeerError, TransportError
+from ..errors import PeerError, RevokedError, TransportError
 from .channel import Channel
-from .tls import TLS, check_peer, secure
+from .tls import TLS, Rotating, check_peer, secure
 
 BACKLOG = 128
 _PAUSE_S = 0.05  # before trying again
@@ -48,10 +48,8 @@ def host_port(host: str, port: int) -> str:
 class Incoming:
     """A peer that connected and of which nothing is known yet: `open` it."""
 
-    def __init__(
-        self, sock: socket.socket, role: str, context: ssl.SSLContext | None
-    ) -> None:
-        self._sock, self._role, self._context = sock, role, context
+    def __init__(self, sock: socket.socket, role: str, tls: TLS | None) -> None:
+        self._sock, self._role, self._tls = sock, role, tls
 
     def open(self, *, peer_roles: Collection[str], timeout: float = 30.0) -> Channel:
         """Do the TLS handshake and check the peer's role; in a thread of its own.
@@ -66,10 +64,11 @@ class Incoming:
         """
         peer = _named(peer_roles)
         end = time.monotonic() + timeout
-        sock = self._sock
-        if self._context is not None:
-            sock = secure(sock, self._context, server=True, end=end, peer=peer)
-        return _channel(sock, self._role, tuple(peer_roles), None, timeout)
+        sock, tls = self._sock, self._tls
+        if tls is not None:
+            context = tls.context(server=True)
+            sock = secure(sock, context, server=True, end=end, peer=peer)
+        return _channel(sock, self._role, tuple(peer_roles), None, timeout, tls)
 
     def close(self) -> None:
         """Drop the peer."""
@@ -103,7 +102,7 @@ class Listener:
         found = _resolve(host, port, "The address to listen on")
         _check_plaintext(address, found, tls, insecure)
         self._role = role
-        self._context = None if tls is None else _context(tls, role, server=True)
+        self._tls = None if tls is None else Rotating(_of_role(tls, role))
         family, kind, protocol, _, place = found[0]
         self._sock = socket.socket(family, kind, protocol)
         self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -139,7 +138,8 @@ class Listener:
                 left = None if end is None else end - time.monotonic()
                 try:
                     sock, _ = self._sock.accept()
-                    return Incoming(sock, self._role, self._context)
+                    tls = None if self._tls is None else self._tls.current()
+                    return Incoming(sock, self._role, tls)
                 except BlockingIOError:
                     if left is not None and left <= 0:
                         raise PeerError(
@@ -154,6 +154,11 @@ class Listener:
                 poller = select.poll()
                 poller.register(self._sock, select.POLLIN)
                 poller.poll(None if left is None else left * 1000)
+
+    def reload(self) -> None:
+        """Read the certificates again, whether their files changed or not."""
+        if self._tls is not None:
+            self._tls.current(anyway=True)
 
     def close(self) -> None:
         """Stop listening, from any thread; `accept` ends."""
@@ -204,12 +209,13 @@ def connect_channel(
         )
     found = _resolve(host, port, f"The address of {peer}")
     _check_plaintext(address, found, tls, insecure)
-    context = None if tls is None else _context(tls, role, server=False)
+    shown = None if tls is None else _of_role(tls, role).held()
     end = time.monotonic() + timeout
     sock = _connect(found, address, peer, end, timeout)
-    if context is not None:
+    if shown is not None:
+        context = shown.context(server=False)
         sock = secure(sock, context, server=False, end=end, peer=peer)
-    return _channel(sock, role, (peer_role,), host, timeout)
+    return _channel(sock, role, (peer_role,), host, timeout, shown)
 
 
 # A name's addresses, as getaddrinfo gives them.
@@ -248,13 +254,13 @@ def _check_plaintext(
             )
 
 
-def _context(tls: TLS, role: str, *, server: bool) -> ssl.SSLContext:
+def _of_role(tls: TLS, role: str) -> TLS:
     if tls.role != role:
         raise TransportError(
             f"This side is the {role}, and {tls.certificate} is the certificate of a "
             f"{tls.role}."
         )
-    return tls.context(server=server)
+    return tls
 
 
 def _named(roles: Collection[str]) -> str:
@@ -288,16 +294,22 @@ def _channel(
     peer_roles: tuple[str, ...],
     host: str | None,
     timeout: float,
+    tls: TLS | None,
 ) -> Channel:
     """A channel over a connected socket; under TLS the peer's role is checked."""
     channel = Channel(
         sock, role=role, peer_roles=peer_roles, timeout=timeout, peer=_named(peer_roles)
     )
+    channel.tls = tls
     if isinstance(sock, ssl.SSLSocket):
         try:
-            channel.certificate_role = check_peer(
+            channel.certificate_role = channel.peer_role = check_peer(
                 sock, roles=peer_roles, host=host, own=role
             )
+            channel.check_revoked()
+        except RevokedError as error:
+            channel.abort(f"RevokedError: {error}")
+            raise
         except PeerError as error:
             channel.abort(str(error))
             raise

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from typing import Generic, TypeVar
 
-from ..errors import PeerError
+from ..errors import LimitError, PeerError
 from .tls import describe
 
 MINIMUM_RATE = 1 << 16  # bytes a second; a slower peer is dropped
@@ -73,6 +73,12 @@ class Deadline:
         """The error for a peer that missed it."""
         silent = now - self._last
         limit = self.timeout if self.moved else self.idle
+        if silent >= limit and not self.moved and self.idle != self.timeout:
+            return LimitError(
+                f"{peer} was silent for {limit:g} s, and asked for nothing. Connect "
+                "again when there is something to ask.",
+                "idle_s",
+            )
         if silent >= limit:
             return PeerError(
                 f"{peer} was silent for {limit:g} s. Check that it is running, or "
@@ -95,6 +101,9 @@ class Stream:
             the peer said why it stops, if it did.
 
     `finish` and `close` may be called from any thread.
+
+    Attributes:
+        waited: seconds that transfers have waited for the other side.
     """
 
     def __init__(
@@ -105,6 +114,7 @@ class Stream:
         last_word: Callable[[bytearray], PeerError | None],
     ) -> None:
         self.peer = peer
+        self.waited = 0.0
         self._sock = sock
         self._last_word = last_word
         self._inbox = bytearray()
@@ -120,8 +130,10 @@ class Stream:
         return self._sock
 
     def is_quiet(self) -> bool:
-        """Whether nothing has arrived, and the peer has not closed."""
-        return not self._inbox and not self._poll(select.POLLIN, 0.0)
+        """Whether nothing has arrived, and neither side has closed."""
+        if self._closed or self._inbox:
+            return False
+        return not self._poll(select.POLLIN, 0.0)
 
     def transfer(
         self,
@@ -231,6 +243,7 @@ class Stream:
                 raise deadline.missed(self.peer, now)
             if not moved:
                 self._poll(events, left)
+                self.waited += time.monotonic() - now
         return reader.value
 
     def _try_to_write(

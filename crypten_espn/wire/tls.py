@@ -9,6 +9,7 @@ other's on every connection, and the connecting side also the host's name or add
 from __future__ import annotations
 
 import contextlib
+import copy
 import ipaddress
 import logging
 import os
@@ -24,7 +25,9 @@ from typing import Any
 from cryptography import x509
 
 from ..errors import PeerError, TransportError
+from .files import Stamp, stamp
 from .frames import ROLES, printable
+from .revoked import RevokedList
 
 ROLE_URI = "urn:crypten-espn:role:"
 _MAKE = "`crypten-espn keys` makes certificates with roles."
@@ -42,6 +45,8 @@ class TLS:
     Args:
         certificate, key: paths of this side's certificate chain and private key (PEM).
         authority: path of the certificates (PEM) that may sign the other side's.
+        revoked: path of a list of certificates that are refused all the same, see
+            `RevokedList`; read again when it changes.
 
     Attributes:
         role: what the certificate says this side is.
@@ -55,7 +60,12 @@ class TLS:
     certificate: str | os.PathLike[str]
     key: str | os.PathLike[str]
     authority: str | os.PathLike[str]
+    revoked: str | os.PathLike[str] | None = None
     role: str = field(init=False)
+    _list: RevokedList | None = field(init=False, repr=False, compare=False)
+    _held: tuple[ssl.SSLContext, ssl.SSLContext] | None = field(
+        init=False, repr=False, compare=False, default=None
+    )
 
     def __post_init__(self) -> None:
         for path in (self.certificate, self.key, self.authority):
@@ -63,6 +73,33 @@ class TLS:
         _check_mode(self.key)
         self.context(server=False)
         object.__setattr__(self, "role", _own_role(self.certificate))
+        listed = None if self.revoked is None else RevokedList(self.revoked)
+        object.__setattr__(self, "_list", listed)
+
+    def held(self) -> TLS:
+        """The same files as they are now, whatever becomes of them.
+
+        A connection and what follows from it, such as the dealing of its session,
+        then show one certificate.
+
+        Raises:
+            TransportError: the files cannot be used by now.
+        """
+        if self._held is not None:
+            return self
+        made = copy.copy(self)
+        both = self.context(server=False), self.context(server=True)
+        object.__setattr__(made, "_held", both)
+        return made
+
+    def check_revoked(self, certificate: bytes, *, role: str) -> None:
+        """Refuse a peer whose certificate, in DER, is on the list by now.
+
+        Raises:
+            RevokedError: it is; the text may be sent to the peer.
+        """
+        if self._list is not None:
+            self._list.check(certificate, role=role)
 
     def context(self, *, server: bool) -> ssl.SSLContext:
         """TLS 1.3 that asks the other side for its certificate.
@@ -70,6 +107,8 @@ class TLS:
         Raises:
             TransportError: names the file that cannot be used.
         """
+        if self._held is not None:
+            return self._held[server]
         protocol = ssl.PROTOCOL_TLS_SERVER if server else ssl.PROTOCOL_TLS_CLIENT
         context = ssl.SSLContext(protocol)
         context.minimum_version = ssl.TLSVersion.TLSv1_3
@@ -94,6 +133,44 @@ class TLS:
                 f"({_detail(error)})."
             ) from None
         return context
+
+
+class Rotating:
+    """Certificates that are read again when their files change.
+
+    Files that do not fit each other, as in the middle of a replacement, are logged and
+    the last ones stay in use.
+
+    Args:
+        tls: the files.
+    """
+
+    def __init__(self, tls: TLS) -> None:
+        self._stamp, self._current = _stamp(tls), tls.held()
+
+    def current(self, *, anyway: bool = False) -> TLS:
+        """What to show now, as `TLS.held`.
+
+        Args:
+            anyway: read the files again whether they changed or not.
+        """
+        now, old = _stamp(self._current), self._current
+        if now == self._stamp and not anyway:
+            return old
+        self._stamp = now
+        try:
+            made = TLS(old.certificate, old.key, old.authority, old.revoked).held()
+            if made.role != old.role:
+                raise TransportError(
+                    f"{_name(old.certificate)} is the certificate of a {made.role}, "
+                    f"this is a {old.role}."
+                )
+        except TransportError as error:
+            logger.warning("the last certificate stays in use: %s", error)
+            return old
+        logger.info("%s: read again", _name(old.certificate))
+        self._current = made
+        return made
 
 
 def secure(
@@ -179,6 +256,14 @@ def check_peer(
     return role
 
 
+def common_name(sock: ssl.SSLSocket) -> str:
+    """The name in the peer's certificate, in printable form; empty if it has none."""
+    certificate: Mapping[str, Any] = sock.getpeercert() or {}
+    parts = [part for group in certificate.get("subject", ()) for part in group]
+    names = [value for kind, value in parts if kind == "commonName"]
+    return printable(names[-1], limit=64) if names else ""
+
+
 def describe(error: OSError) -> str:
     """What went wrong with a socket, in words."""
     if isinstance(error, ssl.SSLCertVerificationError):
@@ -197,6 +282,10 @@ def describe(error: OSError) -> str:
             return f"it does not speak TLS ({reason})"
         return reason
     return error.strerror or str(error) or type(error).__name__
+
+
+def _stamp(tls: TLS) -> Stamp:
+    return stamp([tls.certificate, tls.key, tls.authority])
 
 
 def _matches(names: Iterable[tuple[str, str]], host: str) -> bool:

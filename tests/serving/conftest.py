@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,12 +13,14 @@ import torch
 
 from crypten_espn.masked.model import MaskedModel
 from crypten_espn.serving.dealer import DealerServer
+from crypten_espn.serving.events import Event
 from crypten_espn.serving.host import Host
 from crypten_espn.serving.link import Limits, Link
 from crypten_espn.serving.server import ModelServer
 
 from ..masked.cases import Pair, planned, residual
 
+E = TypeVar("E", bound=Event)
 H = TypeVar("H", bound=Host)
 Run = Callable[[H], H]
 
@@ -66,6 +69,45 @@ def run() -> Iterator[Run]:
         host.close()
         thread.join(10)
         assert not thread.is_alive()
+
+
+class Heard(logging.Handler):
+    """The events that parties of this process report, as they come."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._events: list[tuple[str, Event]] = []
+        self._more = threading.Condition(threading.RLock())
+
+    def emit(self, record: logging.LogRecord) -> None:
+        event = getattr(record, "event", None)
+        if isinstance(event, Event):
+            with self._more:
+                self._events.append((record.name.rpartition(".")[2], event))
+                self._more.notify_all()
+
+    def of(self, who: str, kind: type[E]) -> list[E]:
+        """What a client, server or dealer has reported of one kind."""
+        with self._more:
+            events = list(self._events)
+        return [event for name, event in events if name == who and type(event) is kind]
+
+    def wait(self, who: str, kind: type[E], count: int = 1) -> list[E]:
+        """The same, once there are so many."""
+        with self._more:
+            assert self._more.wait_for(lambda: len(self.of(who, kind)) >= count, 60)
+        return self.of(who, kind)
+
+
+@pytest.fixture
+def heard() -> Iterator[Heard]:
+    handler, logger = Heard(), logging.getLogger("crypten_espn.serving")
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    yield handler
+    logger.setLevel(level)
+    logger.removeHandler(handler)
 
 
 @pytest.fixture

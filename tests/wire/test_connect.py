@@ -127,3 +127,20 @@ def test_pace_is_asked_for_and_never_fails():
                 channel.pace()
             client.send_bytes(b"x" * 100_000)
             assert server.receive_bytes() == b"x" * 100_000
+
+
+def test_a_vanished_host_is_noticed_on_both_sides_of_a_connection():
+    """TCP's keepalive, for waits that have no time-out of their own."""
+    with Listener("127.0.0.1:0", role="server") as listener:
+        other = in_thread(
+            lambda: connect_channel(
+                listener.address, role="client", peer_role="server", timeout=20
+            )
+        )
+        incoming = listener.accept(timeout=20)
+        with incoming.open(peer_roles=("client",)) as here, other.result() as there:
+            for channel in (here, there):
+                sock = channel._stream.sock
+                assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+                idle = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE)
+                assert idle <= 60
