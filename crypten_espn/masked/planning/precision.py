@@ -182,10 +182,10 @@ def choose_truncations(
 ) -> Truncations | None:
     """Which truncation serves which powers of a polynomial.
 
-    1. The square may have a truncation of its own; from the third power on, an odd one
-       and the even one above it share theirs. Neighbours are put together where that
-       moves the output less: high powers have large coefficients that nearly cancel,
-       and errors of one truncated x cancel with them.
+    1. The square has a truncation of its own; from the third power on, an odd one and
+       the even one above it share theirs. From degree 7 on, neighbours are put together
+       where that moves the output less: high powers have large coefficients that nearly
+       cancel, and errors of one truncated x cancel with them.
     2. A truncation keeps as many bits as its powers' coefficients allow: the rounding
        of x against the rounding of the coefficient at F - k f_k bits, over all
        channels.
@@ -258,6 +258,8 @@ def _shared(powers: Iterable[int]) -> list[list[int]]:
     return buckets
 
 
+# The degree from which on truncations are put together.
+_FIRST_JOINED = 7
 # The sum of the errors, the fractional bits, and the errors by coins and coefficients.
 _Best = tuple[float, int, float, float]
 
@@ -293,16 +295,22 @@ class _Choice:
         self, buckets: Sequence[list[int]]
     ) -> list[tuple[list[int], _Best]] | None:
         """The buckets, neighbours put together so that the output is moved least."""
+        joins = len(self.real) > _FIRST_JOINED
         # Of the first n buckets: the error, and the parts.
         ways: list[tuple[float, list[tuple[list[int], _Best]]] | None] = [(0.0, [])]
         for end in range(1, len(buckets) + 1):
             found = []
             for start, way in enumerate(ways):
+                if start < end - 1 and not joins:
+                    continue
                 powers = [k for bucket in buckets[start:end] for k in bucket]
                 best = None if way is None else self.best(powers, self.least)
                 if way is not None and best is not None:
                     found.append((way[0] + best[0], [*way[1], (powers, best)]))
-            ways.append(min(found, key=lambda way: way[0], default=None))
+            # Of ways as good as each other the one with more parts: what a plan of
+            # weights that are all zero says of bytes is then the most that others have.
+            best_way = min(found, key=lambda way: (way[0], -len(way[1])), default=None)
+            ways.append(best_way)
         return None if ways[-1] is None else ways[-1][1]
 
     def best(self, powers: Sequence[int], least: int) -> _Best | None:
