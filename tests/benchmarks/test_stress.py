@@ -85,7 +85,8 @@ def test_the_command_prints_and_writes_what_it_counted(
     path = tmp_path / "deep" / "stress.json"
     network = bundled("fashion-resnet")
     for module in activations(network).values():
-        module.polynomial = replace(module.polynomial, interval=(-5.0, 5.0))
+        (row,) = module.polynomial.rows
+        module.polynomial = replace(row, interval=(-5.0, 5.0))
     wide = (1024.0,)
     attach_guard(network, InputGuard(wide, wide, wide, wide, (0.0,), (1.0,)))
     file = tmp_path / "unsettled.safetensors"
