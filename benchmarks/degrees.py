@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -30,7 +29,7 @@ from crypten_espn.polynomial import AnyPolynomial
 from crypten_espn.protocols import PROTOCOLS, settings
 from crypten_espn.wire.packing import packed_bytes
 
-from .rows import ResultsError, machine, write_atomically
+from .rows import machine, read_rows, write_rows
 from .tables import columns
 
 DEGREES = (2, 4, 6, 8, 10)
@@ -129,20 +128,12 @@ def masked_row(kind: str, degree: int, plan: Plan) -> DegreeRow:
 
 def write(path: Path, found: Sequence[DegreeRow]) -> None:
     """Write the rows to a JSON file, in one step."""
-    content = {"machine": machine(), "rows": [dataclasses.asdict(row) for row in found]}
-    write_atomically(path, json.dumps(content, indent=1) + "\n")
+    write_rows(path, machine(), found)
 
 
 def read(path: Path) -> tuple[dict[str, Any], list[DegreeRow]]:
-    """The machine and the rows of a JSON file.
-
-    Raises: ResultsError for a file that holds something else.
-    """
-    try:
-        content = json.loads(path.read_text())
-        return content["machine"], [DegreeRow(**values) for values in content["rows"]]
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise ResultsError(f"{path}: not a results file ({error})") from error
+    """The machine and the rows of a JSON file; see `read_rows`."""
+    return read_rows(path, DegreeRow)
 
 
 COLUMNS = ("polynomial", "degree", "engine", "truncations", "online", "dealer")

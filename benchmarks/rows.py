@@ -19,7 +19,12 @@ import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+R = TypeVar("R")
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -207,6 +212,26 @@ def write_atomically(path: Path, text: str) -> None:
     except OSError:
         os.unlink(handle.name)
         raise
+
+
+def write_rows(
+    path: Path, machine: dict[str, Any], rows: Sequence[DataclassInstance]
+) -> None:
+    """Write a machine and rows to a JSON file, in one step."""
+    content = {"machine": machine, "rows": [dataclasses.asdict(row) for row in rows]}
+    write_atomically(path, json.dumps(content, indent=1) + "\n")
+
+
+def read_rows(path: Path, kind: type[R]) -> tuple[dict[str, Any], list[R]]:
+    """The machine and the rows, of one kind, that `write_rows` wrote.
+
+    Raises: ResultsError for a file that holds something else.
+    """
+    try:
+        content = json.loads(path.read_text())
+        return content["machine"], [kind(**values) for values in content["rows"]]
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise ResultsError(f"{path}: not a results file ({error})") from error
 
 
 class Results:

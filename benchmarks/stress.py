@@ -229,7 +229,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             found[title] = measured(network, normalization, test, options.corrupted)
             print(shown({title: found[title]}, kinds=options.kinds), flush=True)
             record = {"machine": machine(), "networks": _plain_values(found)}
-            options.json.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(options.json, json.dumps(record, indent=1) + "\n")
     passing = sum(
         each.passing

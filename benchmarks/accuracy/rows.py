@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from .. import plots
-from ..rows import ResultsError, write_atomically
+from ..rows import read_rows, write_rows
 
 # What a private network must keep: agreement, and accuracy within 0.2 points.
 LEAST_AGREEMENT, MOST_LOST = 0.995, 0.002
@@ -57,20 +56,12 @@ class Accuracy:
 
 def write(path: Path, machine: dict[str, Any], rows: Sequence[Accuracy]) -> None:
     """Write the rows to a JSON file, in one step."""
-    content = {"machine": machine, "rows": [dataclasses.asdict(row) for row in rows]}
-    write_atomically(path, json.dumps(content, indent=1) + "\n")
+    write_rows(path, machine, rows)
 
 
 def read(path: Path) -> tuple[dict[str, Any], list[Accuracy]]:
-    """The machine and the rows of a JSON file.
-
-    Raises: ResultsError for a file that holds something else.
-    """
-    try:
-        content = json.loads(path.read_text())
-        return content["machine"], [Accuracy(**values) for values in content["rows"]]
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise ResultsError(f"{path}: not a results file ({error})") from error
+    """The machine and the rows of a JSON file; see `read_rows`."""
+    return read_rows(path, Accuracy)
 
 
 COLUMNS = (

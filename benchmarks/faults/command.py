@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
-import json
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..rows import machine, write_atomically
+from ..rows import machine, write_rows
 from ..tables import columns
 from . import __doc__ as about
 from .namespace import namespace
@@ -62,7 +60,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
         report = run.go(options.faults, lambda text: print(text, file=sys.stderr))
     print(show(report))
     if options.json is not None:
-        rows = [dataclasses.asdict(report)]
-        text = json.dumps({"machine": machine(), "rows": rows}, indent=1)
-        write_atomically(options.json, text + "\n")
+        write_rows(options.json, machine(), [report])
     return 1 if report.problems else 0
