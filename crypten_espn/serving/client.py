@@ -10,8 +10,10 @@ import time
 from collections.abc import Sequence, Sized
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from ..bundle import Description, inputs_of
@@ -33,7 +35,7 @@ from ..masked.plan import Plan
 from ..wire.channel import Channel
 from ..wire.tls import TLS
 from .boundary import session_tag, telling, told
-from .events import Burnt, Inference, InferenceBegun, Reconnected, report
+from .events import InferenceBegun, Reconnected, report
 from .events import Prepared as PreparedEvent
 from .link import Limits, Link, one_link
 from .messages import (
@@ -50,6 +52,7 @@ from .messages import (
     tell,
 )
 from .preparing import ClientDealing, reach
+from .reporting import reported
 from .stock import WINDOW, Stock, stored_session
 
 log = logging.getLogger(__name__)
@@ -232,8 +235,9 @@ class Client:
                 sent, it is connected to again first.
             QuotaError: the server answers this client no more today; nothing was used.
         """
-        self._prepare_for(len(self.plan.encode(x, force=force)))
-        return self._predict(self._channel, x, force)
+        encoded = self.plan.encode(x, force=force)
+        self._prepare_for(len(encoded))
+        return self._predict(self._channel, encoded)
 
     def _prepare_for(self, batch: int) -> None:
         """Be connected to a server that answers so many inputs, with material."""
@@ -270,7 +274,7 @@ class Client:
             raise ValueError(
                 f"in_flight={in_flight} was given; allowed are 1 to {WINDOW}"
             )
-        for x in inputs:
+        for x in inputs:  # all of them; kept, they would take twice their memory
             self.plan.encode(x, force=force)
         if not inputs:
             return []
@@ -297,7 +301,8 @@ class Client:
                         number = next(waiting, None)
                     if number is None:
                         return
-                    results[number] = self._predict(channel, inputs[number], force)
+                    encoded = self.plan.encode(inputs[number], force=force)
+                    results[number] = self._predict(channel, encoded)
             except BaseException as error:
                 failures.append(error)
 
@@ -354,7 +359,7 @@ class Client:
 
     def _begin_again(self, lost: PeerError) -> None:
         """Connect to the server once more, and go on with what the folder holds."""
-        self._leave()
+        self.close()
         if self._folder is None:
             self.session, self._following = None, 0
             self._stock = self._open_stock(0)
@@ -374,57 +379,38 @@ class Client:
         tag = "" if self.session is None else session_tag(self.session)
         report(log, Reconnected(tag, told(lost)))
 
-    def _predict(self, channel: Channel, x: object, force: bool) -> torch.Tensor:
-        encoded = self.plan.encode(x, force=force)
-        batch = len(encoded)
-        start, waited = time.perf_counter(), channel.seconds_waited
+    def _predict(self, channel: Channel, encoded: np.ndarray) -> torch.Tensor:
+        batch, start = len(encoded), time.perf_counter()
         material = self._stock.take_next(batch=batch)
         index, tag = material.pairing.index, session_tag(material.pairing.session.hex())
-        report(log, InferenceBegun("", tag, index, batch))
-        sent, messages = channel.bytes_sent, channel.messages_sent
-        received, heard = channel.bytes_received, channel.messages_received
-        began = time.perf_counter()
-        with self._lock:
-            if self._allowed is not None:
-                self._allowed -= batch
-        try:
+        begun = InferenceBegun("", tag, index, batch)
+        with reported(
+            begun,
+            partial(report, log),
+            channel,
+            since=start,
+            left=lambda: self.remaining,
+        ):
+            sent, messages = channel.bytes_sent, channel.messages_sent
+            heard, began = channel.messages_received, time.perf_counter()
+            with self._lock:
+                if self._allowed is not None:
+                    self._allowed -= batch
             with telling(channel):
                 channel.pace()
                 part = inference(self.plan, material, encoded)
                 z = over(part, {"server": channel}, tag=index)
-        except BaseException as error:
-            report(log, Burnt("", tag, index, told(error)))
-            raise
-        end, waited = time.perf_counter(), channel.seconds_waited - waited
+            seconds = time.perf_counter() - began
         # Each way one message beside the layers', the input or the logits, and one to
         # compare what was used. The chunks of a large batch travel at once.
         layers = channel.messages_sent - messages + channel.messages_received - heard
-        rounds, sent = 2 + (layers - 4) // len(chunks(batch)), channel.bytes_sent - sent
+        rounds = 2 + (layers - 4) // len(chunks(batch))
         with self._lock:
-            self.online += Cost(rounds, sent, 0, end - began)
-        report(
-            log,
-            Inference(
-                "",
-                tag,
-                index,
-                batch,
-                seconds=end - start,
-                material_s=began - start,
-                compute_s=end - began - waited,
-                wait_s=waited,
-                sent=sent,
-                received=channel.bytes_received - received,
-                left=self.remaining,
-            ),
-        )
+            self.online += Cost(rounds, channel.bytes_sent - sent, 0, seconds)
         return self.plan.decode(z)
 
     def close(self) -> None:
         """Say goodbye and disconnect."""
-        self._leave()
-
-    def _leave(self) -> None:
         for channel in (*self._others, self._channel):
             with suppress(EspnError):
                 tell(channel, Goodbye())

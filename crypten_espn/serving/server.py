@@ -25,14 +25,8 @@ from ..masked.store_writer import remove_used_up
 from ..pillar.guarding import in_words
 from ..wire.channel import Channel
 from ..wire.tls import TLS
-from .boundary import telling, told
-from .events import (
-    Burnt,
-    FolderStays,
-    Inference,
-    InferenceBegun,
-    SessionOpened,
-)
+from .boundary import telling
+from .events import FolderStays, InferenceBegun, SessionOpened
 from .events import Prepared as PreparedEvent
 from .host import Connection, Host
 from .link import Limits, Link, one_link
@@ -51,6 +45,7 @@ from .messages import (
 )
 from .preparing import ServerDealing
 from .quota import Quota
+from .reporting import reported
 from .session import OWNER, Session, read_owner, write_owner
 from .stock import material_bytes
 
@@ -222,39 +217,23 @@ class ModelServer(Host):
 
     def _infer(self, session: Session, connection: Connection, index: int) -> None:
         """Answer an inference; its material counts as used, whatever happens."""
-        channel, client, tag = connection.channel, connection.client, session.tag
+        channel, client = connection.channel, connection.client
         start = time.perf_counter()
         batch = session.stock.batch_of(index)
         if self._quota is not None:
             self._quota.charge(client, batch)
         material = session.stock.take(index)
-        self.report(InferenceBegun(client, tag, index, batch))
-        claimed = time.perf_counter()
-        waited = channel.seconds_waited
-        sent, received = channel.bytes_sent, channel.bytes_received
-        channel.pace()
-        part = inference(self.model.plan, self.model.weights, material)
-        try:
+        begun = InferenceBegun(client, session.tag, index, batch)
+        with reported(
+            begun,
+            self.report,
+            channel,
+            since=start,
+            left=lambda: session.stock.remaining,
+        ):
+            channel.pace()
+            part = inference(self.model.plan, self.model.weights, material)
             over(part, {"client": channel}, tag=index)
-        except BaseException as error:
-            self.report(Burnt(client, tag, index, told(error)))
-            raise
-        end, waited = time.perf_counter(), channel.seconds_waited - waited
-        self.report(
-            Inference(
-                client,
-                tag,
-                index,
-                batch,
-                seconds=end - start,
-                material_s=claimed - start,
-                compute_s=end - claimed - waited,
-                wait_s=waited,
-                sent=channel.bytes_sent - sent,
-                received=channel.bytes_received - received,
-                left=session.stock.remaining,
-            )
-        )
 
     def _prepare(
         self, session: Session, connection: Connection, order: Prepare
