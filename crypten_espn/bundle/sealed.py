@@ -11,10 +11,8 @@ can change alone. It is no signature: who can write the file can seal it anew.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -25,6 +23,7 @@ from safetensors.numpy import load as unpack
 from safetensors.numpy import save as pack
 
 from ..errors import CheckpointError
+from ..masked.private_files import replace_file
 
 FORMAT = "crypten-espn bundle"
 VERSION = 1
@@ -63,27 +62,15 @@ def write(
     data = pack(dict(arrays), metadata=metadata)
     head = 8 + len(_header(data))
     seal = _entry(_digest(data, _ZEROS))
-    temporary: str | None = None
+    sealed = data[:head].replace(_entry(_ZEROS), seal, 1)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Made with mode 0600.
-        handle, temporary = tempfile.mkstemp(prefix=path.name + ".", dir=path.parent)
-        with open(handle, "wb") as file:
-            file.write(data[:head].replace(_entry(_ZEROS), seal, 1))
-            file.write(memoryview(data)[head:])
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        temporary = None
+        replace_file(path, (sealed, memoryview(data)[head:]))
     except OSError as error:
         raise CheckpointError(
             f"{path} cannot be written ({error.strerror}); name a file in a folder of "
             "yours"
         ) from None
-    finally:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
 
 
 def read(path: Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:

@@ -1,6 +1,7 @@
 """Folders and files that hold secrets: their owner's only, locked, and erased at last.
 
-Every operating system error becomes a MaterialError that names the path.
+Every operating system error becomes a MaterialError that names the path, but where a
+function says that it raises OSError.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import errno
 import fcntl
 import os
 import stat
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from ..errors import MaterialError
@@ -102,6 +104,37 @@ def create(folder: int, name: str) -> int:
     """
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
     return os.open(name, flags, 0o600, dir_fd=folder)
+
+
+def replace_file(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
+    """Write a file that only its owner can read, or replace it in one step.
+
+    It is on the disk when this returns; a reader sees the old one or the new.
+
+    Args:
+        path: in a folder that is there.
+        chunks: the content.
+
+    Raises:
+        OSError: it cannot be written; what was there stays.
+    """
+    # Made with mode 0600.
+    handle, temporary = tempfile.mkstemp(prefix=f"{path.name}.", dir=path.parent)
+    try:
+        with open(handle, "wb") as file:
+            file.writelines(chunks)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 def is_in_use(folder: int, name: str) -> bool:

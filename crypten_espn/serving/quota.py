@@ -22,6 +22,7 @@ from pathlib import Path
 import msgspec
 
 from ..errors import DataError, QuotaError
+from ..masked.private_files import replace_file
 from .messages import INDEX_LIMIT
 
 _LIMIT = 1 << 26
@@ -152,20 +153,8 @@ class Quota:
 
     def _write(self, day: _Day) -> None:
         day.check = day.digest
-        path = Path(self.path)
-        part = path.with_name(f"{path.name}.partial")
         try:
-            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
-            with open(os.open(part, flags, 0o600), "wb") as file:
-                file.write(msgspec.json.encode(day))
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, path)
-            folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+            replace_file(Path(self.path), [msgspec.json.encode(day)])
         except OSError as error:
             raise QuotaError(
                 f"The server cannot note what is used ({error.strerror}), so nothing "
