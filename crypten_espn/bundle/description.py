@@ -158,7 +158,7 @@ class Description(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=
                 f"{DESCRIPTION_BYTES:,} are the most"
             )
         try:
-            return msgspec.json.decode(text, type=Description)
+            return _DECODER.decode(text)
         except (msgspec.MsgspecError, RecursionError, UnicodeError) as error:
             said = ascii(str(error))[1:-1][:200]
             raise DataError(
@@ -214,4 +214,4 @@ def _strict(made: Preprocessing | Description) -> None:
 
 
 # Made here once: two threads that decode a type for the first time crash msgspec.
-msgspec.json.Decoder(Description)
+_DECODER = msgspec.json.Decoder(Description)

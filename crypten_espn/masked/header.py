@@ -116,7 +116,7 @@ class Header(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         start = len(_MAGIC) + _LENGTH.size
         try:
             (length,) = _LENGTH.unpack_from(page, len(_MAGIC))
-            header = msgspec.msgpack.decode(page[start : start + length], type=cls)
+            header = _DECODER.decode(page[start : start + length])
         except (msgspec.DecodeError, UnicodeDecodeError, struct.error):
             header = None
         # Equal to what we would write: no spelling but one, and its MAC is right.
@@ -148,4 +148,4 @@ def room(shape: tuple[int, ...], dtype: np.dtype) -> int:
 
 
 # Made here once: two threads that decode a type for the first time crash msgspec.
-msgspec.msgpack.Decoder(Header)
+_DECODER = msgspec.msgpack.Decoder(Header)

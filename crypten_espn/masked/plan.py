@@ -139,7 +139,7 @@ class Plan(Strict, frozen=True, dict=True):
                 f"A plan of {len(text):,} bytes was given; {MAX_TEXT:,} are the most."
             )
         try:
-            return msgspec.json.decode(text, type=Plan)
+            return _DECODER.decode(text)
         except (msgspec.MsgspecError, RecursionError, UnicodeError) as error:
             raise PlanError(
                 f"This is not a plan of this version ({error}). Use the same "
@@ -311,4 +311,4 @@ def channels_last(values: np.ndarray) -> np.ndarray:
 
 
 # Made here once: two threads that decode a type for the first time crash msgspec.
-msgspec.json.Decoder(Plan)
+_DECODER = msgspec.json.Decoder(Plan)

@@ -106,10 +106,9 @@ class Description:
             guard = None
             if "guard" in metadata:
                 guard = InputGuard.from_json(metadata["guard"])
-                if len(guard.height) != built.in_channels:
+                if guard.channels != built.in_channels:
                     raise ValueError(
-                        f"a guard of {len(guard.height)} channels for "
-                        f"{built.in_channels}"
+                        f"a guard of {guard.channels} channels for {built.in_channels}"
                     )
             return Description(
                 Architecture(built.name, built.classes, built.in_channels, built.size),

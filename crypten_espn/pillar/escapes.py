@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import RangeError
-from ..polynomial import across
+from ..polynomial import Polynomial, across
 from .activation import PolynomialActivation
 from .surgery import activations
 
@@ -99,7 +100,7 @@ class Escapes:
     def _see(
         self, layer: LayerEscapes, module: PolynomialActivation, x: Tensor
     ) -> None:
-        distance = _in_radii(x, module)
+        distance = in_radii(x, module.polynomial.rows)
         self._see_rows(layer, module, distance)
         distance = distance.flatten(1)
         layer.values += distance.numel()
@@ -123,8 +124,13 @@ class Escapes:
         layer.rows = torch.maximum(layer.rows, rows)
 
 
-def _in_radii(x: Tensor, module: PolynomialActivation) -> Tensor:
-    """|x - middle| over half the interval's length, channel by channel; float32."""
-    ends = torch.tensor([row.interval for row in module.polynomial.rows])
+def in_radii(x: Tensor, rows: Sequence[Polynomial]) -> Tensor:
+    """|x - middle| over half the interval's length, channel by channel; float32.
+
+    Args:
+        x: (batch, channels, ...).
+        rows: one polynomial for all channels, or one for each.
+    """
+    ends = torch.tensor([row.interval for row in rows])
     low, high = (across(end, x) for end in ends.unbind(1))
     return (x.float() - (low + high) / 2).abs_().div_((high - low) / 2)

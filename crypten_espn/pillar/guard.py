@@ -148,6 +148,11 @@ class InputGuard:
         bounds = sample.least if network is None else sample.bounds_for(network)
         return _guard(bounds, sample.mean, sample.std)
 
+    @property
+    def channels(self) -> int:
+        """Channels of an input."""
+        return len(self.height)
+
     def refused(self, x: object) -> Tensor:
         """(n,) bool, for each of a batch's inputs whether `check` refuses it.
 
@@ -210,11 +215,10 @@ class InputGuard:
     def _compared(self, x: object) -> tuple[Statistics, dict[str, Tensor]]:
         """By kind, (n, channels) of the inputs and whether that is beyond its bound."""
         numbers = real_tensor(x)
-        channels = len(self.depth)
-        if numbers.dim() < 2 or numbers.shape[1] != channels:
+        if numbers.dim() < 2 or numbers.shape[1] != self.channels:
             raise ShapeError(
                 f"the input has shape {tuple(numbers.shape)}, the guard is of (n, "
-                f"{channels}, ...)"
+                f"{self.channels}, ...)"
             )
         seen = statistics(numbers, self.mean, self.std)
         bounds = {

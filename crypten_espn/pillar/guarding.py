@@ -59,9 +59,9 @@ def check_channels(guard: InputGuard, shape: tuple[int, ...]) -> InputGuard:
             f"the guard is a {type(guard).__name__}; espn.InputGuard.fit(images) makes "
             "one, and InputGuard.from_json reads it"
         )
-    if len(guard.depth) != shape[0]:
+    if guard.channels != shape[0]:
         raise DataError(
-            f"the guard is of {len(guard.depth)} channels, the network takes (batch, "
+            f"the guard is of {guard.channels} channels, the network takes (batch, "
             f"{', '.join(map(str, shape))}); fit it on inputs of the network"
         )
     return guard

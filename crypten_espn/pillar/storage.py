@@ -91,9 +91,9 @@ def save_network(
             "state_dict of your own network, and Polynomial.to_json"
         )
     guard = guard_of(model)
-    if guard is not None and len(guard.height) != architecture.in_channels:
+    if guard is not None and guard.channels != architecture.in_channels:
         raise CheckpointError(
-            f"the network carries a guard of {len(guard.height)} channels and takes "
+            f"the network carries a guard of {guard.channels} channels and takes "
             f"{architecture.in_channels}; attach the one of its own inputs"
         )
     tensors = {}

@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..errors import TrainingError
-from .activation import PolynomialActivation, interval_of
+from .activation import PolynomialActivation
 from .recipe import Recipe
 from .surgery import activations
 
@@ -65,14 +64,13 @@ def _reaches(model: nn.Module) -> dict[str, list[Tensor]]:
 
 
 def _reach(x: Tensor, module: PolynomialActivation) -> Tensor:
-    low, high = interval_of(module.polynomial)
-    radius = np.maximum(np.abs(low), np.abs(high))
     if x.dim() < 2:
         x = x.reshape(len(x), 1)
     # (n, channels) before anything is divided or widened.
     rest = tuple(range(2, x.dim()))
     top = torch.maximum(x.amax(rest), x.amin(rest).neg()) if rest else x.abs()
-    scaled = top.float() / torch.as_tensor(radius, dtype=torch.float32).to(x.device)
+    radii = torch.from_numpy(module.polynomial.radii).float()
+    scaled = top.float() / radii.to(x.device)
     return scaled.amax(1).nan_to_num_(math.inf, math.inf, math.inf)
 
 

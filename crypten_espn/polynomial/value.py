@@ -191,6 +191,11 @@ class Polynomial:
         return (self,)
 
     @property
+    def radii(self) -> np.ndarray:
+        """(1,) float64, the largest |x| of the interval, as channels have theirs."""
+        return np.array([max(map(abs, self.interval))])
+
+    @property
     def collapsed(self) -> bool:
         """Whether top coefficients vanished, so that `degree < requested_degree`."""
         return self.degree < self.requested_degree

@@ -8,6 +8,7 @@ import torch
 from crypten import nn as crypten_nn
 from torch import Tensor
 
+from ...pillar.escapes import in_radii
 from ...pillar.guarding import HOW
 from ...pillar.stress import corruptions
 from ...polynomial import RING_BITS
@@ -186,9 +187,7 @@ class _Seen:
         self._wrap(number, y, limit)
         if layer.name.endswith(RESCALED):
             return  # the identity, which has no interval
-        rows = torch.tensor([row.interval for row in layer.rows])
-        low, high = (end.view(-1, *[1] * (z.dim() - 2)) for end in rows.unbind(1))
-        away = ((z - (low + high) / 2).abs() / ((high - low) / 2)).flatten(1).amax(1)
+        away = in_radii(z, layer.rows).flatten(1).amax(1)
         away = torch.where(away.isnan(), torch.inf, away)
         self.furthest[away > self.reach] = number
         self.reach = self.reach.maximum(away)
