@@ -204,12 +204,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--degrees", nargs="+", type=int, default=[8])
     parser.add_argument("--settle", action="store_true")
     parser.add_argument("--kinds", action="store_true", help="a line for each")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument(
         "--json", type=Path, default=ROOT / "benchmarks/results/stress.json"
     )
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
+    torch.backends.cudnn.allow_tf32 = False
     dataset = load_dataset("fashion-mnist")
     normalization = dataset.normalization
     test = _spread(dataset.test(), options.images)
@@ -226,6 +228,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 return 2
             if title in found:
                 continue
+            network.to(options.device)
             found[title] = measured(network, normalization, test, options.corrupted)
             print(shown({title: found[title]}, kinds=options.kinds), flush=True)
             record = {"machine": machine(), "networks": _plain_values(found)}

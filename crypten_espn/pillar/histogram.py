@@ -15,44 +15,52 @@ _BINS = 64 << _BITS_KEPT
 
 
 class ChannelHistogram:
-    """Counts of each channel's values by sign and size; channels are axis 1."""
+    """Counts of each channel's values by sign and size; channels are axis 1.
+
+    Counted where the values are, on a device too; everything read is on the processor.
+    """
 
     def __init__(self) -> None:
         self.channels = 0
-        self.counts = torch.zeros(0, dtype=torch.int64)
-        self.low = self.high = torch.zeros(0)
+        self._counts = torch.zeros(0, dtype=torch.int64)
+        self._low = self._high = torch.zeros(0)
 
     def add(self, x: Tensor) -> None:
         """Count (batch, channels, ...), all finite, of as many channels as before."""
-        x = x.detach().float().cpu().transpose(0, 1).flatten(1).contiguous()
+        x = x.detach().float().transpose(0, 1).flatten(1).contiguous()
         if not self.channels:
-            self.channels = len(x)
-            self.counts = torch.zeros(2 * len(x) * _BINS, dtype=torch.int64)
-            self.low, self.high = x.amin(1), x.amax(1)
-        self.low = torch.minimum(self.low, x.amin(1))
-        self.high = torch.maximum(self.high, x.amax(1))
+            self.channels, bins = len(x), 2 * len(x) * _BINS
+            self._counts = torch.zeros(bins, dtype=torch.int64, device=x.device)
+            self._low, self._high = x.amin(1), x.amax(1)
+        self._low = torch.minimum(self._low, x.amin(1))
+        self._high = torch.maximum(self._high, x.amax(1))
         size = (x.abs().view(torch.int32) >> _SHIFT).sub_(_FIRST).clamp_(0, _BINS - 1)
-        side = torch.arange(self.channels).unsqueeze(1) * 2 + (x < 0).int()
-        index = (side * _BINS + size).flatten()
-        self.counts += torch.bincount(index, minlength=len(self.counts))
+        channel = torch.arange(self.channels, device=x.device).unsqueeze(1)
+        index = ((channel * 2 + (x < 0).int()) * _BINS + size).flatten()
+        self._counts += torch.bincount(index, minlength=len(self._counts))
+
+    @property
+    def counts(self) -> Tensor:
+        """(channels, 2, bins) int64: how many values, positive ones first."""
+        return self._counts.cpu().view(self.channels, 2, _BINS)
 
     @property
     def constant(self) -> Tensor:
         """(channels,) whether all values of a channel are the same."""
-        return self.low == self.high
+        return (self._low == self._high).cpu()
 
     @property
     def largest(self) -> np.ndarray:
         """(channels,) float64: the largest |x|."""
-        ends = torch.maximum(self.low.abs(), self.high.abs())
-        return np.asarray(ends.double().numpy())
+        ends = torch.maximum(self._low.abs(), self._high.abs())
+        return np.asarray(ends.cpu().double().numpy())
 
     def percentile(self, percent: float) -> np.ndarray:
         """(channels,) float64: |x| that `percent` of a channel's values do not exceed.
 
         The upper end of a bin, at most 1.6 % above the truth; never above the largest.
         """
-        both = self.counts.view(self.channels, 2, _BINS).sum(1)
+        both = self.counts.sum(1)
         running = both.cumsum(1)
         rank = (running[:, -1:].double() * percent / 100).ceil().long()
         index = torch.searchsorted(running, rank).squeeze(1).numpy()
@@ -65,7 +73,7 @@ class ChannelHistogram:
         """
         edges = _edges()
         middle = (edges[:-1] + edges[1:]) / 2
-        counts = self.counts.view(self.channels, 2, _BINS).numpy()
+        counts = self.counts.numpy()
         result = np.zeros((self.channels, count))
         for c, radius in enumerate(radii):
             for side, sign in enumerate((1.0, -1.0)):

@@ -82,19 +82,18 @@ class Run:
         network = fresh_network(built, start)
         network.normalization = dataset.normalization
         self.model: nn.Module = network
+        self.model.to(self.device)
         self.relus = sum(type(m) is nn.ReLU for m in self.model.modules())
         # What it answered before it was touched.
         self.teacher: nn.Module | None = None
         if recipe.distillation:
             self.teacher = copy.deepcopy(self.model).eval().requires_grad_(False)
-            self.teacher.to(self.device)
             self.teacher.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.found = read_state(folder, identity=self._identity(), device=self.device)
         if self.polynomial is not None and not recipe.gradual:
             replace_activations(self.model, {nn.ReLU: self.polynomial})
         elif recipe.calibration_images:
             self.model = self._calibrated()
-        self.model.to(self.device)
         # mypy's view of Module.to lacks the memory format alone.
         self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.parallel: nn.Module = self.model
