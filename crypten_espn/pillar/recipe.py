@@ -329,10 +329,11 @@ def fine_tuning(
     )
 
 
-# Training images to calibrate on, and the steps after which degree 4 has what it loses
-# back: less than half an epoch of Fashion-MNIST.
+# Training images to calibrate on; and the steps, of so many images, after which degree
+# 4 has what it loses back: less than two epochs of Fashion-MNIST.
 _CALIBRATED = 1000
 _STEPS = 200
+_BATCH = 512
 
 
 def channel_tuning(
@@ -371,7 +372,9 @@ def channel_tuning(
         degree=degree,
         epochs=epochs or 1,
         epoch_steps=steps,
-        learning_rate=0.1,
+        # Few steps learn more from many images each, at a higher rate.
+        batch_size=recipe.batch_size if degree < 4 else _BATCH,
+        learning_rate=0.1 if degree < 4 else 0.2,
         warmup_epochs=(epochs or 1) / 20,
         penalty="boundary",
         beta=1e-4,
