@@ -51,13 +51,13 @@ def test_each_interval_grows_about_its_middle_and_only_where_it_must():
     settled = settle_intervals(model, images())
     wide, grown = intervals(settled)["0"]
     assert wide == (-4.0, 4.0)
-    assert grown == pytest.approx((-1.0, 1.0))  # 1.25 x 0.8
+    assert grown == pytest.approx((-1.2, 1.2))  # 1.5 x 0.8
     assert without_intervals(settled) == without_intervals(model)
     assert model.training and model[0].polynomial == rows and not settled.training
     shared = nn.Sequential(PolynomialActivation(square(-0.2, 0.8)))
     # The middle is 0.3, and -0.8 is 1.1 away from it.
     (found,) = intervals(settle_intervals(shared, images()))["0"]
-    assert found == pytest.approx((0.3 - 1.375, 0.3 + 1.375))
+    assert found == pytest.approx((0.3 - 1.65, 0.3 + 1.65))
 
 
 def test_a_trained_network_settles_and_computes_the_same(tmp_path: Path) -> None:
@@ -98,7 +98,7 @@ def test_what_goes_far_beyond_is_left_to_the_guard():
 
     settled = settle_intervals(Energy(), x)
     ((_, high),) = intervals(settled)["act"]
-    assert high <= 1.25 * 1.5 * 0.05
+    assert high <= 1.5 * 1.5 * 0.05
     guard = guard_of(settled)
     assert guard is not None
     bright = corruptions(x)["brightness +50 %"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -43,6 +44,11 @@ class ChannelPolynomials:
                     f"a {type(row).__name__} among the channels' polynomials; each is "
                     "a Polynomial"
                 )
+
+    def widened(self, factors: Sequence[float]) -> ChannelPolynomials:
+        """The same polynomials, channel c's interval `factors[c]` times as long."""
+        pairs = zip(self.rows, factors, strict=True)
+        return ChannelPolynomials(tuple(row.widened([f]) for row, f in pairs))
 
     @property
     def channels(self) -> int:

@@ -6,7 +6,7 @@ import json
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from functools import cached_property
 from typing import Annotated
@@ -189,6 +189,16 @@ class Polynomial:
     def rows(self) -> tuple[Polynomial, ...]:
         """Itself, where polynomials of channels have one a channel."""
         return (self,)
+
+    def widened(self, factors: Sequence[float]) -> Polynomial:
+        """The same polynomial, its interval `factors[0]` times as long, as centred.
+
+        In evaluation nothing changes; training clips to the interval, and planners
+        take it for the truth.
+        """
+        low, high = self.interval
+        middle, half = (low + high) / 2, (high - low) / 2 * factors[0]
+        return replace(self, interval=(middle - half, middle + half))
 
     @property
     def radii(self) -> np.ndarray:
