@@ -95,9 +95,7 @@ def test_a_network_trained_on_a_device_is_written_for_any(
     recipe = replace(TINY, activation="relu", precision="bfloat16")
     start = train(recipe, out=tmp_path / "relu", device="cuda", progress=False).path
     result = train(
-        replace(
-            channel_tuning(recipe, steps=8), batch_size=32, replayed=4
-        ),
+        replace(channel_tuning(recipe, steps=8), batch_size=32, replayed=4),
         out=tmp_path / "tuned",
         start=start,
         device="cuda",
