@@ -16,7 +16,7 @@ unexport PYTHONDONTWRITEBYTECODE
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install venv demo test test-fast test-random coverage wheel lint bench bench-full clean
+.PHONY: help install venv demo test test-fast test-random coverage zoo wheel lint bench bench-full clean
 
 help:
 	@echo "make demo        two parties classify 256 real images; writes out/"
@@ -24,6 +24,7 @@ help:
 	@echo "make test-fast   the tests that start no process, side by side"
 	@echo "make test-random the whole suite in an order drawn anew"
 	@echo "make coverage    the whole suite, and the lines it does not reach"
+	@echo "make zoo         every line of tests/zoo.baseline anew (an hour)"
 	@echo "make wheel       a built wheel, tried outside the checkout"
 	@echo "make bench       the short benchmarks"
 	@echo "make bench-full  every benchmark (hours)"
@@ -73,6 +74,9 @@ test-random: $(STAMP)
 # Parties that tests start as processes are not measured, only what runs in pytest's own.
 coverage: $(STAMP)
 	$(BIN)/python -m pytest --cov=crypten_espn --cov-report=term-missing:skip-covered
+
+zoo: $(STAMP)
+	$(BIN)/python -m tests.zoo
 
 wheel: $(STAMP)
 	.ci/wheel $(BIN)/python

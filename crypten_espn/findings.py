@@ -29,18 +29,13 @@ _MODULES = {
     "Softplus": "Softplus",
     "Softsign": "Softsign",
     "ThresholdedRelu": "Threshold",
-} | {name: name.split("(")[0] for name in NAMED if name != "Square"}
+} | {name: name.split("(")[0] for name in NAMED}
 _AS_POLYNOMIAL = (
     "compute it by espn.PolynomialActivation(espn.Polynomial.fit(f, degree=4)), where "
     "f is this function of one value"
 )
 
 _CURES: dict[str, tuple[str, str]] = {
-    "Square": (
-        FIXABLE,
-        "espn.PolynomialActivation(espn.Polynomial((0, 0, 1), 0, (-5.0, 5.0))) is "
-        "this square exactly",
-    ),
     UNNAMED: (FIXABLE, _AS_POLYNOMIAL),
     "MaxPool": (FIXABLE, "replace_pooling(model)"),
     "Softmax": (FIXABLE, "drop the last softmax: the client applies it to the logits"),

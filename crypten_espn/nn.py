@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
+import crypten
 import torch
 from crypten import gradients
 from crypten.cryptensor import AutogradContext
@@ -11,6 +14,7 @@ from crypten.mpc import MPCTensor
 from crypten.nn import Module, onnx_converter
 
 from .errors import ConversionError, PolynomialError, ProtocolError
+from .graph.index_map import IndexMap
 from .graph.network import POLYNOMIAL_OP
 from .polynomial import (
     AnyPolynomial,
@@ -126,6 +130,91 @@ class Scale(Module):
     def forward(self, x: MPCTensor | torch.Tensor) -> MPCTensor | torch.Tensor:
         """x times the factors; no communication, one local truncation if shared."""
         return x.mul(self.factor)
+
+
+class Mix(Module):
+    """rows @ x @ columns.T of each channel of an image, with public matrices.
+
+    Resizes and adaptive average pools need it.
+
+    Args:
+        rows, columns: float tensors (out, in).
+    """
+
+    SUPPORTS_PLAINTEXT_INPUTS = True
+
+    def __init__(self, rows: torch.Tensor, columns: torch.Tensor) -> None:
+        super().__init__()
+        self.rows = rows.float()
+        self.columns = columns.float()
+
+    def forward(self, x: MPCTensor | torch.Tensor) -> MPCTensor | torch.Tensor:
+        """The image; no communication, two local truncations if shared."""
+        y = x.transpose(2, 3).matmul(self.rows.t()).transpose(2, 3)
+        return y.matmul(self.columns.t())
+
+
+class AdaptiveAveragePool(Module):
+    """Means over as many windows as wanted, whatever the image's size.
+
+    Args:
+        out: rows and columns of the result.
+    """
+
+    SUPPORTS_PLAINTEXT_INPUTS = True
+
+    def __init__(self, out: tuple[int, int]) -> None:
+        super().__init__()
+        self.out = out
+
+    def forward(self, x: MPCTensor | torch.Tensor) -> MPCTensor | torch.Tensor:
+        """The image, as `Mix`."""
+        height, width = x.shape[2:]
+        return Mix(means(height, self.out[0]), means(width, self.out[1])).forward(x)
+
+
+def means(size: int, out: int) -> torch.Tensor:
+    """What torch's adaptive average pool does to one axis, (out, size) in float64."""
+    matrix = torch.zeros(out, size, dtype=torch.float64)
+    for i in range(out):
+        first, last = i * size // out, -(-(i + 1) * size // out)
+        matrix[i, first:last] = 1 / (last - first)
+    return matrix
+
+
+class Move(Module):
+    """Elements of values at public places.
+
+    Args:
+        given: which.
+    """
+
+    SUPPORTS_PLAINTEXT_INPUTS = True
+
+    def __init__(self, given: IndexMap) -> None:
+        super().__init__()
+        self.given = given
+
+    def forward(
+        self, given: MPCTensor | torch.Tensor | Sequence[MPCTensor | torch.Tensor]
+    ) -> MPCTensor | torch.Tensor:
+        """What the map makes of a value, or of a list; no communication."""
+        return moved(given if isinstance(given, (list, tuple)) else [given], self.given)
+
+
+def moved(
+    values: Sequence[MPCTensor | torch.Tensor], given: IndexMap
+) -> MPCTensor | torch.Tensor:
+    """What an index map makes of values (batch, ...), of any kind of tensor."""
+    rows = [value.reshape(len(value), math.prod(value.shape[1:])) for value in values]
+    if given.has_zeros:
+        rows.append(rows[0][:, :1] * 0)
+    flat = rows[0]
+    if len(rows) > 1:
+        joined = torch.cat if torch.is_tensor(flat) else crypten.cat
+        flat = joined(rows, 1)
+    index = torch.from_numpy(given.index.reshape(-1))
+    return flat[:, index].reshape(len(flat), *given.shape)
 
 
 @gradients.register_function("polyval")

@@ -152,8 +152,9 @@ def activation() -> nn.Module:
 
 
 SUPPORTED = {
-    "Add", "AveragePool", "Concat", "Conv", "Flatten", "Gemm", "GlobalAveragePool",
-    "Pad", "PolynomialActivation", "Scale",
+    "AdaptiveAveragePool", "Add", "AveragePool", "Concat", "Conv", "Flatten", "Gemm",
+    "GlobalAveragePool",
+    "Mix", "Move", "Pad", "PolynomialActivation", "Scale",
 }  # fmt: skip
 
 

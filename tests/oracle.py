@@ -88,6 +88,16 @@ def run_graph(graph: NetworkGraph, x: torch.Tensor) -> torch.Tensor:
             out = inputs[0] * torch.tensor(a["factor"], dtype=inputs[0].dtype)
         elif node.op == "Pad":
             out = functional.pad(inputs[0], a["pads"])
+        elif node.op == "Move":
+            columns = [column for v in inputs for column in v.flatten(1).unbind(1)]
+            columns.append(torch.zeros_like(columns[0]))  # of the index -1
+            picked = [columns[place] for place in a["map"].index.flatten().tolist()]
+            out = torch.stack(picked, 1).reshape(len(x), *a["map"].shape)
+        elif node.op == "Mix":
+            matrices = (torch.tensor(a[k]).to(x) for k in ("rows", "columns"))
+            out = torch.einsum("bchw,ih,jw->bcij", inputs[0], *matrices)
+        elif node.op == "AdaptiveAveragePool":
+            out = functional.adaptive_avg_pool2d(inputs[0], a["output_size"])
         else:
             raise AssertionError(f"the oracle does not know {node.op}")
         values[node.output] = out

@@ -114,11 +114,11 @@ class Unsupported(nn.Module):
     def __init__(self):
         super().__init__()
         self.first = nn.Conv2d(3, 4, 3)
-        self.upsample = nn.Upsample(scale_factor=2)
+        self.pool = nn.LPPool2d(2, 2)
         self.norm = nn.LocalResponseNorm(2)
 
     def forward(self, x):
-        x = self.upsample(torch.sigmoid(self.first(x)))
+        x = self.pool(torch.sigmoid(self.first(x)))
         return torch.softmax(self.norm(x).flatten(1), 1)
 
 
@@ -129,7 +129,7 @@ def test_every_problem_is_named_at_once():
     with pytest.raises(ConversionError) as refused:
         espn.convert(Unsupported(), example)
     message = str(refused.value)
-    for layer in ("Sigmoid", "upsample", "Softmax"):
+    for layer in ("Sigmoid", "pool", "Softmax"):
         assert layer in message and layer in str(report)
     assert "replace_activations" in message and "client applies it" in message
     assert "cannot be converted as it is" in str(report)

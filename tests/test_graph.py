@@ -87,6 +87,7 @@ def test_every_special_construct():
         "Conv",
         "Pad",
         "Scale",
+        "Move",
         "Concat",
         "AveragePool",
         "PolynomialActivation",

@@ -93,6 +93,13 @@ class Shares(Arithmetic[Shared]):
         value = Shared(x.total * encoded, x.first * encoded)
         return self._divide(value, self.encoder.scale, wide)
 
+    def weighed(self, function: Function, x: Shared, matrix: torch.Tensor) -> Shared:
+        # As factors; each sum of products is truncated once.
+        encoded = self.encoder.encode(matrix.float())
+        value = Shared(function(x.total, encoded), function(x.first, encoded))
+        wide = function(x.total.double(), encoded.double())
+        return self._divide(value, self.encoder.scale, wide)
+
     def divided(self, x: Shared, count: int) -> Shared:
         return self._divide(x, count, x.total.double())
 

@@ -7,13 +7,16 @@ explicit. Nothing here knows about parties or shares.
 
 from __future__ import annotations
 
+from .index_map import NOTHING, IndexMap
 from .network import POLYNOMIAL_OP, NetworkGraph, Node, layer_name
 from .passes import simplify
 from .read import read
 from .trace import export
 
 __all__ = [
+    "NOTHING",
     "POLYNOMIAL_OP",
+    "IndexMap",
     "NetworkGraph",
     "Node",
     "export",

@@ -35,6 +35,12 @@ _WINDOW = {"kernel_shape": READ, "pads": READ, "strides": READ}
 _AUTO_PAD = _only(b"NOTSET", b"SAME_UPPER", b"SAME_LOWER", b"VALID")
 
 ATTRIBUTES: dict[str, dict[str, Rule]] = {
+    "AdaptiveAveragePool": {
+        "kernel_shape": IGNORED,
+        "output_size": READ,
+        "pads": IGNORED,
+        "strides": IGNORED,
+    },
     "Add": {},
     "AveragePool": _WINDOW
     | {
@@ -52,9 +58,19 @@ ATTRIBUTES: dict[str, dict[str, Rule]] = {
     "Cast": {"to": READ, "saturate": IGNORED, "round_mode": IGNORED},
     "Concat": {"axis": READ},
     "Conv": _WINDOW | {"auto_pad": _AUTO_PAD, "dilations": READ, "group": READ},
+    "ConvTranspose": _WINDOW
+    | {
+        "auto_pad": _AUTO_PAD,
+        "dilations": READ,
+        "group": READ,
+        "output_padding": READ,
+        "output_shape": READ,
+    },
+    "DepthToSpace": {"blocksize": READ, "mode": READ},
     "Div": {},
     "Dropout": {"ratio": IGNORED, "seed": IGNORED},
     "DropoutNd": {"ratio": IGNORED},
+    "Expand": {},
     "Flatten": {"axis": READ},
     "Gather": {"axis": READ},
     "Gemm": {"alpha": READ, "beta": READ, "transA": _only(0), "transB": READ},
@@ -70,14 +86,34 @@ ATTRIBUTES: dict[str, dict[str, Rule]] = {
     },
     "Mul": {},
     "Neg": {},
-    "Pad": {"mode": _only(b"constant"), "pads": READ, "value": READ},
+    "Pad": {
+        "mode": _only(b"constant", b"reflect", b"edge", b"wrap"),
+        "pads": READ,
+        "value": READ,
+    },
     "ReduceMean": {"axes": READ, "keepdims": READ, "noop_with_empty_axes": READ},
+    "ReduceSum": {"axes": READ, "keepdims": READ, "noop_with_empty_axes": READ},
     "Relu": {},
     "Reshape": {"allowzero": READ},
     "Slice": {"axes": READ, "ends": READ, "starts": READ},
+    "Resize": {
+        "antialias": READ,
+        "axes": READ,
+        "coordinate_transformation_mode": READ,
+        "cubic_coeff_a": READ,
+        "exclude_outside": READ,
+        "extrapolation_value": READ,
+        "keep_aspect_ratio_policy": READ,
+        "mode": READ,
+        "nearest_mode": READ,
+    },
+    "SpaceToDepth": {"blocksize": READ},
     "Split": {"axis": READ, "split": READ, "num_outputs": READ},
     "Squeeze": {"axes": READ},
     "Sub": {},
+    "Tile": {},
+    "Transpose": {"perm": READ},
+    "Unsqueeze": {"axes": READ},
     POLYNOMIAL_OP: {
         "frac_bits": READ,
         "interval": READ,

@@ -11,6 +11,10 @@ import numpy as np
 import onnx
 
 POLYNOMIAL_OP = "PolynomialActivation"
+# An adaptive average pool of any size.
+ADAPTIVE_OP = "AdaptiveAveragePool"
+# Ours, which ONNX lacks.
+OWN_OPS = (POLYNOMIAL_OP, ADAPTIVE_OP)
 OPSET = 17
 FLOATS = frozenset(
     {

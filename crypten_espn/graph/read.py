@@ -11,7 +11,7 @@ from onnx import numpy_helper
 
 from ..errors import ConversionError, EspnError, ShapeError
 from .external import load_external
-from .network import POLYNOMIAL_OP, NetworkGraph, Node
+from .network import OWN_OPS, NetworkGraph, Node
 from .sizes import room
 from .trace import export
 
@@ -182,7 +182,7 @@ def _node(proto: onnx.NodeProto) -> Node:
         if a.name in attributes:
             problem = f"it has two attributes {a.name[:80]!r}; export it again"
         attributes[a.name] = onnx.helper.get_attribute_value(a)
-    if proto.domain not in _DOMAINS and proto.op_type != POLYNOMIAL_OP:
+    if proto.domain not in _DOMAINS and proto.op_type not in OWN_OPS:
         problem = (
             f"{proto.domain}.{proto.op_type} is no operation of ONNX; write the layer "
             "with convolutions, linear layers, pools and additions"

@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..errors import ConversionError
 from .network import OPSET
+from .symbolics import own_symbolics
 
 # How a tensor's value becomes Python's, where the tracer loses sight of it.
 _LEAVES_TORCH = {
@@ -127,7 +128,13 @@ def _export(
     model: torch.nn.Module, example: torch.Tensor, kind: OperatorExportTypes
 ) -> bytes:
     buffer = io.BytesIO()
-    with warnings.catch_warnings(), torch.no_grad(), _Watch(), _without_log():
+    with (
+        warnings.catch_warnings(),
+        torch.no_grad(),
+        _Watch(),
+        _without_log(),
+        own_symbolics(),
+    ):
         warnings.simplefilter("ignore")
         torch.onnx.export(
             model,

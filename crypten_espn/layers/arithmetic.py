@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ..graph import IndexMap
+from ..nn import moved
 from ..polynomial import AnyPolynomial
 
 Pair = tuple[int, int]
@@ -60,6 +62,10 @@ class Arithmetic(ABC, Generic[V]):
         """A product with public factors: a number, or a tensor (height, width)."""
 
     @abstractmethod
+    def weighed(self, function: Function, x: V, matrix: Tensor) -> V:
+        """A bilinear function of a value and a public matrix."""
+
+    @abstractmethod
     def divided(self, x: V, count: int) -> V:
         """A quotient by a public whole number."""
 
@@ -96,6 +102,15 @@ class Arithmetic(ABC, Generic[V]):
             lambda x: functional.avg_pool2d(x, kernel, stride, divisor_override=1), x
         )
 
+    def mix(self, x: V, rows: Tensor, columns: Tensor) -> V:
+        """rows @ x @ columns.T, of an image and public matrices (out, in)."""
+        y = self.weighed(lambda x, m: torch.matmul(m, x), x, rows)
+        return self.weighed(lambda x, m: torch.matmul(x, m.t()), y, columns)
+
+    def move(self, values: Sequence[V], given: IndexMap) -> V:
+        """Elements of values at public places, and zeros."""
+        return self.local(lambda *values: moved(values, given), *values)
+
     def pad(self, x: V, sides: tuple[int, int, int, int]) -> V:
         """Zeros around an image: left, right, top, bottom."""
         return self.local(lambda x: functional.pad(x, sides), x)
@@ -123,6 +138,9 @@ class Reals(Arithmetic[Tensor]):
 
     def scaled(self, x: Tensor, factor: Tensor | float) -> Tensor:
         return x * (factor.to(x) if torch.is_tensor(factor) else factor)
+
+    def weighed(self, function: Function, x: Tensor, matrix: Tensor) -> Tensor:
+        return function(x, matrix.to(x))
 
     def divided(self, x: Tensor, count: int) -> Tensor:
         return x / count

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import DataError, PlanError
 from ..pillar.guarding import check_channels
-from .linear import Conv, Operation, Pad, Pool, Read, Shape
+from .linear import Conv, Mix, Move, Operation, Pad, Pool, Read, Shape
 from .steps import VALUE_RING, Activation
 
 if TYPE_CHECKING:
@@ -41,8 +41,6 @@ class Checked:
         self.elements = self.weights = self.work = self.coeffs = 0
         self._operations = self._dealt = self._numbered = 0
         shape = plan.input.shape
-        if len(shape) == 2:
-            raise PlanError("An input has 1 or 3 dimensions beside the batch.")
         first = plan.input
         if first.bound * 2.0**first.frac_bits >= 2.0 ** (first.ring - 1):
             raise PlanError(
@@ -118,6 +116,13 @@ class Checked:
             shape = node.output_shape(shapes)
         except PlanError as error:
             raise PlanError(f"{place}: {error}") from None
+        self._measure(node, shapes, shape, place)
+        return shape
+
+    def _measure(
+        self, node: Operation, shapes: list[Shape], shape: Shape, place: str
+    ) -> None:
+        """Count what an operation computes, and its weights."""
         if isinstance(node, Conv | Pool | Pad) and len(shapes[0]) == 3:
             top, left, bottom, right = node.pads
             height, width, channels = shapes[0]
@@ -128,9 +133,15 @@ class Checked:
             self._weight(node, shapes[0], place)
             each = math.prod(node.weight_shape(shapes[0][-1])) // node.filters
             self._pass(math.prod(shape) * each, place)
+        elif isinstance(node, Move):
+            self._pass(node.moved, place)
+        elif isinstance(node, Mix):
+            between = math.prod(node.between(shapes[0]))
+            self._count(between, place)
+            taps = [max(len(w) for _, w in side) for side in (node.rows, node.columns)]
+            self._pass(between * taps[0] + math.prod(shape) * taps[1], place)
         elif isinstance(node, Pool):
             self._pass(math.prod(shape) * math.prod(node.kernel), place)
-        return shape
 
     def _weight(self, node: Conv, before: Shape, place: str) -> None:
         if node.weight != self._numbered:

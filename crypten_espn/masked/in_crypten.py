@@ -186,8 +186,7 @@ class ComposedEngine:
         share = share << max(plan.input.frac_bits - frac_bits, 0)
         own = channels_last(share.numpy()).astype(kernels.ring_dtype(plan.input.ring))
         result = _run(self._layers(material, own))
-        if result.ndim == 4:
-            result = result.transpose(0, 3, 1, 2)
+        result = np.moveaxis(result, -1, 1)
         output = torch.from_numpy(np.ascontiguousarray(result).astype(np.int64))
         drop = plan.output.frac_bits - frac_bits
         lifted = exact(output, max(drop, 0), ring_bits=plan.output.ring)

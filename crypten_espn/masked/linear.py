@@ -19,6 +19,8 @@ from msgspec import Meta
 
 from ..errors import PlanError
 from . import kernels
+from .mixing import Windows, weigh
+from .moving import Box, add_boxes
 
 Shape = tuple[int, ...]
 
@@ -33,6 +35,8 @@ Row = Annotated[
     Meta(min_length=1, max_length=1 << 12),
 ]
 NO_PADS = (0, 0, 0, 0)
+Count = Annotated[int, Meta(ge=1, le=1 << 26)]
+MOST_BOXES = 1 << 12
 
 
 class Operation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -232,8 +236,63 @@ class Scale(OfOne, frozen=True, tag="scale"):
         out += inputs[0] * np.array(self.factors, dtype=out.dtype)[:, :, None]
 
 
+class Move(Operation, frozen=True, tag="move"):
+    """Elements of values at public places, and zeros; see `moving`."""
+
+    parts: Annotated[tuple[Expression, ...], Meta(min_length=1, max_length=1 << 10)]
+    shape: Annotated[tuple[Count, ...], Meta(min_length=1, max_length=8)]
+    boxes: Annotated[tuple[Box, ...], Meta(min_length=1, max_length=MOST_BOXES)]
+
+    @property
+    def inputs(self) -> tuple[Expression, ...]:
+        return self.parts
+
+    @property
+    def moved(self) -> int:
+        """How many elements."""
+        return sum(box.elements for box in self.boxes)
+
+    def output_shape(self, inputs: Sequence[Shape]) -> Shape:
+        sizes, size = [math.prod(shape) for shape in inputs], math.prod(self.shape)
+        for box in self.boxes:
+            box.check(sizes, size)
+        return self.shape
+
+    def add_to(self, out: np.ndarray, inputs: Sequence[np.ndarray]) -> None:
+        add_boxes(self.boxes, out, inputs)
+
+
+class Mix(OfOne, frozen=True, tag="mix"):
+    """Public weighted sums of an image's rows, then of its columns.
+
+    Each row of the result says where its first element is, and the weights from there
+    on. A quotient stands in the scale.
+    """
+
+    rows: Windows
+    columns: Windows
+
+    def output_shape(self, inputs: Sequence[Shape]) -> Shape:
+        height, width, channels = _image(inputs[0])
+        for size, windows in ((height, self.rows), (width, self.columns)):
+            last = max(first + len(weights) for first, weights in windows)
+            if last > size:
+                raise PlanError(f"A weighted sum reads element {last - 1} of {size}.")
+        return (len(self.rows), len(self.columns), channels)
+
+    def between(self, shape: Shape) -> Shape:
+        """After the rows, before the columns."""
+        return (len(self.rows), *shape[1:])
+
+    def add_to(self, out: np.ndarray, inputs: Sequence[np.ndarray]) -> None:
+        (x,) = inputs
+        rows = np.zeros((len(x), *self.between(x.shape[1:])), dtype=out.dtype)
+        weigh(x, self.rows, 1, rows)
+        weigh(rows, self.columns, 2, out)
+
+
 class Flatten(OfOne, frozen=True, tag="flatten"):
-    """An image as one row, in torch's order: channels, then rows, then columns."""
+    """A value as one row, in torch's order: channels, then rows, then columns."""
 
     def output_shape(self, inputs: Sequence[Shape]) -> Shape:
         return (math.prod(inputs[0]),)
@@ -242,7 +301,9 @@ class Flatten(OfOne, frozen=True, tag="flatten"):
         out += flatten(inputs[0])
 
 
-Expression = Union[Read, Conv, Add, Concat, Pool, Pad, Scale, Flatten]  # noqa: UP007
+Expression = Union[  # noqa: UP007
+    Read, Conv, Add, Concat, Pool, Pad, Scale, Move, Mix, Flatten
+]
 
 
 def _listed(shapes: Sequence[Shape]) -> str:
@@ -277,9 +338,8 @@ def shape_of(node: Operation, sources: Sequence[Shape]) -> Shape:
 
 
 def flatten(value: np.ndarray) -> np.ndarray:
-    """(batch, h, w, c) to (batch, c * h * w), in torch's order."""
-    if value.ndim == 4:
-        value = value.transpose(0, 3, 1, 2)
+    """(batch, ..., c) to (batch, c * ...), in torch's order."""
+    value = np.moveaxis(value, -1, 1)
     return np.ascontiguousarray(value).reshape(len(value), -1)
 
 

@@ -172,7 +172,7 @@ class Plan(Strict, frozen=True, dict=True):
 
     @property
     def output_shape(self) -> Shape:
-        """Of the logits without the batch: (channels, height, width) or (features,)."""
+        """Of the logits without the batch: channels first, as torch has them."""
         return (self.logits_shape[-1], *self.logits_shape[:-1])
 
     @property
@@ -291,8 +291,7 @@ class Plan(Strict, frozen=True, dict=True):
     def decode(self, z: np.ndarray) -> torch.Tensor:
         """Real logits (batch, *output_shape) from the output's integers."""
         real = kernels.centred(z, self.output.ring) * 2.0**-self.output.frac_bits
-        if real.ndim == 4:
-            real = real.transpose(0, 3, 1, 2)
+        real = np.moveaxis(real, -1, 1)
         return torch.from_numpy(np.ascontiguousarray(real)).to(torch.float32)
 
 
@@ -304,10 +303,8 @@ def part_shape(plan: Plan, number: int) -> Shape:
 
 
 def channels_last(values: np.ndarray) -> np.ndarray:
-    """(batch, c, h, w) to (batch, h, w, c); (batch, n) stays."""
-    if values.ndim == 4:
-        values = values.transpose(0, 2, 3, 1)
-    return np.ascontiguousarray(values)
+    """(batch, c, ...) to (batch, ..., c); (batch, n) stays."""
+    return np.ascontiguousarray(np.moveaxis(values, 1, -1))
 
 
 # Made here once: two threads that decode a type for the first time crash msgspec.

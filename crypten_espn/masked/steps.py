@@ -253,7 +253,8 @@ class Input(Strict, frozen=True):
     """The network's input.
 
     Args:
-        shape: (channels, height, width) or (features,), without the batch.
+        shape: (channels, height, width), (channels, length) or (features,), without the
+            batch.
         ring: x = D + t holds modulo 2**ring.
         frac_bits: of its integers.
         bound: largest |input| that fits.

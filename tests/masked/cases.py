@@ -213,6 +213,26 @@ def layers(height=8, width=8):
     return model.eval().requires_grad_(False), example
 
 
+class Moving(torch.nn.Module):
+    """Values moved and weighed between two convolutions."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = torch.nn.Conv2d(3, 8, 1), torch.nn.Conv2d(2, 3, 3)
+        self.act = espn.PolynomialActivation(QUARTIC)
+
+    def forward(self, x):
+        one, two = self.act(self.first(x)).chunk(2, 1)
+        x = torch.nn.functional.pixel_shuffle(torch.cat([two, one.flip(2)], 1), 2)
+        x = torch.cat([x[..., :10], x[..., 2:].transpose(2, 3)], 2)
+        return self.second(torch.nn.functional.interpolate(x, (6, 7), mode="bilinear"))
+
+
+def moving():
+    torch.manual_seed(4)
+    return Moving().eval().requires_grad_(False), torch.randn(3, 3, 5, 6)
+
+
 def fuzzed_plans() -> list[str]:
     """Texts of plans in which every field and every operation occurs."""
     torch.manual_seed(3)
@@ -221,6 +241,7 @@ def fuzzed_plans() -> list[str]:
     )
     espn.attach_guard(flat, espn.InputGuard.fit(torch.randn(4, 6)))
     pairs = [layers(5, 6), residual(), by_channel(), (flat, torch.randn(4, 6))]
+    pairs.append(moving())
     return [
         planned(network, example, precision=precision).plan.to_json()
         for network, example in pairs

@@ -84,6 +84,10 @@ def _wrapped(node: Any, toss: random.Random) -> dict[str, Any]:
             {"type": "flatten", "x": node},
             {"type": "add", "terms": [node, copy.deepcopy(node)]},
             {"type": "concat", "parts": [node] * (1 + small(3))},
+            {"type": "move", "parts": [node] * (1 + small(2)), "shape": window,
+             "boxes": [[small(2), small(9), small(3), [[2, small(3) - 1, 1]]]]},
+            {"type": "mix", "x": node, "rows": [[small(3), pads]],
+             "columns": [[small(3), window]] * (1 + small(3))},
             {"type": "read", "source": small(4), "multiplier": 1 + small(5)},
         )
     )  # fmt: skip

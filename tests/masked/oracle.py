@@ -9,7 +9,17 @@ from __future__ import annotations
 import itertools
 from fractions import Fraction
 
-from crypten_espn.masked.linear import Add, Concat, Conv, Flatten, Pad, Pool, Read
+from crypten_espn.masked.linear import (
+    Add,
+    Concat,
+    Conv,
+    Flatten,
+    Mix,
+    Move,
+    Pad,
+    Pool,
+    Read,
+)
 
 
 def rounded(value: int, shift: int) -> int:
@@ -85,6 +95,8 @@ def _value(node, sources, weights):
             found.update({(*at[:-1], at[-1] + start): v for at, v in value.items()})
             start += 1 + max(at[-1] for at in value)
         return found
+    if isinstance(node, Move):
+        return _moved(node, [_value(part, sources, weights) for part in node.parts])
     x = _value(node.x, sources, weights)
     size = [1 + max(places) for places in zip(*x, strict=True)]
     if isinstance(node, Flatten):
@@ -97,6 +109,17 @@ def _value(node, sources, weights):
             (o,): sum(weight[o][i][0][0] * x[i,] for i in range(size[0]))
             + (bias[o] if bias else 0)
             for o in range(node.filters)
+        }
+    if isinstance(node, Mix):
+        return {
+            (i, j, k): sum(
+                a * b * x[top + m, left + n, k]
+                for m, a in enumerate(down)
+                for n, b in enumerate(across)
+            )
+            for i, (top, down) in enumerate(node.rows)
+            for j, (left, across) in enumerate(node.columns)
+            for k in range(size[2])
         }
     top, left, bottom, right = node.pads
     h, w, c = size
@@ -133,4 +156,17 @@ def _value(node, sources, weights):
                 for a, b in taps
                 for k in range(depth)
             ) + (bias[o] if bias else 0)
+    return found
+
+
+def _moved(node, values):
+    flat = [[value[at] for at in sorted(value)] for value in values]
+    places = list(itertools.product(*map(range, node.shape)))
+    found = dict.fromkeys(places, 0)
+    for box in node.boxes:
+        for steps in itertools.product(*(range(size) for size, _, _ in box.axes)):
+            axes = list(zip(steps, box.axes, strict=True))
+            source = box.source + sum(i * step for i, (_, step, _) in axes)
+            target = box.target + sum(i * step for i, (_, _, step) in axes)
+            found[places[target]] += flat[box.part][source]
     return found

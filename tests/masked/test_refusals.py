@@ -12,7 +12,18 @@ import pytest
 
 from crypten_espn.errors import PlanError
 from crypten_espn.masked.checks import MAX_TEXT, VERSION
-from crypten_espn.masked.linear import Add, Concat, Conv, Flatten, Pad, Pool, Read
+from crypten_espn.masked.linear import (
+    Add,
+    Concat,
+    Conv,
+    Flatten,
+    Mix,
+    Move,
+    Pad,
+    Pool,
+    Read,
+)
+from crypten_espn.masked.moving import Box
 from crypten_espn.masked.plan import Plan
 from crypten_espn.masked.steps import (
     Activation,
@@ -84,6 +95,16 @@ def deep(levels):
     return root
 
 
+def moving(*boxes, parts=(READ,)):
+    """A move of the first source to 4x4x4."""
+    return {"type": "move", "parts": list(parts), "shape": [4, 4, 4],
+            "boxes": list(boxes)}  # fmt: skip
+
+
+def mixing(rows, columns):
+    return node("mix", rows=rows, columns=columns)
+
+
 def repeated(step, count):
     """A plan of `count` steps, each reading the one before."""
     steps = []
@@ -144,7 +165,7 @@ REFUSALS = [
     ("a kernel wider than its input", f"{ROOT}.kernel", [11, 11], "does not fit"),
     ("a dilation wider than its input", f"{ROOT}.dilation", [5, 1], "does not fit"),
     ("an empty input", "input.shape", [2, 0, 8], ">= 1"),
-    ("an input of two dimensions", "input.shape", [8, 8], "1 or 3 dimensions"),
+    ("an input of two dimensions", "input.shape", [8, 8], "images reads 8x8"),
     ("an input of four dimensions", "input.shape", [1, 1, 8, 8], ANY),
     # Rings and scales.
     ("wide ring", "steps.0.ring", 64, "<= 56"),
@@ -229,6 +250,35 @@ REFUSALS = [
     ("a linear layer with groups", "output.root.groups", 3, "groups"),
     ("a linear layer with pads", "output.root.pads", [0, 0, 0, 1], "linear layer has"),
     ("groups that do not divide", f"{ROOT}.groups", 3, "cannot have 3 groups"),
+    ("a move of no value", ROOT, moving([0, 0, 0, []], parts=[]), "length >= 1"),
+    ("a move of nothing", ROOT, {**moving(), "boxes": []}, "length >= 1"),
+    ("a move of a value that is not there", ROOT, moving([1, 0, 0, []]),
+     "reads value 1 of 1"),
+    ("a move from beyond its value", ROOT, moving([0, 120, 0, [[9, 1, 1]]]),
+     "reads elements 120 to 128 of 128"),
+    ("a move from before its value", ROOT, moving([0, 6, 0, [[4, 1, 3], [3, -4, 1]]]),
+     "reads elements -2 to 9"),
+    ("a move to beyond its result", ROOT, moving([0, 0, 1, [[2, 1, 63]]]),
+     "writes element 64 of 64"),
+    ("a move to one place twice", ROOT, moving([0, 0, 0, [[3, 1, 2], [2, 8, 4]]]),
+     "two elements into one place"),
+    ("a move that stands still", ROOT, moving([0, 0, 0, [[3, 1, 0]]]), ">= 1"),
+    ("a huge step", ROOT, moving([0, 0, 0, [[2, 1 << 40, 1]]]), "<= 67108864"),
+    ("a move to a huge value", ROOT, {**moving([0, 0, 0, []]), "shape": [1 << 26] * 3},
+     "elements"),
+    ("a move that repeats too much", None,
+     changed(ROOT, {"type": "move", "parts": [READ], "shape": [1 << 26],
+                    "boxes": [[0, 0, 0, [[1 << 26, 0, 1]]]] * 4096}, PLAN),
+     "words from the dealer"),
+    ("weighted sums beyond the rows", ROOT, mixing([[7, [1, 1]]], [[0, [1]]]),
+     "reads element 8 of 8"),
+    ("weighted sums beyond the columns", ROOT, mixing([[0, [1]]], [[8, [1]]]),
+     "reads element 8 of 8"),
+    ("weighted sums of nothing", ROOT, mixing([[0, []]], [[0, [1]]]), "length >= 1"),
+    ("no weighted sums", ROOT, mixing([], [[0, [1]]]), "length >= 1"),
+    ("a huge weight of a sum", ROOT, mixing([[0, [1 << 17]]], [[0, [1]]]), "<= 65536"),
+    ("weighted sums of a row", ROOT,
+     {**mixing([[0, [1]]], [[0, [1]]]), "x": node("flatten")}, "operation on images"),
     ("deep nesting", ROOT, deep(101), "operations 102 deep"),
     # Sizes.
     ("a huge input", "input.shape", [1 << 12, 1 << 12, 1 << 12], "elements"),
@@ -353,7 +403,11 @@ def test_every_operation_survives_a_plans_text():
         Linear(2, (5,)), (Group(9, tuple((0, 0, k) for k in range(6))),), (3,), 32, 10
     )
     pool = Pool(Pad(Read(0, 3), (1, 1, 0, 0)), (3, 3), (2, 2), (0, 0, 0, 0))
-    root = Concat((pool, Conv(Read(0), 0, 4, (2, 2), (2, 2))))
+    mix = Mix(Read(0), ((0, (1, 2)), (6, (-3, 1))) * 2, ((1, (2,)),) * 4)
+    boxes = (Box(0, 0, 0, ((16, 2, 6), (2, 1, 1))), Box(0, 31, 2, ((32, -1, 3),)))
+    move = Move((mix,), (4, 4, 6), boxes)
+    wide = Concat((pool, Conv(Read(0), 0, 4, (2, 2), (2, 2))))
+    root = Add((wide, move))
     plan = Plan(
         VERSION,
         Input((2, 8, 8), 32, 12, 8.0, Guard(PAIR, PAIR, PAIR, PAIR, PAIR, PAIR)),

@@ -12,10 +12,11 @@ from .activations import name_activations
 from .affine import fold_affine
 from .channel_scales import absorb_channel_scales
 from .constants import fold_constants
-from .pads import explicit_pads
+from .images import on_images
+from .moves import moves
+from .pads import explicit_pads, pads_and_constants
 from .pools import uniform_pools
-from .selections import select
-from .shapes import drop_identities, flatten_reshapes, means_to_pools
+from .shapes import drop_identities, flatten_reshapes
 from .weights import convolutions, linear_layers
 
 PASSES: tuple[Callable[[NetworkGraph], None], ...] = (
@@ -23,14 +24,16 @@ PASSES: tuple[Callable[[NetworkGraph], None], ...] = (
     check_attributes,
     drop_identities,
     flatten_reshapes,
-    means_to_pools,
     name_activations,
+    pads_and_constants,
+    on_images,
     linear_layers,
     convolutions,
-    select,
+    moves,
     uniform_pools,
     explicit_pads,
     fold_affine,
+    moves,
     absorb_channel_scales,
 )
 

@@ -8,12 +8,13 @@ they compute on a grid.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
 from torch.nn import functional
 
-from ..network import NetworkGraph, Node
+from ..network import POLYNOMIAL_OP, NetworkGraph, Node
 from .constants import evaluate
 
 _GRID = np.concatenate([np.linspace(-9, 9, 73), np.array([1e-3, -1e-3])])
@@ -60,8 +61,11 @@ NAMED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "LogSigmoid": functional.logsigmoid,
     "Softsign": functional.softsign,
     "Tanhshrink": functional.tanhshrink,
-    "Square": torch.square,
 }
+# Powers, of which polynomials are made; the highest degree that is looked for.
+_POWERS = ("Add", "Div", "Mul", "Neg", "Pow", "Sub")
+_DEGREE = 8
+_FRAC_BITS = 24
 UNNAMED = "Elementwise"
 
 Region = list[Node]
@@ -85,25 +89,29 @@ def _values(graph: NetworkGraph, node: Node) -> list[str]:
 
 
 def _name(graph: NetworkGraph, node: Node) -> None:
-    chosen: tuple[str, Region, str] | None = None
+    chosen: tuple[str, Region, str, dict[str, Any] | None] | None = None
     nearest: set[str] = set()
     for start, region in _regions(graph, node):
         end = region[-1]
-        found = _recognise(graph, start, region)
+        found, attributes = _recognise(graph, start, region), None
         if found is None:
             # Without a name, a group is what lies between a product and where its
             # two factors part.
             first, nearest = end.output not in nearest, nearest | {end.output}
-            if end.op != "Mul" or not first or len(_values(graph, end)) < 2:
+            attributes = _polynomial(graph, start, region)
+            product = end.op == "Mul" and first and len(_values(graph, end)) > 1
+            if attributes is None and not product:
                 continue
         if chosen is None or len(region) > len(chosen[1]):
-            chosen = start, region, found or UNNAMED
+            chosen = start, region, found or UNNAMED, attributes
     if chosen is None:
         return
-    start, region, name = chosen
+    start, region, name, attributes = chosen
+    if attributes is not None:
+        name = POLYNOMIAL_OP
     inner = next((n for n in region if n.op in _NONLINEAR), node)
     label = inner.name.rsplit("/", 1)[0] + f"/{name}" if inner.name else ""
-    new = Node(name, [start], region[-1].output, {}, label)
+    new = Node(name, [start], region[-1].output, attributes or {}, label)
     graph.insert_before(region[-1], new)
     for member in region:
         graph.remove(member)
@@ -167,19 +175,54 @@ def _is_elementwise(graph: NetworkGraph, node: Node) -> bool:
 
 def _recognise(graph: NetworkGraph, start: str, region: Region) -> str | None:
     """The torch module whose function a group computes."""
-    values = {start: _GRID.astype(np.float32)}
-    with np.errstate(all="ignore"):
-        for node in region:
-            inputs = {
-                name: values.get(name, graph.constants.get(name))
-                for name in node.inputs
-                if name
-            }
-            outputs = evaluate(node, inputs, graph.opset)  # type: ignore[arg-type]
-            values[node.output] = np.asarray(outputs[0]).reshape(_GRID.shape)
-    got = torch.from_numpy(values[region[-1].output].astype(np.float32))
+    got = torch.from_numpy(_computed(graph, start, region, np.dtype(np.float32)))
     x = torch.from_numpy(_GRID.astype(np.float32))
     for name, function in NAMED.items():
         if torch.allclose(got, function(x), atol=2e-3, rtol=1e-3):
             return name
+    return None
+
+
+def _computed(
+    graph: NetworkGraph, start: str, region: Region, dtype: np.dtype[Any]
+) -> np.ndarray:
+    """A group's values on the grid."""
+    values = {start: _GRID.astype(dtype)}
+    real = {
+        name: array.astype(dtype) if array.dtype.kind == "f" else array
+        for node in region
+        for name, array in ((n, graph.constants.get(n)) for n in node.inputs)
+        if array is not None
+    }
+    with np.errstate(all="ignore"):
+        for node in region:
+            inputs = {
+                name: values.get(name, real.get(name)) for name in node.inputs if name
+            }
+            outputs = evaluate(node, inputs, graph.opset)  # type: ignore[arg-type]
+            values[node.output] = np.asarray(outputs[0]).reshape(_GRID.shape)
+    return values[region[-1].output].astype(dtype)
+
+
+def _polynomial(
+    graph: NetworkGraph, start: str, region: Region
+) -> dict[str, Any] | None:
+    """The attributes of the polynomial that products and powers make, if they do."""
+    if any(node.op not in _POWERS for node in region):
+        return None
+    got = _computed(graph, start, region, np.dtype(np.float64))
+    for degree in range(2, _DEGREE + 1):
+        powers = _GRID[:, None] ** np.arange(degree + 1)
+        coeffs = np.linalg.lstsq(powers / 9.0 ** np.arange(degree + 1), got)[0]
+        numerators = np.rint(coeffs / 9.0 ** np.arange(degree + 1) * 2.0**_FRAC_BITS)
+        off = np.abs(powers @ (numerators * 2.0**-_FRAC_BITS) - got).max()
+        if off <= 1e-6 * np.abs(got).max():
+            whole = [int(n) for n in numerators]
+            twos = ((n & -n).bit_length() - 1 for n in whole if n)
+            shift = min([_FRAC_BITS, *twos])
+            return {
+                "numerators": [n >> shift for n in whole],
+                "frac_bits": _FRAC_BITS - shift,
+                "interval": [-5.0, 5.0],
+            }
     return None

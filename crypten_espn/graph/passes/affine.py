@@ -6,13 +6,18 @@ or after it; where there is none it becomes a depthwise layer of its own.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
+from ..index_map import counted
 from ..network import NetworkGraph, Node
+from .moves import move_after, moved
+from .past_moves import along, before_move, past_move, smallest, weighted
 from .weights import set_weights
 
-# A diagonal matrix of more features than this is no layer anybody wants.
-_MOST_FEATURES = 4096
+# What a plan allows as groups of a convolution.
+_MOST_CONSTANTS = 1 << 16
 
 
 def fold_affine(graph: NetworkGraph) -> None:
@@ -45,7 +50,9 @@ def _fold(graph: NetworkGraph) -> dict[str, int]:
                 pass
             elif _into_layer_after(graph, node):
                 folded[kind] += 1
-            elif not _past(graph, node):
+            elif not (
+                before_move(graph, node) or past_move(graph, node) or _past(graph, node)
+            ):
                 continue
             changed = True
     return folded
@@ -114,8 +121,8 @@ def _to_affine(graph: NetworkGraph, node: Node) -> None:
         return
     written, node.op, node.inputs = node.op, "Affine", values
     node.attributes = {
-        "factor": _smallest(factor),
-        "offset": _smallest(offset),
+        "factor": smallest(factor),
+        "offset": smallest(offset),
         "kind": kind,
         "written": written,
     }
@@ -148,25 +155,9 @@ def _without_batch(array: np.ndarray, shape: tuple[int, ...]) -> tuple[np.ndarra
     return array[0], ""
 
 
-def _smallest(array: np.ndarray) -> np.ndarray:
-    """The array with one element on every axis along which nothing changes."""
-    for axis in range(array.ndim):
-        first = np.take(array, [0], axis)
-        if np.all(array == first):
-            array = first
-    return array
-
-
-def _along(array: np.ndarray, axis: int) -> np.ndarray | None:
-    """A vector, if the array changes along this axis only."""
-    if any(size > 1 for i, size in enumerate(array.shape) if i != axis % array.ndim):
-        return None
-    return array.reshape(-1)
-
-
 def _parts(node: Node, axis: int) -> tuple[np.ndarray, np.ndarray] | None:
-    factor = _along(node.attributes["factor"], axis)
-    offset = _along(node.attributes["offset"], axis)
+    factor = along(node.attributes["factor"], axis)
+    offset = along(node.attributes["offset"], axis)
     return None if factor is None or offset is None else (factor, offset)
 
 
@@ -188,30 +179,17 @@ def _into_affine(graph: NetworkGraph, node: Node) -> bool:
     first, second = node.attributes, after.attributes
     after.attributes = {
         **second,
-        "factor": _smallest(first["factor"] * second["factor"]),
-        "offset": _smallest(first["offset"] * second["factor"] + second["offset"]),
+        "factor": smallest(first["factor"] * second["factor"]),
+        "offset": smallest(first["offset"] * second["factor"] + second["offset"]),
     }
     after.inputs = node.inputs
     graph.remove(node)
     return True
 
 
-def _weighted(graph: NetworkGraph, node: Node | None) -> bool:
-    return (
-        node is not None
-        and not node.problem
-        and node.op in ("Conv", "Gemm")
-        and len(node.inputs) == 3
-        and all(name in graph.constants for name in node.inputs[1:])
-    )
-
-
 def _into_layer_before(graph: NetworkGraph, node: Node) -> bool:
     before = graph.producer(node.inputs[0])
-    if (
-        not _weighted(graph, before)
-        or graph.sole_user(node.inputs[0], "Affine") is None
-    ):
+    if not weighted(graph, before) or graph.sole_user(node.inputs[0], "Affine") is None:
         return False
     assert before is not None
     parts = _parts(node, 0 if before.op == "Conv" else -1)
@@ -231,7 +209,7 @@ def _into_layer_before(graph: NetworkGraph, node: Node) -> bool:
 
 def _into_layer_after(graph: NetworkGraph, node: Node) -> bool:
     after = graph.sole_user(node.output, "Conv", "Gemm")
-    if not _weighted(graph, after):
+    if not weighted(graph, after):
         return False
     assert after is not None
     parts = _parts(node, 0 if after.op == "Conv" else -1)
@@ -284,7 +262,7 @@ def _past(graph: NetworkGraph, node: Node) -> bool:
             return False
         for name in ("factor", "offset"):
             full = np.broadcast_to(attributes[name], shape[1:])
-            attributes[name] = _smallest(full.reshape(-1))
+            attributes[name] = smallest(full.reshape(-1))
     elif _parts(node, 0) is None:
         return False
     source, output = node.inputs[0], after.output
@@ -299,40 +277,40 @@ def _past(graph: NetworkGraph, node: Node) -> bool:
 
 
 def _to_layer(graph: NetworkGraph, node: Node) -> None:
-    """A depthwise convolution, or a diagonal linear layer."""
-    shape = graph.shapes[node.inputs[0]]
-    rank = len(shape)
-    channels = _parts(node, 0)
-    features = _parts(node, -1)
-    if rank == 4 and channels is not None:
-        size = shape[1]
-        factor, offset = (np.broadcast_to(v, (size,)) for v in channels)
-        node.op, weight = "Conv", factor.reshape(size, 1, 1, 1)
-        node.attributes = {
-            "strides": [1, 1],
-            "dilations": [1, 1],
-            "pads": [0, 0, 0, 0],
-            "group": size,
-        }
-    elif features is not None and shape[-1] <= _MOST_FEATURES:
-        factor, offset = (np.broadcast_to(v, shape[-1:]) for v in features)
-        node.op, weight, node.attributes = "Gemm", np.diag(factor), {"transB": 1}
-    elif features is not None:
+    """A depthwise convolution, of an image whose channels are what differs."""
+    shape = graph.shapes[node.inputs[0]][1:]
+    factor, offset = (node.attributes[name] for name in ("factor", "offset"))
+    image = len(shape) == 3 and _parts(node, 0) is not None
+    varying = [
+        axis
+        for axis in range(len(shape))
+        if (axis == 0 if image else max(factor.shape[axis], offset.shape[axis]) > 1)
+    ]
+    size = math.prod(shape[axis] for axis in varying)
+    if size > _MOST_CONSTANTS:
         node.problem = (
-            f"a constant for each of {shape[-1]} features, with no linear layer beside "
-            "it; put it next to a torch.nn.Linear"
+            f"{size} constants that differ, with no layer beside them that takes them; "
+            f"{_MOST_CONSTANTS} are the most. Give one a channel, or put a "
+            "torch.nn.Linear next to it"
         )
         return
-    elif channels is not None:
-        node.problem = (
-            f"a constant for each channel of a value of {rank} dimensions; images of "
-            "four and features of two dimensions are supported"
-        )
-        return
-    else:
-        node.problem = (
-            "its constant differs between the pixels of an image; one value a channel "
-            "is supported, or a torch.nn.Linear right after torch.flatten"
-        )
-        return
-    set_weights(graph, node, weight, offset)
+    rest = [axis for axis in range(len(shape)) if axis not in varying]
+    order = [*varying, *rest]
+    vectors = [
+        np.broadcast_to(v, shape).transpose(order).reshape(size, -1)[:, 0]
+        for v in (factor, offset)
+    ]
+    node.op = "Conv"
+    node.attributes = {
+        "strides": [1, 1],
+        "dilations": [1, 1],
+        "pads": [0, 0, 0, 0],
+        "group": size,
+    }
+    if not image:
+        pixels = math.prod(shape) // size
+        index = counted(shape).transpose(order).reshape(size, pixels, 1)
+        node.inputs = [moved(graph, node, node.inputs[0], index)]
+        back = counted((size, pixels)).reshape([shape[a] for a in order])
+        move_after(graph, node, (size, pixels, 1), back.transpose(np.argsort(order)))
+    set_weights(graph, node, vectors[0].reshape(size, 1, 1, 1), vectors[1])

@@ -10,7 +10,7 @@ from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from ...errors import ConversionError
-from ..network import POLYNOMIAL_OP, NetworkGraph, Node
+from ..network import ADAPTIVE_OP, POLYNOMIAL_OP, NetworkGraph, Node
 from ..sizes import check_sizes, is_foldable
 
 # Another value at every call; a constant would be one of them for ever.
@@ -21,6 +21,11 @@ _RANDOM = {
     "RandomNormalLike",
     "RandomUniform",
     "RandomUniformLike",
+}
+# Ours has the shapes of ONNX's, with these attributes.
+_RULES: dict[str, tuple[str, tuple[str, ...]]] = {
+    POLYNOMIAL_OP: ("Relu", ()),
+    ADAPTIVE_OP: ("AveragePool", ("kernel_shape", "pads", "strides")),
 }
 
 
@@ -70,7 +75,7 @@ def fold_constants(graph: NetworkGraph) -> None:
 
 
 def infer(graph: NetworkGraph, *, values_too: bool = True) -> None:
-    """Fill in shapes and types that ONNX can tell; ours has the rules of Relu.
+    """Fill in shapes and types that ONNX can tell.
 
     Args:
         values_too: follow the values of small integers as well, on which shapes hang;
@@ -80,13 +85,13 @@ def infer(graph: NetworkGraph, *, values_too: bool = True) -> None:
     for node in graph.nodes:
         if node.problem:
             continue
-        ours = node.op == POLYNOMIAL_OP
+        op, attributes = node.op, dict(node.attributes)
+        if op in _RULES:
+            op, known = _RULES[op]
+            attributes = {k: v for k, v in attributes.items() if k in known}
         protos.append(
             onnx.helper.make_node(
-                "Relu" if ours else node.op,
-                node.inputs,
-                [node.output, *node.others],
-                **({} if ours else node.attributes),
+                op, node.inputs, [node.output, *node.others], **attributes
             )
         )
     for name, array in graph.constants.items():

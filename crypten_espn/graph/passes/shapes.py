@@ -1,4 +1,4 @@
-"""What only moves values: identities, reshapes, and means over the image."""
+"""What does nothing, and reshapes to rows."""
 
 from __future__ import annotations
 
@@ -43,29 +43,4 @@ def flatten_reshapes(graph: NetworkGraph) -> None:
             graph.replace_value(node.output, node.inputs[0])
         elif len(after) == 2 and before[:1] == after[:1]:
             node.op, node.inputs = "Flatten", node.inputs[:1]
-            node.attributes = {"axis": 1}
-
-
-def means_to_pools(graph: NetworkGraph) -> None:
-    """A mean over both image axes is a global average pool."""
-    for node in graph.each("ReduceMean"):
-        if len(graph.shapes.get(node.inputs[0], ())) != 4:
-            continue
-        axes = node.attributes.get("axes")
-        if axes is None and len(node.inputs) > 1:
-            if node.inputs[1] not in graph.constants:
-                continue
-            axes = graph.constants[node.inputs[1]].tolist()
-        if sorted(a % 4 for a in axes or []) != [2, 3]:
-            continue
-        keep = node.attributes.get("keepdims", 1)
-        node.op, node.inputs = "GlobalAveragePool", node.inputs[:1]
-        node.attributes = {}
-        if not keep:
-            batch, channels = graph.shapes[node.inputs[0]][:2]
-            pooled = graph.fresh(node.output + "_pooled")
-            graph.shapes[pooled] = (batch, channels, 1, 1)
-            pool = Node(node.op, node.inputs, pooled, {}, node.name)
-            graph.insert_before(node, pool)
-            node.op, node.inputs = "Flatten", [pooled]
             node.attributes = {"axis": 1}

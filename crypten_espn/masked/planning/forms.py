@@ -16,9 +16,23 @@ import numpy as np
 import torch
 
 from ...errors import PlanError
-from ...layers.arithmetic import Arithmetic, Function, Pair, Windows
+from ...graph import NOTHING, IndexMap
+from ...layers.arithmetic import Arithmetic, Function, Pair, Reals, Windows
 from ...polynomial import AnyPolynomial, ChannelPolynomials
-from ..linear import Add, Concat, Conv, Expression, Flatten, Pad, Pool, Scale
+from ..linear import (
+    MOST_BOXES,
+    Add,
+    Concat,
+    Conv,
+    Expression,
+    Flatten,
+    Mix,
+    Move,
+    Pad,
+    Pool,
+    Scale,
+)
+from ..moving import boxes
 
 # Public factors by position are whole numbers over one denominator, none above this.
 _MAX_FACTOR = 1 << 16
@@ -103,6 +117,8 @@ class Forms(Arithmetic[Form]):
         if not torch.is_tensor(factor):
             raise self.unsupported()
         integers, divisor = self._factors(factor.numpy())
+        if integers.min() < 0:
+            raise self._refused("factors by row and column are at least 0.")
         if integers.shape != self._image(x)[1:]:
             raise self._refused(
                 f"factors of shape {integers.shape} on images of shape "
@@ -111,6 +127,31 @@ class Forms(Arithmetic[Form]):
         rows = tuple(map(tuple, integers.tolist()))
         y = self._written(x.like, [x], lambda given: Scale(given[0], rows))
         return self.divided(y, divisor)
+
+    def weighed(self, function: Function, x: Form, matrix: torch.Tensor) -> Form:
+        raise self.unsupported()
+
+    def mix(self, x: Form, rows: torch.Tensor, columns: torch.Tensor) -> Form:
+        self._image(x)
+        like = Reals().mix(x.like, rows, columns)
+        both = [self._factors(matrix.numpy()) for matrix in (rows, columns)]
+        sides = [_windows(integers) for integers, _ in both]
+        y = self._written(like, [x], lambda given: Mix(given[0], *sides))
+        return self.divided(y, both[0][1] * both[1][1])
+
+    def move(self, values: Sequence[Form], given: IndexMap) -> Form:
+        if not given.shape:
+            raise self._refused("a value of one dimension; keep one beside the batch.")
+        like = super().move(values, given).like
+        index = _channels_last(given.index, [tuple(v.shape[1:]) for v in values])
+        sizes = [math.prod(value.shape[1:]) for value in values]
+        try:
+            found = boxes(index, sizes, most=MOST_BOXES)
+        except PlanError as error:
+            raise self._refused(str(error)) from None
+        return self._written(
+            like, values, lambda parts: Move(tuple(parts), index.shape, found)
+        )
 
     def divided(self, x: Form, count: int) -> Form:
         if x.weighted:
@@ -216,19 +257,44 @@ class Forms(Arithmetic[Form]):
 
     def _factors(self, real: np.ndarray) -> tuple[np.ndarray, int]:
         """Public factors as whole numbers over one denominator."""
-        if real.ndim != 2 or not np.isfinite(real).all() or real.min() < 0:
+        if real.ndim != 2 or not np.isfinite(real).all():
             raise self._refused(
-                f"factors of shape {real.shape}; finite factors of at least 0 by row "
-                "and column are supported."
+                f"factors of shape {real.shape}; finite factors by row and column are "
+                "supported."
             )
         values = np.unique(real).tolist()
         exact = {v: Fraction(v).limit_denominator(4096) for v in values}
         divisor = math.lcm(*(fraction.denominator for fraction in exact.values()))
         off = max(abs(float(f) - v) for v, f in exact.items())
         integers = np.rint(real * divisor)
-        if off > 2.0**-20 * real.max() or max(divisor, integers.max()) > _MAX_FACTOR:
+        if off > 2.0**-20 * abs(real).max() or max(divisor, abs(integers).max()) > (
+            _MAX_FACTOR
+        ):
             raise self._refused(
                 "its factors are no fractions of a small common denominator; use pools "
                 "that count every element of their windows (count_include_pad=True)."
             )
         return integers.astype(int), divisor
+
+
+def _windows(matrix: np.ndarray) -> tuple[tuple[int, tuple[int, ...]], ...]:
+    """By row, where it is not zero: the first place, and what stands from there."""
+    found = []
+    for row in matrix.tolist():
+        places = [i for i, weight in enumerate(row) if weight] or [0]
+        found.append((places[0], tuple(row[places[0] : places[-1] + 1])))
+    return tuple(found)
+
+
+def _channels_last(index: np.ndarray, shapes: Sequence[Sequence[int]]) -> np.ndarray:
+    """An index map of values whose channels come first, for channels last."""
+    table, start = [], 0
+    for shape in shapes:
+        size = math.prod(shape)
+        last = np.moveaxis(np.arange(size).reshape(shape), 0, -1).reshape(-1)
+        places = np.empty(size, np.int64)
+        places[last] = np.arange(size)
+        table.append(start + places)
+        start += size
+    numbers = np.concatenate([*table, [NOTHING]])[index]
+    return np.ascontiguousarray(np.moveaxis(numbers, 0, -1))

@@ -194,13 +194,6 @@ class Network:
         return rescaled[value]
 
     def hwc(self, name: str) -> tuple[int, ...]:
-        shape = self.layers[name].shape
-        if len(shape) == 3:
-            return (shape[1], shape[2], shape[0])
-        if len(shape) == 1:
-            return shape
-        raise PlanError(
-            f"{self.layers[name].title}: values of {len(shape) + 1} dimensions; the "
-            "masked engine takes (batch, channels, height, width) and (batch, "
-            "features)."
-        )
+        """A value's shape as the plan has it, channels last."""
+        first, *rest = self.layers[name].shape
+        return (*rest, first)
