@@ -296,9 +296,10 @@ def check(model: Source, example: object, *, guard: InputGuard | None = None) ->
     try:
         planned = masked_model(private)
         masked = check_plan(private, example, planned, reference=reference)
+        found = replace(found, masked=masked, widened=planned.report.widened)
         if masked is not None or len(example) < 2:
-            return replace(found, masked=masked)
-        return replace(found, masked=None, tails=tails(private, planned, example))
+            return found
+        return replace(found, tails=tails(private, planned, example))
     except EspnError as error:
         return replace(found, masked=str(error))
     except Exception as error:

@@ -17,7 +17,8 @@ class Masked:
     """The masked engine: exact truncation, an offline phase, a fraction of the bytes.
 
     Args:
-        precision: "fast" (32-bit linear ring), "high" (40-bit), or the bits, 20 to 56.
+        precision: "fast" (a linear ring of 32 bits) or "high" (40), wider where the
+            network needs it, as its plan then says; or the bits, 20 to 56.
         headroom: how far beyond the calibration inputs values may go.
 
     Raises:

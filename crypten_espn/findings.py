@@ -122,6 +122,8 @@ class Report:
         masked: why the masked engine cannot run the network; None if it can.
         tails: what the plan makes of corrupted images; None if there is no plan, or
             fewer than two images.
+        widened: the masked engine's ring, where the network needs a wider one than
+            "fast" has, and why.
     """
 
     findings: tuple[Finding, ...]
@@ -129,6 +131,7 @@ class Report:
     layers: dict[str, int]
     masked: str | None
     tails: Tails | None = None
+    widened: str = ""
 
     @property
     def ok(self) -> bool:
@@ -141,7 +144,8 @@ class Report:
         lines += [str(finding) for finding in self.findings]
         lines.append("can be converted" if self.ok else "cannot be converted as it is")
         if self.ok:
-            lines.append(f"masked engine: {self.masked or 'runs it'}")
+            words = f"runs it, in {self.widened}" if self.widened else "runs it"
+            lines.append(f"masked engine: {self.masked or words}")
             if self.masked is None:
                 lines.append(str(self.tails or _NO_STRESS))
         return "\n".join(lines)

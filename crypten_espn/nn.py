@@ -150,8 +150,7 @@ class Mix(Module):
 
     def forward(self, x: MPCTensor | torch.Tensor) -> MPCTensor | torch.Tensor:
         """The image; no communication, two local truncations if shared."""
-        y = x.transpose(2, 3).matmul(self.rows.t()).transpose(2, 3)
-        return y.matmul(self.columns.t())
+        return _mixed(x, self.rows, self.columns)
 
 
 class AdaptiveAveragePool(Module):
@@ -169,8 +168,18 @@ class AdaptiveAveragePool(Module):
 
     def forward(self, x: MPCTensor | torch.Tensor) -> MPCTensor | torch.Tensor:
         """The image, as `Mix`."""
-        height, width = x.shape[2:]
-        return Mix(means(height, self.out[0]), means(width, self.out[1])).forward(x)
+        rows, columns = (
+            means(size, out).float()
+            for size, out in zip(x.shape[2:], self.out, strict=True)
+        )
+        return _mixed(x, rows, columns)
+
+
+def _mixed(
+    x: MPCTensor | torch.Tensor, rows: torch.Tensor, columns: torch.Tensor
+) -> MPCTensor | torch.Tensor:
+    y = x.transpose(2, 3).matmul(rows.t()).transpose(2, 3)
+    return y.matmul(columns.t())
 
 
 def means(size: int, out: int) -> torch.Tensor:

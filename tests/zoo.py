@@ -89,14 +89,39 @@ def build(name: str) -> tuple[nn.Module, torch.Tensor]:
 
 
 def settled(network: nn.Module, x: torch.Tensor) -> nn.Module:
-    """In evaluation mode, with batch-norm statistics of noise."""
+    """In evaluation mode, of the size that trained ones have.
+
+    Layer by layer, on noise: weights such that what they compute has a standard
+    deviation of one, batch-norm's statistics of what it sees, its factors one. A fresh
+    network's residual branches may be zero, and its values shrink from layer to layer.
+    """
+    hooks = []
     for module in network.modules():
-        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+        if isinstance(module, _NORMS):
             module.momentum = None
             module.train()
+        if isinstance(module, (*_NORMS, nn.LayerNorm)) and module.weight is not None:
+            nn.init.ones_(module.weight)
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            hooks.append(module.register_forward_hook(_of_one))
     with torch.no_grad():
         network(x)
+    for hook in hooks:
+        hook.remove()
     return network.eval().requires_grad_(False)
+
+
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
+
+
+def _of_one(
+    module: nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor
+) -> torch.Tensor:
+    deviation = output.std()
+    if deviation > 0:
+        module.weight.div_(deviation)  # type: ignore[operator]
+    again: torch.Tensor = module.forward(*inputs)
+    return again
 
 
 def _torchvision(name: str) -> nn.Module:
@@ -143,9 +168,10 @@ def line(name: str) -> str:
     off = float((logits - expected).abs().max() + noise) / float(expected.abs().max())
     down, up = online_bytes(model.plan)
     percent = 2.0 ** math.ceil(math.log2(max(100 * off, 2**-10)))
+    ring = f", a ring of {output.ring} bits" if model.report.widened else ""
     return (
         f"{name}: runs; error below {percent:.3g} %, {model.plan.messages} messages, "
-        f"{(down + up) / 1e6:.2f} MB"
+        f"{(down + up) / 1e6:.2f} MB{ring}"
     )
 
 

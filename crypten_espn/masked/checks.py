@@ -13,7 +13,7 @@ from .steps import VALUE_RING, Activation
 if TYPE_CHECKING:
     from .plan import Plan
 
-VERSION = 4
+VERSION = 5
 MAX_TEXT = 1 << 24
 MAX_DEPTH = 100
 MAX_OPERATIONS = 1 << 16

@@ -47,6 +47,8 @@ class PlanReport:
             roundings and the server's noise.
         coins_error: of that, what rounding coins do: they differ from run to run.
         inputs: how many inputs it was calibrated on.
+        widened: the ring, if it is wider than the precision that was asked for, and
+            why; else empty.
     """
 
     parts: tuple[PartReport, ...]
@@ -54,6 +56,7 @@ class PlanReport:
     logits_error: float
     coins_error: float
     inputs: int
+    widened: str = ""
 
 
 @dataclass(frozen=True)
@@ -125,5 +128,6 @@ def table(plan: Plan, report: PlanReport) -> str:
         f"calibrated on {report.inputs} input{'s' * (report.inputs > 1)}"
         + ("" if report.inputs > 1 else ": one bounds every layer; give more"),
         in_words(plan.guard),
+        *([report.widened] if report.widened else ()),
     ]
     return "\n".join(line.rstrip() for line in lines)

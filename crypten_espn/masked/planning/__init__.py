@@ -15,6 +15,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from crypten import nn as crypten_nn
@@ -33,9 +34,13 @@ from .scales import NarrowError, Scales
 
 __all__ = ["HEADROOM", "PRECISIONS", "layer_title", "make_plan", "masked_model"]
 
-# The linear ring of each named precision. At most 32 bits: int32 kernels, fewer bytes.
+# The linear ring of each named precision, where the network needs no wider one. At
+# most 32 bits: int32 kernels, fewer bytes.
 PRECISIONS = {"fast": 32, "high": 40}
 HEADROOM = 4.0
+_STEP = 4
+# A logit's estimated error beside the largest logit, above which a ring is too narrow.
+_IMPRECISE = 2.0**-8
 
 
 def ring_bits(precision: str | int, headroom: float) -> int:
@@ -72,19 +77,22 @@ def make_plan(
     Args:
         graph: a crypten.nn.Graph, converted, batch-norm folded, not encrypted.
         example: (batch, *input_shape) calibration inputs; more give better bounds.
-        precision: "fast" (32-bit linear ring), "high" (40-bit), or the bits, 20 to 56.
+        precision: "fast" (a linear ring of 32 bits) or "high" (40), wider where the
+            network needs it, as the report then says; or the bits, 20 to 56.
         headroom: how far beyond the calibration inputs values may go.
 
     Raises: PlanError naming the layer that is unsupported or whose values do not fit,
-        with the ring that would do; for calibration inputs of another shape, that are
-        not finite or not real. Nothing else.
+        for a number of bits with the ring that would do; for calibration inputs of
+        another shape, that are not finite or not real. Nothing else.
     """
     ring = ring_bits(precision, headroom)
     with naming("The network"):
         network = Network(graph)
         calibration = Calibration(network, _calibrating(graph, example))
         network.cut()
-        return _narrowest(calibration, ring, headroom)
+        if isinstance(precision, str):
+            return _wide_enough(calibration, ring, headroom)
+        return _in_ring(calibration, ring, headroom)
 
 
 def _calibrating(graph: crypten_nn.Graph, example: object) -> torch.Tensor:
@@ -116,33 +124,75 @@ def _calibrating(graph: crypten_nn.Graph, example: object) -> torch.Tensor:
     return example.cpu()
 
 
-def _narrowest(
+def _in_ring(
     calibration: Calibration, ring: int, headroom: float
 ) -> tuple[Plan, PlanReport]:
     """The plan in this ring.
 
     Raises: PlanError that says which ring would do.
     """
-
-    def build(bits: int) -> tuple[Plan, PlanReport]:
-        return Builder(Scales(calibration, ring=bits, headroom=headroom)).build()
-
     try:
-        return build(ring)
+        return _build(calibration, ring, headroom)
     except NarrowError as error:
         found = str(error)
-    others = range(ring // 4 * 4 + 4, RING_LIMITS[1] + 1, 4)
-    for wider in (*PRECISIONS.values(), *others):
-        if wider <= ring:
-            continue
+    for wider in _from(ring // _STEP * _STEP + _STEP):
         try:
-            build(wider)
+            _build(calibration, wider, headroom)
         except NarrowError:
             continue
-        names = [name for name, bits in PRECISIONS.items() if bits == wider]
-        given = repr(names[0]) if names else wider
-        raise PlanError(f"{found} precision={given} (a ring of {wider} bits) plans it.")
-    raise PlanError(
+        raise PlanError(f"{found} precision={wider} plans it.")
+    raise _too_wide(found)
+
+
+def _wide_enough(
+    calibration: Calibration, ring: int, headroom: float
+) -> tuple[Plan, PlanReport]:
+    """The plan in the narrowest ring from this one on that is precise enough.
+
+    Where none is, that of the last that at least halved the error: a wider ring leaves
+    polynomials fewer bits.
+
+    Raises: PlanError if the network has no plan in any.
+    """
+    best, least, why = None, math.inf, ""
+    for bits in _from(ring):
+        try:
+            plan, report = _build(calibration, bits, headroom)
+        except NarrowError as narrow:
+            why = why or str(narrow)
+            continue
+        except PlanError:
+            if best is None:
+                raise
+            break
+        error = calibration.beside_logits(report.logits_error)
+        if error > least / 2:
+            break
+        widened = f"a ring of {bits} bits: {why}" if why else ""
+        best, least = (plan, replace(report, widened=widened)), error
+        if error <= _IMPRECISE:
+            break
+        why = why or (
+            f"in a ring of {bits} bits a logit's error would have a standard deviation "
+            f"of {100 * error:.2g} % of the largest logit."
+        )
+    if best is None:
+        raise _too_wide(why)
+    return best
+
+
+def _from(ring: int) -> range:
+    return range(ring, RING_LIMITS[1] + 1, _STEP)
+
+
+def _build(
+    calibration: Calibration, ring: int, headroom: float
+) -> tuple[Plan, PlanReport]:
+    return Builder(Scales(calibration, ring=ring, headroom=headroom)).build()
+
+
+def _too_wide(found: str) -> PlanError:
+    return PlanError(
         f"{found} No ring of up to {RING_LIMITS[1]} bits would do: train with a range "
         "penalty, so that values stay small."
     )

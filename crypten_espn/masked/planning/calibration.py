@@ -51,6 +51,11 @@ class Calibration:
         """Logits of one input."""
         return math.prod(self.network.layers[self.network.output].shape)
 
+    def beside_logits(self, error: float) -> float:
+        """An error of the logits beside the largest seen; 0 if all are zero."""
+        largest = self.network.layers[self.network.output].largest
+        return error / largest if largest else 0.0
+
     def _run(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         """Every layer's result.
 
