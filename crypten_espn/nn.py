@@ -112,30 +112,10 @@ def _polynomial_of(given: dict[str, Any]) -> AnyPolynomial:
     return Polynomial(numerators, numbers[0], interval, numbers[1])
 
 
-class Scale(Module):
-    """Multiply by public factors, broadcast over batch and channels.
-
-    Average pools that count fewer elements at the border need it.
-
-    Args:
-        factor: float tensor of the image's shape (height, width).
-    """
-
-    SUPPORTS_PLAINTEXT_INPUTS = True
-
-    def __init__(self, factor: torch.Tensor) -> None:
-        super().__init__()
-        self.factor = factor
-
-    def forward(self, x: MPCTensor | torch.Tensor) -> MPCTensor | torch.Tensor:
-        """x times the factors; no communication, one local truncation if shared."""
-        return x.mul(self.factor)
-
-
 class Mix(Module):
     """rows @ x @ columns.T of each channel of an image, with public matrices.
 
-    Resizes and adaptive average pools need it.
+    Resizes and average pools of windows that differ need it.
 
     Args:
         rows, columns: float tensors (out, in).
@@ -150,45 +130,8 @@ class Mix(Module):
 
     def forward(self, x: MPCTensor | torch.Tensor) -> MPCTensor | torch.Tensor:
         """The image; no communication, two local truncations if shared."""
-        return _mixed(x, self.rows, self.columns)
-
-
-class AdaptiveAveragePool(Module):
-    """Means over as many windows as wanted, whatever the image's size.
-
-    Args:
-        out: rows and columns of the result.
-    """
-
-    SUPPORTS_PLAINTEXT_INPUTS = True
-
-    def __init__(self, out: tuple[int, int]) -> None:
-        super().__init__()
-        self.out = out
-
-    def forward(self, x: MPCTensor | torch.Tensor) -> MPCTensor | torch.Tensor:
-        """The image, as `Mix`."""
-        rows, columns = (
-            means(size, out).float()
-            for size, out in zip(x.shape[2:], self.out, strict=True)
-        )
-        return _mixed(x, rows, columns)
-
-
-def _mixed(
-    x: MPCTensor | torch.Tensor, rows: torch.Tensor, columns: torch.Tensor
-) -> MPCTensor | torch.Tensor:
-    y = x.transpose(2, 3).matmul(rows.t()).transpose(2, 3)
-    return y.matmul(columns.t())
-
-
-def means(size: int, out: int) -> torch.Tensor:
-    """What torch's adaptive average pool does to one axis, (out, size) in float64."""
-    matrix = torch.zeros(out, size, dtype=torch.float64)
-    for i in range(out):
-        first, last = i * size // out, -(-(i + 1) * size // out)
-        matrix[i, first:last] = 1 / (last - first)
-    return matrix
+        y = x.transpose(2, 3).matmul(self.rows.t()).transpose(2, 3)
+        return y.matmul(self.columns.t())
 
 
 class Move(Module):

@@ -152,9 +152,8 @@ def activation() -> nn.Module:
 
 
 SUPPORTED = {
-    "AdaptiveAveragePool", "Add", "AveragePool", "Concat", "Conv", "Flatten", "Gemm",
-    "GlobalAveragePool",
-    "Mix", "Move", "Pad", "PolynomialActivation", "Scale",
+    "Add", "AveragePool", "Concat", "Conv", "Flatten", "Gemm", "GlobalAveragePool",
+    "Mix", "Move", "Pad", "PolynomialActivation",
 }  # fmt: skip
 
 

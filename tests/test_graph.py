@@ -86,7 +86,7 @@ def test_every_special_construct():
     assert set(kinds) <= {
         "Conv",
         "Pad",
-        "Scale",
+        "Mix",
         "Move",
         "Concat",
         "AveragePool",

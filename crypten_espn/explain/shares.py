@@ -86,15 +86,14 @@ class Shares(Arithmetic[Shared]):
             function(*[value.first for value in values]),
         )
 
-    def scaled(self, x: Shared, factor: torch.Tensor | float) -> Shared:
-        # The module holds factors in float32.
-        encoded = self.encoder.encode(torch.as_tensor(factor, dtype=torch.float32))
+    def scaled(self, x: Shared, factor: float) -> Shared:
+        encoded = self.encoder.encode(factor)
         wide = x.total.double() * encoded.double()
         value = Shared(x.total * encoded, x.first * encoded)
         return self._divide(value, self.encoder.scale, wide)
 
     def weighed(self, function: Function, x: Shared, matrix: torch.Tensor) -> Shared:
-        # As factors; each sum of products is truncated once.
+        # The module holds factors in float32; each sum is truncated once.
         encoded = self.encoder.encode(matrix.float())
         value = Shared(function(x.total, encoded), function(x.first, encoded))
         wide = function(x.total.double(), encoded.double())

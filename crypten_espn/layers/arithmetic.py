@@ -58,8 +58,8 @@ class Arithmetic(ABC, Generic[V]):
         """Sums of elements, and moves, that each party computes on its shares."""
 
     @abstractmethod
-    def scaled(self, x: V, factor: Tensor | float) -> V:
-        """A product with public factors: a number, or a tensor (height, width)."""
+    def scaled(self, x: V, factor: float) -> V:
+        """A product with a public number."""
 
     @abstractmethod
     def weighed(self, function: Function, x: V, matrix: Tensor) -> V:
@@ -136,8 +136,8 @@ class Reals(Arithmetic[Tensor]):
     def local(self, function: Function, *values: Tensor) -> Tensor:
         return function(*values)
 
-    def scaled(self, x: Tensor, factor: Tensor | float) -> Tensor:
-        return x * (factor.to(x) if torch.is_tensor(factor) else factor)
+    def scaled(self, x: Tensor, factor: float) -> Tensor:
+        return x * factor
 
     def weighed(self, function: Function, x: Tensor, matrix: Tensor) -> Tensor:
         return function(x, matrix.to(x))

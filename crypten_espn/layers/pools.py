@@ -1,14 +1,12 @@
-"""Average pools, and the factors that make up for their borders."""
+"""Average pools."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from crypten.nn import module as crypten_nn
 
-from .. import nn
 from ..graph import NetworkGraph, Node
 from .arithmetic import Arithmetic, Pair, V
 from .kind import Kind, pair, shape_of
@@ -66,21 +64,3 @@ class GlobalAveragePool(Kind):
 
     def module(self) -> crypten_nn.Module:
         return crypten_nn.GlobalAveragePool()
-
-
-@dataclass(frozen=True)
-class Scale(Kind):
-    """Public factors by row and column, alike in each channel."""
-
-    op = "Scale"
-    factor: tuple[tuple[float, ...], ...]
-
-    @classmethod
-    def read(cls, node: Node) -> Scale:
-        return cls(tuple(map(tuple, node.attributes["factor"])))
-
-    def apply(self, a: Arithmetic[V], inputs: Sequence[V]) -> V:
-        return a.scaled(inputs[0], torch.tensor(self.factor, dtype=torch.float64))
-
-    def module(self) -> crypten_nn.Module:
-        return nn.Scale(torch.tensor(self.factor))

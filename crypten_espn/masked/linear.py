@@ -29,11 +29,6 @@ Small = Annotated[int, Meta(ge=1, le=1 << 16)]
 Padding = Annotated[int, Meta(ge=0, le=1 << 12)]
 Pair = tuple[Small, Small]
 Pads = tuple[Padding, Padding, Padding, Padding]  # top, left, bottom, right
-# Factors of one row, at most 16 bits.
-Row = Annotated[
-    tuple[Annotated[int, Meta(ge=0, le=1 << 16)], ...],
-    Meta(min_length=1, max_length=1 << 12),
-]
 NO_PADS = (0, 0, 0, 0)
 Count = Annotated[int, Meta(ge=1, le=1 << 26)]
 MOST_BOXES = 1 << 12
@@ -215,27 +210,6 @@ class Pad(OfOne, frozen=True, tag="pad"):
         out += kernels.pad(inputs[0], self.pads)
 
 
-class Scale(OfOne, frozen=True, tag="scale"):
-    """Public factors by position: rows and columns of an image, alike in each channel.
-
-    Average pools that count fewer elements at the border need it; the division stands
-    in the scale.
-    """
-
-    factors: Annotated[tuple[Row, ...], Meta(min_length=1, max_length=1 << 12)]
-
-    def output_shape(self, inputs: Sequence[Shape]) -> Shape:
-        height, width, _ = _image(inputs[0])
-        if len(self.factors) != height or {len(row) for row in self.factors} != {width}:
-            raise PlanError(
-                f"{len(self.factors)} rows of factors on an image of {height}x{width}."
-            )
-        return inputs[0]
-
-    def add_to(self, out: np.ndarray, inputs: Sequence[np.ndarray]) -> None:
-        out += inputs[0] * np.array(self.factors, dtype=out.dtype)[:, :, None]
-
-
 class Move(Operation, frozen=True, tag="move"):
     """Elements of values at public places, and zeros; see `moving`."""
 
@@ -302,7 +276,7 @@ class Flatten(OfOne, frozen=True, tag="flatten"):
 
 
 Expression = Union[  # noqa: UP007
-    Read, Conv, Add, Concat, Pool, Pad, Scale, Move, Mix, Flatten
+    Read, Conv, Add, Concat, Pool, Pad, Move, Mix, Flatten
 ]
 
 

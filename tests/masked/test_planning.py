@@ -190,7 +190,7 @@ def test_pools_that_count_less_at_the_border_run_between_the_parties():
     found = pair.plan.decode(logits)
     assert rms(found - exact(network, x)) < 3 * pair.model.report.logits_error
     tags = {node.__class__.__name__ for p in pair.plan.parts for node in p.root.walk()}
-    assert {"Scale", "Pool", "Pad"} <= tags
+    assert {"Mix", "Conv"} <= tags
 
 
 # ---------------------------------------------------------------- layers

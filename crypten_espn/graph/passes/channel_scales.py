@@ -24,7 +24,7 @@ from ..network import POLYNOMIAL_OP, NetworkGraph, Node
 # Exponents by value and channel.
 Exponents = Mapping[str, np.ndarray]
 _FURTHEST = 8  # a channel whose interval differs by more hardly counts
-_ALIKE = ("Add", "AveragePool", "GlobalAveragePool", "Identity", "Pad", "Scale", "Sum")
+_ALIKE = ("Add", "AveragePool", "GlobalAveragePool", "Identity", "Mix", "Pad", "Sum")
 
 
 def absorb_channel_scales(graph: NetworkGraph) -> None:

@@ -13,14 +13,15 @@ import math
 import numpy as np
 
 from ..index_map import NOTHING, IndexMap, counted
-from ..network import NetworkGraph, Node
+from ..network import ADAPTIVE_OP, NetworkGraph, Node
 from .constants import evaluate
+from .mixes import means, mixed
 from .moves import move_after, moved
 from .pads import around
 from .weights import set_weights, window
 
 _WINDOWED = (
-    "AdaptiveAveragePool",
+    ADAPTIVE_OP,
     "AveragePool",
     "Conv",
     "ConvTranspose",
@@ -43,6 +44,10 @@ def on_images(graph: NetworkGraph) -> None:
     for node in graph.each(*_WINDOWED):
         if len(graph.shapes.get(node.inputs[0], ())) == 3:
             _with_a_row(graph, node)
+    for node in graph.each(ADAPTIVE_OP):
+        height, width = graph.shapes[node.inputs[0]][2:]
+        rows, columns = node.attributes["output_size"]
+        mixed(node, means(height, rows), means(width, columns))
     for node in graph.each("ConvTranspose"):
         _transposed(graph, node)
     for node in graph.each("MatMul"):
@@ -181,12 +186,11 @@ def _reduced(graph: NetworkGraph, node: Node) -> None:
         size = math.prod(shape[a] for a in axes)
         source = moved(graph, node, source, last.reshape(-1, size, 1))
     channels, rows = graph.shapes[source][1:3]
+    node.inputs = [source]
     if node.op == "ReduceMean":
         node.op, node.attributes = "GlobalAveragePool", {}
     else:
-        node.op, ones = "Mix", ((1.0,) * rows,)
-        node.attributes = {"rows": ones, "columns": ((1.0,),)}
-    node.inputs = [source]
+        mixed(node, np.ones((1, rows)), np.ones((1, 1)))
     if out[1:] != (channels, 1, 1):
         move_after(graph, node, (channels, 1, 1), counted(out[1:]))
 
@@ -219,9 +223,7 @@ def _resized(graph: NetworkGraph, node: Node) -> None:
         node.op = "Move"
         node.attributes = {"map": IndexMap(index)}
     else:
-        node.op = "Mix"
-        rows, columns = (tuple(map(tuple, m.tolist())) for m in matrices)
-        node.attributes = {"rows": rows, "columns": columns}
+        mixed(node, *matrices)
 
 
 def _resizing(graph: NetworkGraph, node: Node, axis: int) -> np.ndarray:

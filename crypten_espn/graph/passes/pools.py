@@ -1,21 +1,20 @@
-"""Average pools with whole windows."""
+"""Average pools with whole windows; others are weighted sums."""
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 
-from ..network import NetworkGraph, Node
+from ..network import NetworkGraph
+from .mixes import mixed
 from .pads import padded
 from .weights import window
 
 
 def uniform_pools(graph: NetworkGraph) -> None:
-    """Average pools pad with zeros and divide by their whole window, or are refused.
+    """Average pools pad with zeros and divide by their whole window.
 
-    Where windows at the border count fewer elements, a Scale makes up for it: public
-    factors by position, for which nothing is sent.
+    Where windows at the border count fewer elements, a pool is the weighted sums of
+    rows and columns that it is.
     """
     for node in graph.each("AveragePool"):
         known = graph.shapes.keys() >= {node.output, *node.inputs}
@@ -36,27 +35,25 @@ def uniform_pools(graph: NetworkGraph) -> None:
         # What ceil_mode adds beyond the declared pads never counts.
         reach = [(out[i] - 1) * strides[i] + kernel[i] for i in range(2)]
         extra = [max(reach[i] - size[i] - pads[i] - pads[2 + i], 0) for i in range(2)]
-        before_after = (pads[0], pads[2]), (pads[1], pads[3])
-        counts = np.outer(
-            *(
-                _counts(
-                    size[i], kernel[i], strides[i], before_after[i], out[i], include
-                )
-                for i in range(2)
+        counts = [
+            _counts(
+                size[i], kernel[i], strides[i], (pads[i], pads[2 + i]), out[i], include
             )
-        )
-        sides = [*pads[:2], *(pads[2 + i] + extra[i] for i in range(2))]
-        if any(sides):
-            node.inputs[0] = padded(graph, node, node.inputs[0], sides)
-        node.attributes = {"kernel_shape": kernel, "strides": strides}
-        full = math.prod(kernel)
-        if np.any(counts != full):
-            pooled = graph.fresh(f"{node.output}_pooled")
-            graph.shapes[pooled] = graph.shapes[node.output]
-            factor = {"factor": (full / counts).tolist()}
-            scale = Node("Scale", [pooled], node.output, factor, node.name)
-            node.output = pooled
-            graph.nodes.insert(graph.nodes.index(node) + 1, scale)
+            for i in range(2)
+        ]
+        if all((counts[i] == kernel[i]).all() for i in range(2)):
+            sides = [*pads[:2], *(pads[2 + i] + extra[i] for i in range(2))]
+            if any(sides):
+                node.inputs[0] = padded(graph, node, node.inputs[0], sides)
+            node.attributes = {"kernel_shape": kernel, "strides": strides}
+            continue
+        matrices = []
+        for i in range(2):
+            first = (np.arange(out[i]) * strides[i] - pads[i])[:, None]
+            place = np.arange(size[i])
+            inside = (first <= place) & (place < first + kernel[i])
+            matrices.append(inside / counts[i][:, None])
+        mixed(node, *matrices)
 
 
 def _counts(

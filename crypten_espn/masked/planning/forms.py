@@ -30,7 +30,6 @@ from ..linear import (
     Move,
     Pad,
     Pool,
-    Scale,
 )
 from ..moving import boxes
 
@@ -113,20 +112,8 @@ class Forms(Arithmetic[Form]):
     def local(self, function: Function, *values: Form) -> Form:
         return Form(function(*[value.like for value in values]))
 
-    def scaled(self, x: Form, factor: torch.Tensor | float) -> Form:
-        if not torch.is_tensor(factor):
-            raise self.unsupported()
-        integers, divisor = self._factors(factor.numpy())
-        if integers.min() < 0:
-            raise self._refused("factors by row and column are at least 0.")
-        if integers.shape != self._image(x)[1:]:
-            raise self._refused(
-                f"factors of shape {integers.shape} on images of shape "
-                f"{tuple(x.shape[1:])}."
-            )
-        rows = tuple(map(tuple, integers.tolist()))
-        y = self._written(x.like, [x], lambda given: Scale(given[0], rows))
-        return self.divided(y, divisor)
+    def scaled(self, x: Form, factor: float) -> Form:
+        raise self.unsupported()
 
     def weighed(self, function: Function, x: Form, matrix: torch.Tensor) -> Form:
         raise self.unsupported()
@@ -257,11 +244,8 @@ class Forms(Arithmetic[Form]):
 
     def _factors(self, real: np.ndarray) -> tuple[np.ndarray, int]:
         """Public factors as whole numbers over one denominator."""
-        if real.ndim != 2 or not np.isfinite(real).all():
-            raise self._refused(
-                f"factors of shape {real.shape}; finite factors by row and column are "
-                "supported."
-            )
+        if not np.isfinite(real).all():
+            raise self._refused("its factors are not finite.")
         values = np.unique(real).tolist()
         exact = {v: Fraction(v).limit_denominator(4096) for v in values}
         divisor = math.lcm(*(fraction.denominator for fraction in exact.values()))
@@ -272,7 +256,7 @@ class Forms(Arithmetic[Form]):
         ):
             raise self._refused(
                 "its factors are no fractions of a small common denominator; use pools "
-                "that count every element of their windows (count_include_pad=True)."
+                "that count every element of their windows, or other sizes."
             )
         return integers.astype(int), divisor
 
