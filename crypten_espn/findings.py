@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from .errors import EspnError
 from .graph import NetworkGraph, Node, layer_name
 from .graph.passes.activations import NAMED, UNNAMED
+from .graph.passes.moves import MOVERS
 from .layers import KINDS, Kind
 from .masked.planning.tails import IMAGES, Tails
 
@@ -35,48 +36,70 @@ _AS_POLYNOMIAL = (
     "f is this function of one value"
 )
 
-_CURES: dict[str, tuple[str, str]] = {
-    UNNAMED: (FIXABLE, _AS_POLYNOMIAL),
-    "MaxPool": (FIXABLE, "replace_pooling(model)"),
-    "Softmax": (FIXABLE, "drop the last softmax: the client applies it to the logits"),
-    "LogSoftmax": (
-        FIXABLE,
-        "drop the last log-softmax: the client applies it to the logits",
-    ),
-    "ArgMax": (FIXABLE, "return the logits: the client takes the argmax"),
-    "BatchNormalization": (
-        FIXABLE,
-        "it normalises by the batch's own statistics; build it with "
-        "track_running_stats=True and train it",
-    ),
-    "MatMul": (NOT_YET, "a product of two private values; use torch.nn.Linear"),
-    "Mul": (NOT_YET, "a product of two private values; add them, or use one of them"),
-    "Div": (NOT_YET, "division by a private value; divide by a constant"),
-    "LSTM": (NOT_YET, "recurrent layers are not supported; use convolutions over time"),
-    "GRU": (NOT_YET, "recurrent layers are not supported; use convolutions over time"),
-    "RNN": (NOT_YET, "recurrent layers are not supported; use convolutions over time"),
-    "InstanceNormalization": (
-        FIXABLE,
-        "it divides by a private deviation; use torch.nn.BatchNorm2d, and train it",
-    ),
-    "LayerNormalization": (
-        FIXABLE,
-        "it divides by a private deviation; use torch.nn.BatchNorm, and train it",
-    ),
-    "NonZero": (NEVER, "its output shape would reveal the data"),
-    "Unique": (NEVER, "its output shape would reveal the data"),
-    "NonMaxSuppression": (NEVER, "its output shape would reveal the data"),
-    "If": (NEVER, "a branch taken on private data would reveal it"),
-    "Loop": (NEVER, "a loop that ends on private data would reveal it"),
-    "Scan": (NEVER, "a loop over private data is not supported; write its steps out"),
-} | {
-    operation: (
-        FIXABLE,
-        f"replace_activations(model, {{torch.nn.{module}: polynomial}}); where a "
-        f"forward writes it out, call torch.nn.{module}() there first",
-    )
-    for operation, module in _MODULES.items()
-}
+_CURES: dict[str, tuple[str, str]] = (
+    {
+        UNNAMED: (FIXABLE, _AS_POLYNOMIAL),
+        "MaxPool": (FIXABLE, "replace_pooling(model)"),
+        "Softmax": (
+            FIXABLE,
+            "drop the last softmax: the client applies it to the logits. Within a network "
+            "it divides by a private sum: take a polynomial of each score, and train",
+        ),
+        "LogSoftmax": (
+            FIXABLE,
+            "drop the last log-softmax: the client applies it to the logits",
+        ),
+        "ArgMax": (FIXABLE, "return the logits: the client takes the argmax"),
+        "BatchNormalization": (
+            FIXABLE,
+            "it normalises by the batch's own statistics; build it with "
+            "track_running_stats=True and train it",
+        ),
+        "MatMul": (NOT_YET, "a product of two private values; use torch.nn.Linear"),
+        "Mul": (
+            NOT_YET,
+            "a product of two private values; add them, or use one of them",
+        ),
+        "Div": (NOT_YET, "division by a private value; divide by a constant"),
+        "LSTM": (
+            NOT_YET,
+            "recurrent layers are not supported; use convolutions over time",
+        ),
+        "GRU": (
+            NOT_YET,
+            "recurrent layers are not supported; use convolutions over time",
+        ),
+        "RNN": (
+            NOT_YET,
+            "recurrent layers are not supported; use convolutions over time",
+        ),
+        "NonZero": (NEVER, "its output shape would reveal the data"),
+        "Unique": (NEVER, "its output shape would reveal the data"),
+        "NonMaxSuppression": (NEVER, "its output shape would reveal the data"),
+        "If": (NEVER, "a branch taken on private data would reveal it"),
+        "Loop": (NEVER, "a loop that ends on private data would reveal it"),
+        "Scan": (
+            NEVER,
+            "a loop over private data is not supported; write its steps out",
+        ),
+    }
+    | {
+        f"{norm}Normalization": (
+            FIXABLE,
+            "it divides by the deviation of private values; put torch.nn.BatchNorm1d or "
+            "BatchNorm2d in its place, which is folded, and train (docs/conversion.md)",
+        )
+        for norm in ("Group", "Instance", "Layer", "RMS")
+    }
+    | {
+        operation: (
+            FIXABLE,
+            f"replace_activations(model, {{torch.nn.{module}: polynomial}}); where a "
+            f"forward writes it out, call torch.nn.{module}() there first",
+        )
+        for operation, module in _MODULES.items()
+    }
+)
 _OTHERWISE = (
     NOT_YET,
     "write the layer with convolutions, linear layers, average pools and additions",
@@ -169,6 +192,10 @@ def report(graph: NetworkGraph) -> Report:
             cure = problem
         blocking = bool(problem) or kind is None
         findings.append(Finding(layer_name(node), node.op, verdict, blocking, cure))
+    # Batches are moved to where a layer wants them that is refused itself.
+    others = [finding for finding in findings if finding.operation not in MOVERS]
+    if any(finding.blocking for finding in others):
+        findings = others
     return Report(tuple(findings), tuple(graph.changes), layers, "not planned")
 
 

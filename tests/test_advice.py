@@ -11,6 +11,7 @@ import crypten_espn as espn
 from tests.conversion_cases import (
     POLYNOMIAL,
     Function,
+    assert_right,
     image,
 )
 
@@ -100,3 +101,36 @@ def test_other_advice_makes_check_pass():
         (found,) = espn.check(model, image()).findings
         assert "drop the last" in found.cure
         assert espn.check(model[:-1], image()).ok
+
+
+@pytest.mark.parametrize(
+    ("norm", "shape"),
+    [
+        (nn.GroupNorm(2, 4), (2, 4, 8, 6)),
+        (nn.InstanceNorm2d(4), (2, 4, 8, 6)),
+        (nn.LayerNorm(6), (2, 4, 6)),
+        (nn.RMSNorm(6), (2, 4, 6)),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_norms_that_divide_by_a_private_deviation_are_refused_by_name(norm, shape):
+    (found,) = espn.check(norm.eval(), torch.randn(shape)).findings
+    assert found.operation == type(norm).__name__.strip("2d").replace(
+        "Norm", "Normalization"
+    )
+    assert "torch.nn.BatchNorm" in found.cure and "docs/conversion.md" in found.cure
+
+
+def test_a_norm_with_statistics_of_its_own_is_folded():
+    norm = nn.InstanceNorm2d(4, affine=True, track_running_stats=True)
+    for tracked in (norm, nn.InstanceNorm2d(4, track_running_stats=True)):
+        tracked.running_mean.uniform_()
+        tracked.running_var.uniform_(0.5, 2)
+        assert_right(tracked.eval(), image())
+
+
+def test_attention_is_refused_for_its_products_not_for_how_it_moves_a_batch():
+    attention = nn.MultiheadAttention(8, 2, batch_first=True).eval()
+    model = Function(lambda x, a: a(x, x, x)[0], attention)
+    found = espn.check(model, torch.randn(2, 6, 8)).findings
+    assert [finding.operation for finding in found] == ["MatMul", "Softmax", "MatMul"]

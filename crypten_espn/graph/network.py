@@ -13,8 +13,10 @@ import onnx
 POLYNOMIAL_OP = "PolynomialActivation"
 # An adaptive average pool of any size.
 ADAPTIVE_OP = "AdaptiveAveragePool"
+# Norms that are refused, which the exporter writes out or has no words for.
+NORM_OPS = ("GroupNormalization", "RMSNormalization")
 # Ours, which ONNX lacks.
-OWN_OPS = (POLYNOMIAL_OP, ADAPTIVE_OP)
+OWN_OPS = (POLYNOMIAL_OP, ADAPTIVE_OP, *NORM_OPS)
 OPSET = 17
 FLOATS = frozenset(
     {

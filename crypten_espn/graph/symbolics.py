@@ -1,4 +1,4 @@
-"""What torch's exporter has no words for: adaptive pools of any size, and shuffles."""
+"""What torch's exporter has no words for, or takes apart: pools, shuffles, norms."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.onnx import symbolic_opset9
+from torch.onnx import symbolic_helper, symbolic_opset9
 
 from .network import ADAPTIVE_OP, OPSET
 
@@ -20,7 +20,10 @@ def own_symbolics() -> Iterator[None]:
         "adaptive_avg_pool1d": _adaptive(1),
         "adaptive_avg_pool2d": _adaptive(2),
         "channel_shuffle": _channel_shuffle,
+        "group_norm": _named("GroupNormalization"),
+        "instance_norm": _instance_norm,
         "mT": _matrix_transposed,
+        "rms_norm": _named("RMSNormalization"),
     }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -46,6 +49,29 @@ def _channel_shuffle(g: Any, x: Any, groups: Any) -> Any:
 def _matrix_transposed(g: Any, x: Any) -> Any:
     rank = len(x.type().sizes())
     return g.op("Transpose", x, perm_i=[*range(rank - 2), rank - 1, rank - 2])
+
+
+def _named(op: str) -> Callable[..., Any]:
+    """A layer that is refused, by its own name."""
+
+    def symbolic(g: Any, x: Any, *rest: Any) -> Any:
+        return g.op(f"crypten_espn::{op}", x).setType(x.type())
+
+    return symbolic
+
+
+def _instance_norm(g: Any, x: Any, *rest: Any) -> Any:
+    """With statistics of its own it is a batch-norm, which the exporter takes apart."""
+    weight, bias, mean, variance, of_input, _, eps, _ = rest
+    constant = symbolic_helper._maybe_get_const
+    if mean.node().mustBeNone() or constant(of_input, "b"):
+        return symbolic_opset9.instance_norm(g, x, *rest)
+    channels = x.type().sizes()[1]
+    if weight.node().mustBeNone():
+        weight = g.op("Constant", value_t=torch.ones(channels))
+        bias = g.op("Constant", value_t=torch.zeros(channels))
+    values = x, weight, bias, mean, variance
+    return g.op("BatchNormalization", *values, epsilon_f=constant(eps, "f"))
 
 
 def _adaptive(dims: int) -> Callable[..., Any]:

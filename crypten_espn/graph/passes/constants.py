@@ -10,7 +10,7 @@ from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from ...errors import ConversionError
-from ..network import ADAPTIVE_OP, POLYNOMIAL_OP, NetworkGraph, Node
+from ..network import ADAPTIVE_OP, NORM_OPS, POLYNOMIAL_OP, NetworkGraph, Node
 from ..sizes import check_sizes, is_foldable
 
 # Another value at every call; a constant would be one of them for ever.
@@ -26,6 +26,7 @@ _RANDOM = {
 _RULES: dict[str, tuple[str, tuple[str, ...]]] = {
     POLYNOMIAL_OP: ("Relu", ()),
     ADAPTIVE_OP: ("AveragePool", ("kernel_shape", "pads", "strides")),
+    **dict.fromkeys(NORM_OPS, ("Relu", ())),
 }
 
 

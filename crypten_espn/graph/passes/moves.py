@@ -156,8 +156,18 @@ class _Views:
                 self._write(name, node)
         if graph.output in self.views.keys() - written:
             self._write(graph.output, None)
-        gone = set(movers)
-        graph.nodes = [n for n in graph.nodes if id(n) not in gone or n.problem]
+        # What leads to a problem stays, or all before it would seem unused.
+        kept: list[Node] = []
+        read: set[str] = set()
+        for node in reversed(graph.nodes):
+            if id(node) in movers and not (
+                node.problem or read & {node.output, *node.others}
+            ):
+                continue
+            if id(node) in movers:
+                read |= {*node.inputs}
+            kept.append(node)
+        graph.nodes = kept[::-1]
 
     def _write(self, name: str, before: Node | None) -> None:
         graph, owner = self.graph, self.owners[name]
