@@ -36,70 +36,53 @@ _AS_POLYNOMIAL = (
     "f is this function of one value"
 )
 
-_CURES: dict[str, tuple[str, str]] = (
-    {
-        UNNAMED: (FIXABLE, _AS_POLYNOMIAL),
-        "MaxPool": (FIXABLE, "replace_pooling(model)"),
-        "Softmax": (
-            FIXABLE,
-            "drop the last softmax: the client applies it to the logits. Within a network "
-            "it divides by a private sum: take a polynomial of each score, and train",
-        ),
-        "LogSoftmax": (
-            FIXABLE,
-            "drop the last log-softmax: the client applies it to the logits",
-        ),
-        "ArgMax": (FIXABLE, "return the logits: the client takes the argmax"),
-        "BatchNormalization": (
-            FIXABLE,
-            "it normalises by the batch's own statistics; build it with "
-            "track_running_stats=True and train it",
-        ),
-        "MatMul": (NOT_YET, "a product of two private values; use torch.nn.Linear"),
-        "Mul": (
-            NOT_YET,
-            "a product of two private values; add them, or use one of them",
-        ),
-        "Div": (NOT_YET, "division by a private value; divide by a constant"),
-        "LSTM": (
-            NOT_YET,
-            "recurrent layers are not supported; use convolutions over time",
-        ),
-        "GRU": (
-            NOT_YET,
-            "recurrent layers are not supported; use convolutions over time",
-        ),
-        "RNN": (
-            NOT_YET,
-            "recurrent layers are not supported; use convolutions over time",
-        ),
-        "NonZero": (NEVER, "its output shape would reveal the data"),
-        "Unique": (NEVER, "its output shape would reveal the data"),
-        "NonMaxSuppression": (NEVER, "its output shape would reveal the data"),
-        "If": (NEVER, "a branch taken on private data would reveal it"),
-        "Loop": (NEVER, "a loop that ends on private data would reveal it"),
-        "Scan": (
-            NEVER,
-            "a loop over private data is not supported; write its steps out",
-        ),
-    }
-    | {
-        f"{norm}Normalization": (
-            FIXABLE,
-            "it divides by the deviation of private values; put torch.nn.BatchNorm1d or "
-            "BatchNorm2d in its place, which is folded, and train (docs/conversion.md)",
-        )
-        for norm in ("Group", "Instance", "Layer", "RMS")
-    }
-    | {
-        operation: (
-            FIXABLE,
-            f"replace_activations(model, {{torch.nn.{module}: polynomial}}); where a "
-            f"forward writes it out, call torch.nn.{module}() there first",
-        )
-        for operation, module in _MODULES.items()
-    }
+_NORM = (
+    FIXABLE,
+    "it divides by the deviation of private values; put torch.nn.BatchNorm1d or "
+    "BatchNorm2d in its place, which is folded, and train (docs/conversion.md)",
 )
+_CURES: dict[str, tuple[str, str]] = {
+    UNNAMED: (FIXABLE, _AS_POLYNOMIAL),
+    "MaxPool": (FIXABLE, "replace_pooling(model)"),
+    "Softmax": (
+        FIXABLE,
+        "drop the last softmax: the client applies it to the logits. Inside a network "
+        "it divides by a private sum: take a polynomial of each score, and train",
+    ),
+    "LogSoftmax": (
+        FIXABLE,
+        "drop the last log-softmax: the client applies it to the logits",
+    ),
+    "ArgMax": (FIXABLE, "return the logits: the client takes the argmax"),
+    "BatchNormalization": (
+        FIXABLE,
+        "it normalises by the batch's own statistics; build it with "
+        "track_running_stats=True and train it",
+    ),
+    "MatMul": (NOT_YET, "a product of two private values; use torch.nn.Linear"),
+    "Mul": (NOT_YET, "a product of two private values; add them, or use one of them"),
+    "Div": (NOT_YET, "division by a private value; divide by a constant"),
+    "LSTM": (NOT_YET, "recurrent layers are not supported; use convolutions over time"),
+    "GRU": (NOT_YET, "recurrent layers are not supported; use convolutions over time"),
+    "RNN": (NOT_YET, "recurrent layers are not supported; use convolutions over time"),
+    "GroupNormalization": _NORM,
+    "InstanceNormalization": _NORM,
+    "LayerNormalization": _NORM,
+    "RMSNormalization": _NORM,
+    "NonZero": (NEVER, "its output shape would reveal the data"),
+    "Unique": (NEVER, "its output shape would reveal the data"),
+    "NonMaxSuppression": (NEVER, "its output shape would reveal the data"),
+    "If": (NEVER, "a branch taken on private data would reveal it"),
+    "Loop": (NEVER, "a loop that ends on private data would reveal it"),
+    "Scan": (NEVER, "a loop over private data is not supported; write its steps out"),
+} | {
+    operation: (
+        FIXABLE,
+        f"replace_activations(model, {{torch.nn.{module}: polynomial}}); where a "
+        f"forward writes it out, call torch.nn.{module}() there first",
+    )
+    for operation, module in _MODULES.items()
+}
 _OTHERWISE = (
     NOT_YET,
     "write the layer with convolutions, linear layers, average pools and additions",
