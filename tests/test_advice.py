@@ -124,8 +124,9 @@ def test_norms_that_divide_by_a_private_deviation_are_refused_by_name(norm, shap
 def test_a_norm_with_statistics_of_its_own_is_folded():
     norm = nn.InstanceNorm2d(4, affine=True, track_running_stats=True)
     for tracked in (norm, nn.InstanceNorm2d(4, track_running_stats=True)):
-        tracked.running_mean.uniform_()
-        tracked.running_var.uniform_(0.5, 2)
+        for statistic in (tracked.running_mean, tracked.running_var):
+            assert statistic is not None
+            statistic.uniform_(0.5, 2)
         assert_right(tracked.eval(), image())
 
 

@@ -4,16 +4,19 @@
     python -m tests.zoo resnet18   # the lines of these
 
 Activations are polynomials that are nearly linear, max pools average pools, weights
-seeded, batch-norms settled on noise; inputs are small. A line says whether a network
-runs, its largest error beside its largest logit, the server's noise included, messages
-and bytes of one inference; or why it is refused.
+seeded and settled on noise; inputs are small. A line says whether a network runs, its
+largest error beside its largest logit, the server's noise included, messages and bytes
+of one inference; or what it is refused for. The table of docs/conversion.md is these
+lines.
 """
 
 from __future__ import annotations
 
 import math
+import re
 import sys
 import warnings
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,7 @@ from crypten_espn.masked.planning import masked_model
 from crypten_espn.masked.reference import evaluate
 
 BASELINE = Path(__file__).with_name("zoo.baseline")
+PAGE = Path(__file__).parent.parent / "docs" / "conversion.md"
 NEARLY_LINEAR = espn.Polynomial((0, 512, 8), 10, (-5.0, 5.0))
 GATE = espn.Polynomial((512, 256), 10, (-5.0, 5.0))
 GATES = {"Sigmoid", "Hardsigmoid", "HardSigmoid"}
@@ -176,11 +180,13 @@ def line(name: str) -> str:
 
 
 def _reason(words: str) -> str:
-    """A refusal's first layer, without what depends on where it stands."""
-    lines = [text.strip() for text in words.splitlines() if text.strip()]
-    text = lines[1] if len(lines) > 1 else lines[0]
-    count = lines[0].split()[0] + " layers, " if len(lines) > 1 else ""
-    return f"{count}{text}"[:200]
+    """The operations that are refused, how many of each, and why the first is."""
+    found = re.findall(r"^  \S+ \((\S+)\): .*, stops conversion; (.*)$", words, re.M)
+    if not found:
+        return words.splitlines()[0][:200]
+    counts = Counter(operation for operation, _ in found)
+    listed = ", ".join(f"{n} {operation}" for operation, n in sorted(counts.items()))
+    return f"{listed}; {found[0][0]}: {found[0][1]}"[:200]
 
 
 def _first(error: Exception) -> str:
@@ -193,14 +199,38 @@ def baseline() -> dict[str, str]:
     return {text.split(":")[0]: text for text in lines if text}
 
 
+def table() -> str:
+    """The recorded lines as the page on conversion has them."""
+    rows = ["| network | error below | messages | sent | ring |", "|" + 5 * "---|"]
+    refused = ["| network | refused for |", "|---|---|"]
+    for name, text in baseline().items():
+        words = text.removeprefix(f"{name}: ")
+        if words.startswith("runs; "):
+            error, messages, sent, *ring = words.removeprefix("runs; ").split(", ")
+            error, messages = error.removeprefix("error below "), messages.split()[0]
+            bits = ring[0].split()[3] if ring else "32"
+            rows.append(f"| {name} | {error} | {messages} | {sent} | {bits} bits |")
+        else:
+            refused.append(f"| {name} | {words.split('; ')[1]} |")
+    return "\n".join([*rows, "", *refused])
+
+
+def in_page(text: str) -> tuple[str, str]:
+    """The table that a page has, and the page with that of the recorded lines."""
+    before, rest = text.split("<!-- zoo -->\n")
+    old, after = rest.split("\n<!-- end -->")
+    return old, f"{before}<!-- zoo -->\n{table()}\n<!-- end -->{after}"
+
+
 def main(names: list[str]) -> None:
-    """Print the lines of these networks, and record them."""
+    """Print the lines of these networks, record them, and write the page's table."""
     for name in names or [*TORCHVISION, *TIMM]:
         new = line(name)
         print(new, flush=True)
         recorded = (baseline() if BASELINE.exists() else {}) | {name: new}
         ordered = [n for n in (*TORCHVISION, *TIMM) if n in recorded]
         BASELINE.write_text("".join(f"{recorded[n]}\n" for n in ordered))
+    PAGE.write_text(in_page(PAGE.read_text())[1])
 
 
 if __name__ == "__main__":

@@ -88,6 +88,9 @@ class Counts(Reals):
     def compared(self, function: Function, x: Tensor) -> Tensor:
         raise ConversionError(f"{self._name}: the cost of comparisons is not known")
 
+    def approximated(self, function: Function, x: Tensor) -> Tensor:
+        return self.compared(function, x)
+
 
 def _elements(value: Tensor) -> int:
     """Of one image."""

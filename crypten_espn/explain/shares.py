@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 from crypten.encoder import FixedPointEncoder
 
+from ..errors import ConversionError
 from ..layers.arithmetic import Arithmetic, Function
 from ..polynomial import RING_BITS, AnyPolynomial, Form
 from ..protocols import Settings
@@ -105,6 +106,12 @@ class Shares(Arithmetic[Shared]):
     def compared(self, function: Function, x: Shared) -> Shared:
         """Comparisons are exact, and their result is shared afresh."""
         return self.share(function(x.total))
+
+    def approximated(self, function: Function, x: Shared) -> Shared:
+        raise ConversionError(
+            "CrypTen's approximations, of sigmoid, softmax and bounds, are not "
+            "explained. Put polynomials in their place, or run the network."
+        )
 
     def polynomial(self, polynomial: AnyPolynomial, x: Shared) -> Shared:
         form = self.chosen.form(polynomial, self.bits, 2)

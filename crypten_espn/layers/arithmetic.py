@@ -74,6 +74,10 @@ class Arithmetic(ABC, Generic[V]):
         """What needs comparisons."""
 
     @abstractmethod
+    def approximated(self, function: Function, x: V) -> V:
+        """What CrypTen approximates."""
+
+    @abstractmethod
     def polynomial(self, polynomial: AnyPolynomial, x: V) -> V:
         """A public polynomial of every element, or each channel's own."""
 
@@ -146,6 +150,9 @@ class Reals(Arithmetic[Tensor]):
         return x / count
 
     def compared(self, function: Function, x: Tensor) -> Tensor:
+        return function(x)
+
+    def approximated(self, function: Function, x: Tensor) -> Tensor:
         return function(x)
 
     def polynomial(self, polynomial: AnyPolynomial, x: Tensor) -> Tensor:

@@ -148,6 +148,9 @@ class Forms(Arithmetic[Form]):
     def compared(self, function: Function, x: Form) -> Form:
         raise self.unsupported()
 
+    def approximated(self, function: Function, x: Form) -> Form:
+        raise self.unsupported()
+
     def polynomial(self, polynomial: AnyPolynomial, x: Form) -> Form:
         if x.weighted or x.divisor != 1:
             raise self.unsupported()
