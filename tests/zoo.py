@@ -218,8 +218,8 @@ def table() -> str:
 def in_page(text: str) -> tuple[str, str]:
     """The table that a page has, and the page with that of the recorded lines."""
     before, rest = text.split("<!-- zoo -->\n")
-    old, after = rest.split("\n<!-- end -->")
-    return old, f"{before}<!-- zoo -->\n{table()}\n<!-- end -->{after}"
+    old, after = rest.split("<!-- end -->")
+    return old.strip(), f"{before}<!-- zoo -->\n{table()}\n<!-- end -->{after}"
 
 
 def main(names: list[str]) -> None:
