@@ -153,7 +153,7 @@ def activation() -> nn.Module:
 
 SUPPORTED = {
     "Add", "AveragePool", "Concat", "Conv", "Flatten", "Gemm", "GlobalAveragePool",
-    "Mix", "Move", "Pad", "PolynomialActivation",
+    "Mix", "Move", "Mul", "Pad", "PolynomialActivation", "Scale",
 }  # fmt: skip
 
 

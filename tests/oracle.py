@@ -68,6 +68,8 @@ def run_graph(graph: NetworkGraph, x: torch.Tensor) -> torch.Tensor:
             out = torch.relu(inputs[0])
         elif node.op == "Add":
             out = inputs[0] + inputs[1]
+        elif node.op == "Mul":
+            out = inputs[0] * inputs[1]
         elif node.op == "AveragePool":
             out = functional.avg_pool2d(inputs[0], a["kernel_shape"], a["strides"])
         elif node.op == "MaxPool":

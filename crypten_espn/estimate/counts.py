@@ -34,6 +34,19 @@ class Linear:
 
 
 @dataclass(frozen=True)
+class Multiplied:
+    """A product of two values of one image; the second may be shorter.
+
+    Args:
+        name: the layer.
+        elements: of both factors.
+    """
+
+    name: str
+    elements: tuple[int, int]
+
+
+@dataclass(frozen=True)
 class Nonlinear:
     """An activation of `elements` values of one image."""
 
@@ -46,11 +59,12 @@ class Counts(Reals):
     """Counts what one image costs; its values are of a batch of none.
 
     Attributes:
-        linear, nonlinear: the layers that cost something, so far.
+        linear, nonlinear, products: the layers that cost something, so far.
     """
 
     def __init__(self) -> None:
         self.linear: list[Linear] = []
+        self.products: list[Multiplied] = []
         self.nonlinear: list[Nonlinear] = []
         self._name = ""
 
@@ -80,6 +94,10 @@ class Counts(Reals):
         counted = Linear(self._name, _elements(x), weights, outputs, macs)
         self.linear.append(counted)
         return y
+
+    def multiply(self, x: Tensor, y: Tensor) -> Tensor:
+        self.products.append(Multiplied(self._name, (_elements(x), _elements(y))))
+        return x * y
 
     def polynomial(self, polynomial: AnyPolynomial, x: Tensor) -> Tensor:
         self.nonlinear.append(Nonlinear(self._name, _elements(x), polynomial))

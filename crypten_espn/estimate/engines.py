@@ -175,11 +175,10 @@ def engine_costs(
 def _masked(work: Workload, plan: Plan, batch: int) -> EngineCost:
     down, up = online_bytes(plan, batch=batch)
     halves = values = hidden = 0
-    for number, step in enumerate(plan.steps):
-        count = batch * plan.elements(number)
-        halves += packed_bytes(count, step.ring)
-        values += count * step.activation.values
-        hidden += count
+    for between in plan.evaluations:
+        halves += packed_bytes(batch * between.opened, between.step.ring)
+        values += batch * between.words // 2  # of two cases one is used
+        hidden += batch * between.elements
     dealt = plan.dealer_bytes(batch=batch)
     macs = batch * work.macs
     # A share of each value, and per opening a mask and the linear part's share.

@@ -10,11 +10,12 @@ import torch
 
 from ..convert import PrivateNetwork
 from ..engines import MASKED
+from ..masked.evaluation import OfProduct
 from ..masked.model import MaskedModel
 from ..masked.plan import Plan, channels_last
 from ..masked.planning.network import Network
 from ..masked.reference import Rounding, Roundings, evaluate
-from ..masked.steps import Output, Step
+from ..masked.steps import Activation, Output
 from ..polynomial import RING_BITS
 from .shares import CHUNK, Draws
 from .words import Explanation, Fault, LayerError, fault_at
@@ -51,7 +52,7 @@ def explain_masked(
         error = (given[0] - expected).abs()
         stack = torch.stack(given)
         span = float((stack.amax(0) - stack.amin(0)).max())
-        fault = _beyond(part_plan, names[index], expected)
+        fault = _beyond(model.plan, index, names[index], expected)
         overflow = overflow or fault[0]
         unit = 2.0**-part_plan.frac_bits
         # Two private answers differ by the server's noise too, which no run here has.
@@ -109,20 +110,22 @@ def _coins(plan: Plan, draws: Draws) -> Roundings:
         first = [
             draws.ring(z.shape).numpy() & ((1 << 62) - 1) for _ in range(act.masks)
         ]
-        second = draws.ring(z.shape).numpy() & ((1 << act.drop) - 1)
+        result = (len(z), *plan.shapes[number + 1])
+        second = draws.ring(result).numpy() & ((1 << act.drop) - 1)
         return Rounding(first, second)
 
     return coins
 
 
 def _beyond(
-    part: Step | Output, name: str, expected: torch.Tensor
+    plan: Plan, number: int, name: str, expected: torch.Tensor
 ) -> tuple[Fault | None, float]:
-    """The first value a linear part or its polynomial cannot hold; the headroom."""
+    """The first value a linear part, or what follows it, cannot hold; the headroom."""
+    part = plan.parts[number]
     checks = [(expected, part.frac_bits, part.ring - 2)]
-    if isinstance(part, Step):
-        frac_bits = part.activation.value_frac_bits
-        checks.append((_polynomial(part, expected), frac_bits, RING_BITS))
+    if number < len(plan.steps):
+        frac_bits = plan.steps[number].activation.value_frac_bits
+        checks.append((_value(plan, number, expected), frac_bits, RING_BITS))
     fault, least = None, math.inf
     for values, frac_bits, limit in checks:
         magnitude = values.abs() * 2.0**frac_bits
@@ -136,9 +139,17 @@ def _beyond(
     return fault, least
 
 
-def _polynomial(step: Step, z: torch.Tensor) -> torch.Tensor:
-    """A step's polynomial on real values, from its integer coefficients."""
+def _value(plan: Plan, number: int, z: torch.Tensor) -> torch.Tensor:
+    """A step's product, or polynomial, of real values; from integer coefficients."""
+    step, between = plan.steps[number], plan.evaluations[number]
     act = step.activation
+    if isinstance(between, OfProduct):
+        halves = z.split(between.sizes, 1)
+        pairs = zip(halves, between.factors, strict=True)
+        first, second = (half.reshape(-1, *shape) for half, shape in pairs)
+        product: torch.Tensor = first * second
+        return product
+    assert isinstance(act, Activation)
     terms = [
         (group.shift, k, column)
         for group in act.groups

@@ -83,6 +83,10 @@ class Arithmetic(ABC, Generic[V]):
 
     # -- what layers are written in
 
+    def multiply(self, x: V, y: V) -> V:
+        """A product of two private values; y may have 1 where x has more."""
+        return self.product(torch.mul, x, y)
+
     def convolution(self, x: V, weight: V, bias: V | None, windows: Windows) -> V:
         """A two-dimensional convolution, as torch's conv2d."""
         y = self.product(

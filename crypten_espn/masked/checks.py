@@ -7,8 +7,19 @@ from typing import TYPE_CHECKING
 
 from ..errors import DataError, PlanError
 from ..pillar.guarding import check_channels
-from .linear import Conv, Mix, Move, Operation, Pad, Pool, Read, Shape
-from .steps import VALUE_RING, Activation
+from .linear import (
+    Conv,
+    Mix,
+    Move,
+    Operation,
+    Pad,
+    Pool,
+    Read,
+    Shape,
+    shape_of,
+)
+from .products import Factors
+from .steps import VALUE_RING, Activation, Product, Step
 
 if TYPE_CHECKING:
     from .plan import Plan
@@ -57,9 +68,15 @@ class Checked:
         for number, step in enumerate(plan.steps):
             place = f"step {number}"
             result = self._expression(step.root, step.ring, place)
-            self._activation(step.activation, step.ring, place)
-            self._columns(step.activation, result[-1], place)
-            dealt = 2 * step.activation.values * math.prod(result)
+            act = step.activation
+            if isinstance(act, Product):
+                result, dealt = self._product(step, act, place)
+            elif isinstance(step.root, Factors):
+                raise PlanError(f"{place}: a polynomial of two factors.")
+            else:
+                self._activation(act, step.ring, place)
+                self._columns(act, result[-1], place)
+                dealt = 2 * act.values * math.prod(result)
             self._dealt += dealt
             if dealt > MAX_STEP_DEALT or self._dealt > MAX_DEALT:
                 raise PlanError(
@@ -181,6 +198,21 @@ class Checked:
                 )
         if act.value_frac_bits > VALUE_RING - 2:
             raise PlanError(f"{place}: {act.value_frac_bits} fractional bits.")
+
+    def _product(self, step: Step, act: Product, place: str) -> tuple[Shape, int]:
+        """The product's shape, and the words that the dealer sends for one input."""
+        if not isinstance(step.root, Factors):
+            raise PlanError(f"{place}: a product of one value.")
+        if max(act.dropped) > step.ring - 3:
+            raise PlanError(f"{place}: drops {max(act.dropped)} of {step.ring} bits.")
+        if act.value_frac_bits > VALUE_RING - 2 or act.lift(step.frac_bits) < 0:
+            raise PlanError(
+                f"{place}: {act.value_frac_bits} fractional bits of a product whose "
+                f"factors have {2 * step.frac_bits - sum(act.dropped)} together."
+            )
+        first, second = (shape_of(factor, self._shapes) for factor in step.root.inputs)
+        self._count(math.prod(first), place)
+        return first, 6 * math.prod(first) + 2 * math.prod(second)
 
     def _columns(self, act: Activation, channels: int, place: str) -> None:
         """Its numbers are for all channels or each; tables of them stay small."""

@@ -6,10 +6,10 @@ For each linear part and inference, with t of every source, G, delta and r as
 1. Send the server B*t + r - G: with the client's (W-B)*t + G, its opening is ready but
    for W*D.
 2. For a step's polynomial, compute the values that belong to each power of D for both
-   cases of every mask, r_k = r + delta_k; send the server what the client's seed-drawn
-   shares leave. The second opening's rounding coins, uniform below 2**s, are added to
-   the constant: the client's share hides them from the server, and the client never
-   sees them.
+   cases of every mask, r_k = r + delta_k; for a product the masks of both factors and
+   their products. Send the server what the client's seed-drawn shares leave. The second
+   opening's rounding coins, uniform below 2**s, are added to the constant: the client's
+   share hides them from the server, and the client never sees them.
 
 The client receives a seed from the dealer and nothing else.
 
@@ -21,12 +21,12 @@ USENIX Security 2021.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 
 from ..randomness import Keystream, new_seed
 from . import kernels
+from .evaluation import Coins
 from .linear import Operands, accumulate
 from .material import (
     CLIENT,
@@ -44,19 +44,6 @@ from .messages import SERVER as TO_SERVER
 from .messages import Protocol, Send
 from .plan import Plan
 from .steps import Step
-
-
-@dataclass
-class Coins:
-    """A step's masks and rounding coins, which nobody but the dealer knows in full.
-
-    Args:
-        masks: (groups, n) r_k, uniform modulo 2**m.
-        rounding: (n,) rho, uniform below 2**s.
-    """
-
-    masks: np.ndarray
-    rounding: np.ndarray
 
 
 class Dealing:
@@ -98,8 +85,9 @@ class Dealing:
             index: must rise from call to call.
             batch: inputs in it.
 
-        Cost: offline, one message a linear part: m bits for each element, and 16 V
-            bytes for each activation; the client receives nothing.
+        Cost: offline, one message a linear part: m bits for each element, 16 V bytes
+            for each activation, 48 for each product and 16 for each element of its
+            second factor; the client receives nothing.
 
         Raises: RandomnessError if the index was dealt before.
         """
@@ -117,11 +105,9 @@ class Dealing:
             if not isinstance(part, Step) or coin is None:
                 yield Send(TO_SERVER, ((given, part.ring),))
                 continue
-            values = self._values(part, drawn, coin)
-            assert drawn.hidden is not None
-            sources[number + 1] = source_mask(
-                drawn.hidden, given.shape, part.activation.ring
-            )
+            assert drawn.values is not None and drawn.hidden is not None
+            values = plan.evaluations[number].deal(coin, drawn.values)
+            sources[number + 1] = source_mask(plan, number, drawn.hidden)
             for dead in plan.last_reads[number]:
                 del sources[dead]
             yield Send(TO_SERVER, ((given, part.ring), (values, 64)))
@@ -142,25 +128,6 @@ class Dealing:
             out += coin.masks[0].reshape(out.shape)
         return out
 
-    @staticmethod
-    def _values(step: Step, drawn: ClientDraws, coin: Coins) -> np.ndarray:
-        assert drawn.values is not None
-        tables = step.tables
-        out = np.empty_like(drawn.values)
-        kernels.deal_polynomial(
-            coin.masks,
-            coin.rounding,
-            drawn.values,
-            bits=step.ring,
-            shifts=tables.shifts,
-            degrees=tables.degrees,
-            coeffs=tables.coeffs,
-            linear=tables.linear,
-            linear_shift=tables.linear_shift,
-            out=out,
-        )
-        return out
-
 
 def coins(plan: Plan, own: bytes, server: bytes, batch: int) -> Iterator[Coins | None]:
     """Every linear part's masks and coins; None for the output.
@@ -171,11 +138,12 @@ def coins(plan: Plan, own: bytes, server: bytes, batch: int) -> Iterator[Coins |
     stream = Keystream(own).fork(b"batch").fork(batch)
     deltas = server_draws(plan, server, batch)
     for number, (step, delta) in enumerate(zip(plan.steps, deltas, strict=True)):
-        count = batch * plan.elements(number)
-        first = draw(stream, (1, count), bits=step.ring)
+        between = plan.evaluations[number]
+        first = draw(stream, (1, batch * between.opened), bits=step.ring)
         masks = first if not len(delta) else np.concatenate([first, first + delta])
         drop = step.activation.drop
-        rounding = draw(stream, (count,), bits=drop).astype(np.int64, copy=False)
+        rounding = draw(stream, (batch * between.elements,), bits=drop)
+        rounding = rounding.astype(np.int64, copy=False)
         # A type's own width comes with a sign, and coins are not negative.
         yield Coins(masks, rounding & kernels.ring_mask(drop))
     yield None

@@ -6,11 +6,12 @@ Sources are x = D + t with D known to the server and t to the client.
 2. The server adds W*D to what it prepared: the result is c = z + 2**(m-2) + r. Group k
    of the polynomial's powers has a mask of its own, c_k = c + delta_k; the server sends
    c_k >> s_k.
-3. Both compute their share of the polynomial. With r_k's dealer-known truncation
-   -(r_k >> s_k), logical if the top bit of c_k is 1 and arithmetic if it is 0,
-   (c_k >> s_k) - 2**(m-2-s_k) plus it equals z >> s_k or one more, over the integers.
-   The dealer supplied the polynomial's coefficients in D for both cases; the public top
-   bit selects.
+   For a product z is its two factors, each with a mask and a shift of its own.
+3. Both compute their share of the polynomial, or of the product. With r_k's
+   dealer-known truncation -(r_k >> s_k), logical if the top bit of c_k is 1 and
+   arithmetic if it is 0, (c_k >> s_k) - 2**(m-2-s_k) plus it equals z >> s_k or one
+   more, over the integers. The dealer supplied the polynomial's coefficients in D for
+   both cases; the public top bit selects.
 4. The client sends the top bits of its share plus its own mask r'. The server adds its
    share and drops s bits: the next D. Back to 2; the last layer's z goes to the client
    instead, with noise.
@@ -19,12 +20,13 @@ So one inference takes 2 messages for each linear part: the input and openings d
 shares up, the logits. In a large batch 2 to 4 run through the images in chunks, so that
 neither party waits for the other.
 
-Who learns what. The client sees every c_k >> s_k, uniform because r_k is uniform, used
-once and known to the dealer alone; its seed-drawn shares; W - B, uniform because B is
-the server's; and the logits. What rounds a value is hidden from it: the bits of c_k
-below s_k, and the dealer's coins in the server's share. Of its own share it drops bits
-worth 2**-16 of a unit. The server sees c, and D of each source, uniform because t
-follows from the client's uniform mask, used once. It learns nothing of input or logits.
+Who learns what; of products `evaluation.OfProduct` says more. The client sees every
+c_k >> s_k, uniform because r_k is uniform, used once and known to the dealer alone; its
+seed-drawn shares; W - B, uniform because B is the server's; and the logits. What rounds
+a value is hidden from it: the bits of c_k below s_k, and the dealer's coins in the
+server's share. Of its own share it drops bits worth 2**-16 of a unit. The server sees
+c, and D of each source, uniform because t follows from the client's uniform mask, used
+once. It learns nothing of input or logits.
 Both know the plan. The dealer sees neither data nor weights nor any message between the
 parties. The claim is: semi-honest, two parties, a dealer that does not collude.
 
@@ -77,8 +79,9 @@ def server(plan: Plan, weights: Weights, material: ServerMaterial) -> Protocol[N
         plan, weights: the model.
         material: used up by this call (its arrays are overwritten).
 
-    Cost: a message for each linear part, as many received: m - s_k bits an activation
-        and group sent, m + 16 received. In large batches each layer's travel in chunks.
+    Cost: a message for each linear part, as many received: m - s_k bits sent for an
+        activation and group, or for an element of a factor; m + 16 received. In large
+        batches each layer's travel in chunks.
 
     Error: exact in each ring. Each truncation gives floor or floor + 1, never more; the
         logits' noise is below 2**(d-1).
@@ -139,37 +142,18 @@ def server_layers(
 def _open(
     plan: Plan, material: ServerMaterial, number: int, chunk: slice
 ) -> Protocol[np.ndarray]:
-    """Send a chunk's openings; return the server's share of the polynomial."""
-    step, tables = plan.steps[number], plan.steps[number].tables
-    c = material.linear[number][chunk].reshape(-1)
-    start = chunk.start * plan.elements(number)
-    deltas = material.deltas[number][:, start : start + c.size]
-    openings = np.empty((step.activation.masks, c.size), dtype=c.dtype)
-    kernels.shifted_openings(
-        c, deltas, bits=step.ring, shifts=tables.shifts, out=openings
-    )
+    """Send a chunk's openings; return the server's share of the value."""
+    step, between = plan.steps[number], plan.evaluations[number]
+    c = material.linear[number][chunk]
+    deltas = material.deltas[number][:, _within(chunk, between.opened)]
+    openings = between.open(c, deltas)
     yield Send(CLIENT, tuple(zip(openings, step.opened_bits, strict=True)))
-    half = np.empty(c.size, dtype=np.int64)
-    kernels.polynomial_share(
-        openings,
-        material.values[number],
-        widths=tables.widths,
-        degrees=tables.degrees,
-        leading=tables.leading,
-        start=start,
-        step=0,
-        out=half,
-    )
-    if tables.linear.any():
-        kernels.add_linear(
-            c,
-            bits=step.ring,
-            shift=tables.linear_shift,
-            coefficient=tables.linear,
-            start=start,
-            out=half,
-        )
-    return half
+    return between.share(openings, material.values[number], chunk, c=c)
+
+
+def _within(chunk: slice, elements: int) -> slice:
+    """A chunk's elements, where every input has so many."""
+    return slice(chunk.start * elements, chunk.stop * elements)
 
 
 def _truncated(step: Step, half: np.ndarray, out: np.ndarray) -> Protocol[None]:
@@ -229,30 +213,12 @@ def client_layers(plan: Plan, material: ClientMaterial) -> Protocol[np.ndarray]:
 
     Cost, Error: as `client`, without its first message and the logits.
     """
-    for number, step in enumerate(plan.steps):
-        act, tables = step.activation, step.tables
-        nothing = np.zeros_like(tables.leading)
-        elements = plan.elements(number)
+    for number, between in enumerate(plan.evaluations):
         for chunk in chunks(material.pairing.batch):
-            count = (chunk.stop - chunk.start) * elements
-            parts = yield Receive(
-                SERVER, tuple((count, bits) for bits in step.opened_bits)
-            )
-            openings = np.empty((act.masks, count), kernels.ring_dtype(step.ring))
-            for line, received in zip(openings, parts, strict=True):
-                line[:] = received
-            half = np.empty(count, dtype=np.int64)
-            kernels.polynomial_share(
-                openings,
-                material.values[number],
-                widths=tables.widths,
-                degrees=tables.degrees,
-                leading=nothing,
-                start=chunk.start * elements,
-                step=act.drop - act.kept,
-                out=half,
-            )
-            yield send(SERVER, half, act.sent_bits)
+            rows = chunk.stop - chunk.start
+            openings = yield Receive(SERVER, between.payload(rows))
+            half = between.share(openings, material.values[number], chunk)
+            yield send(SERVER, half, between.step.activation.sent_bits)
     return material.output
 
 
@@ -266,14 +232,15 @@ def message_sizes(plan: Plan, *, batch: int) -> list[tuple[str, int]]:
     """
     first = plan.sources[INPUT]
     sizes = [(CLIENT, packed_bytes(batch * first.elements, first.ring))]
-    for number, step in enumerate(plan.steps):
-        counts = [(c.stop - c.start) * plan.elements(number) for c in chunks(batch)]
+    for between in plan.evaluations:
+        rows = [chunk.stop - chunk.start for chunk in chunks(batch)]
         sizes += [
-            (SERVER, sum(packed_bytes(count, bits) for bits in step.opened_bits))
-            for count in counts
+            (SERVER, sum(packed_bytes(*part) for part in between.payload(count)))
+            for count in rows
         ]
+        bits = between.step.activation.sent_bits
         sizes += [
-            (CLIENT, packed_bytes(count, step.activation.sent_bits)) for count in counts
+            (CLIENT, packed_bytes(count * between.elements, bits)) for count in rows
         ]
     last = batch * plan.elements(len(plan.steps))
     return [*sizes, (SERVER, packed_bytes(last, plan.output.ring))]

@@ -17,8 +17,9 @@ import torch
 
 from ..randomness import Keystream, Ratchet
 from . import kernels
+from .evaluation import Evaluation
 from .linear import Shape
-from .plan import Plan, part_shape
+from .plan import Plan
 from .steps import Step
 
 SERVER, CLIENT = 0, 1
@@ -62,8 +63,10 @@ class ClientDraws:
 
     Args:
         linear: G, the client's half of a product's mask, (batch, *shape).
-        values: (2, V, n) shares of the dealer's values; None for the output.
-        hidden: (n,) the second opening's mask without the bits it drops; None likewise.
+        values: shares of the dealer's words, shaped as the step's evaluation says; None
+            for the output.
+        hidden: of the result's elements, the second opening's mask without the bits it
+            drops; None likewise.
     """
 
     linear: np.ndarray
@@ -86,11 +89,12 @@ def client_draws(plan: Plan, seed: bytes, batch: int) -> Iterator[ClientDraws]:
         linear = draw(stream, (count,), bits=part.ring)
         values = hidden = None
         if isinstance(part, Step):
-            act = part.activation
-            values = draw(stream, (2, act.values, count), bits=64)
-            hidden = draw(stream, (count,), bits=act.ring)
+            between = plan.evaluations[number]
+            values = draw(stream, between.values_shape(batch), bits=64)
+            size = batch * between.elements
+            hidden = draw(stream, (size,), bits=part.activation.ring)
         yield ClientDraws(
-            linear.reshape(batch, *part_shape(plan, number)), values, hidden
+            linear.reshape(batch, *plan.part_shapes[number]), values, hidden
         )
 
 
@@ -102,9 +106,11 @@ def server_draws(plan: Plan, seed: bytes, batch: int) -> Iterator[np.ndarray]:
         yield draw(stream, (step.activation.masks - 1, count), bits=step.ring)
 
 
-def source_mask(hidden: np.ndarray, shape: Shape, ring: int) -> np.ndarray:
-    """t = -(r >> s) of a second opening whose mask is r = hidden * 2**s."""
-    return (-hidden).astype(kernels.ring_dtype(ring), copy=False).reshape(shape)
+def source_mask(plan: Plan, number: int, hidden: np.ndarray) -> np.ndarray:
+    """t = -(r >> s) of step `number`'s second opening, whose mask is hidden * 2**s."""
+    source = plan.sources[number + 1]
+    mask = (-hidden).astype(kernels.ring_dtype(source.ring), copy=False)
+    return mask.reshape(-1, *source.shape)
 
 
 # ---------------------------------------------------------------- prepared
@@ -138,7 +144,7 @@ class ServerMaterial:
         pairing: which it is.
         linear: by linear part, what the online pass starts from, (batch, *shape).
         deltas: by step, (masks - 1, n).
-        values: by step, (2, V, n).
+        values: by step, shares of the dealer's words.
     """
 
     pairing: Pairing
@@ -176,11 +182,12 @@ def server_layout(plan: Plan, batch: int) -> Layout:
     linear, deltas, values = [], [], []
     for number, part in enumerate(plan.parts):
         dtype = np.dtype(kernels.ring_dtype(part.ring))
-        linear.append(((batch, *part_shape(plan, number)), dtype))
+        linear.append(((batch, *plan.part_shapes[number]), dtype))
         if isinstance(part, Step):
             act, count = part.activation, batch * plan.elements(number)
             deltas.append(((act.masks - 1, count), dtype))
-            values.append(((2, act.values, count), np.dtype(np.int64)))
+            shape = plan.evaluations[number].values_shape(batch)
+            values.append((shape, np.dtype(np.int64)))
     return (*linear, *deltas, *values)
 
 
@@ -191,7 +198,7 @@ class ClientMaterial:
     Args:
         pairing: which it is.
         input_mask: t of the input, (batch, *shape).
-        values: by step, (2, V, n); the second opening's mask is in the constants.
+        values: by step, shares of the dealer's words, with the second opening's mask.
         output: its share of the logits for D = 0, (batch, *shape).
         seed: what all but `output` follows from; 16 bytes.
     """
@@ -220,19 +227,19 @@ class ClientMaterial:
         """Draw everything else from an inference's seed."""
         batch = pairing.batch
         values = [
-            with_mask(step, drawn)
-            for step, drawn in zip(
-                plan.steps, client_draws(plan, seed, batch), strict=False
+            with_mask(between, drawn)
+            for between, drawn in zip(
+                plan.evaluations, client_draws(plan, seed, batch), strict=False
             )
         ]
         mask = client_input_mask(plan, seed, batch)
         return ClientMaterial(pairing, mask, values, output, seed)
 
 
-def with_mask(step: Step, drawn: ClientDraws) -> np.ndarray:
-    """The client's values; the second opening's mask joins the first constant."""
+def with_mask(between: Evaluation, drawn: ClientDraws) -> np.ndarray:
+    """The client's shares; the second opening's mask joins them."""
     assert drawn.values is not None and drawn.hidden is not None
-    drawn.values[:, 0] += drawn.hidden.astype(np.int64) << step.activation.drop
+    between.hide(drawn.values, drawn.hidden)
     return drawn.values
 
 

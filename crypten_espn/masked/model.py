@@ -14,7 +14,7 @@ from ..table import aligned
 from ..wire.packing import packed_bytes
 from .inference import online_bytes
 from .plan import Plan
-from .steps import Step
+from .steps import Product, Step
 from .weights import Quantisation, Weights
 
 
@@ -85,20 +85,21 @@ def table(plan: Plan, report: PlanReport) -> str:
         elements = plan.elements(number)
         # What every part has; an activation has powers and two openings besides.
         scale, powers, opens = str(part.frac_bits), "-", "-"
-        sent = packed_bytes(elements, part.ring)
+        sent, shape = packed_bytes(elements, part.ring), plan.part_shapes[number]
         if isinstance(part, Step):
             act = part.activation
             scale += f" -> {act.value_frac_bits} -> {act.frac_bits}"
             shifts = [group.shift for group in act.groups]
             if act.linear is not None:
                 shifts.insert(0, act.linear.shift)
+            if isinstance(act, Product):
+                shifts.extend(act.dropped)
             powers = " ".join(str(part.frac_bits - shift) for shift in shifts)
             opens = "+".join(map(str, (*part.opened_bits, act.sent_bits)))
-            sent = sum(
-                packed_bytes(elements, bits)
-                for bits in (*part.opened_bits, act.sent_bits)
-            )
-        shape = plan.shapes[number + 1] if isinstance(part, Step) else plan.logits_shape
+            between = plan.evaluations[number]
+            sent = packed_bytes(between.elements, act.sent_bits)
+            sent += sum(packed_bytes(*opened) for opened in between.payload(1))
+            shape = between.result
         rows.append(
             (
                 known.name,

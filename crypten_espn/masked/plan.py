@@ -6,12 +6,14 @@ Weights, the values seen in calibration and the layers' names stay with the owne
 (`model.PlanReport`). Both parties and the dealer hold the same plan and compare its
 digest first.
 
-The network is cut at its activations into steps. Each reads sources (the input, or the
-result of an activation), which exist as x = D + t with D opened and t a dealer-known
-mask, and ends in a value z that is opened again:
+The network is cut into steps at its activations, and at products of its values. Each
+reads sources (the input, or the result of a step), which exist as x = D + t with D
+opened and t a dealer-known mask, and ends in a value z that is opened again:
 
     z in R_m at g bits --open m - s_k bits a group--> polynomial y in R_64 at F bits
     y --open, drop s = F - f bits--> source x = D + t in R_(64-s), f fractional bits
+
+Where y is a product, z is its two factors beside each other, opened in one message.
 
 Nothing in a plan is believed: every plan, our own and a received one, is checked
 whenever one is made. Shapes are computed, never declared; sizes, depth and work are
@@ -37,6 +39,7 @@ from ..pillar.guarding import guarded_batch
 from ..wire.packing import packed_bytes
 from . import kernels
 from .checks import MAX_TEXT, Checked
+from .evaluation import Evaluation, evaluation
 from .linear import Conv, Shape, shape_of
 from .steps import Input, Output, Step, Strict
 
@@ -97,7 +100,7 @@ class Plan(Strict, frozen=True, dict=True):
     Args:
         version: of this format.
         input: what the network takes.
-        steps: in order of evaluation; source i + 1 is step i's activation.
+        steps: in order of evaluation; source i + 1 is step i's result.
         output: the logits.
 
     Raises: PlanError when it is made, if its numbers contradict each other or exceed
@@ -149,15 +152,24 @@ class Plan(Strict, frozen=True, dict=True):
     # -- what follows from it
 
     @cached_property
-    def sources(self) -> tuple[Source, ...]:
-        """The input and each activation's result."""
+    def evaluations(self) -> tuple[Evaluation, ...]:
+        """How each step is evaluated between its two openings."""
         shape = self.input.shape
-        last = (*shape[1:], shape[0])
-        found = [Source(last, self.input.ring, self.input.frac_bits)]
+        shapes: list[Shape] = [(*shape[1:], shape[0])]
+        found = []
         for step in self.steps:
+            found.append(evaluation(step, shapes))
+            shapes.append(found[-1].result)
+        return tuple(found)
+
+    @cached_property
+    def sources(self) -> tuple[Source, ...]:
+        """The input and each step's result."""
+        shape, first = self.input.shape, self.input
+        found = [Source((*shape[1:], shape[0]), first.ring, first.frac_bits)]
+        for step, between in zip(self.steps, self.evaluations, strict=True):
             act = step.activation
-            shapes = [source.shape for source in found]
-            found.append(Source(shape_of(step.root, shapes), act.ring, act.frac_bits))
+            found.append(Source(between.result, act.ring, act.frac_bits))
         return tuple(found)
 
     @cached_property
@@ -168,7 +180,7 @@ class Plan(Strict, frozen=True, dict=True):
     @cached_property
     def logits_shape(self) -> Shape:
         """Of the output's integers, channels last."""
-        return shape_of(self.output.root, self.shapes)
+        return self.part_shapes[-1]
 
     @property
     def output_shape(self) -> Shape:
@@ -189,11 +201,14 @@ class Plan(Strict, frozen=True, dict=True):
             for k in range(len(self.parts))
         )
 
+    @cached_property
+    def part_shapes(self) -> tuple[Shape, ...]:
+        """Of each linear part's value, without the batch; channels last."""
+        return tuple(shape_of(part.root, self.shapes) for part in self.parts)
+
     def elements(self, number: int) -> int:
         """Values of linear part `number` for one input."""
-        if number < len(self.steps):
-            return self.sources[number + 1].elements
-        return math.prod(self.logits_shape)
+        return math.prod(self.part_shapes[number])
 
     @cached_property
     def weights(self) -> tuple[WeightShape, ...]:
@@ -211,7 +226,7 @@ class Plan(Strict, frozen=True, dict=True):
 
     @property
     def activation_elements(self) -> int:
-        """Activations of one input."""
+        """Activations and products of one input."""
         return sum(source.elements for source in self.sources[1:])
 
     @property
@@ -228,11 +243,8 @@ class Plan(Strict, frozen=True, dict=True):
         """Offline bytes the dealer sends the server for one inference."""
         total = 0
         for number, part in enumerate(self.parts):
-            count = batch * self.elements(number)
-            total += packed_bytes(count, part.ring)
-            if isinstance(part, Step):
-                total += 16 * part.activation.values * count
-        return total
+            total += packed_bytes(batch * self.elements(number), part.ring)
+        return total + 8 * batch * sum(one.words for one in self.evaluations)
 
     @property
     def work(self) -> int:
@@ -247,10 +259,10 @@ class Plan(Strict, frozen=True, dict=True):
         """
         step = max(
             (
-                (4 * s.activation.values + 3 * s.activation.masks + 4) * elements
-                for s, elements in zip(
-                    self.steps, map(self.elements, range(len(self.steps))), strict=True
-                )
+                2 * one.words
+                + 3 * step.activation.masks * one.opened
+                + 4 * one.elements
+                for step, one in zip(self.steps, self.evaluations, strict=True)
             ),
             default=0,
         )
@@ -293,13 +305,6 @@ class Plan(Strict, frozen=True, dict=True):
         real = kernels.centred(z, self.output.ring) * 2.0**-self.output.frac_bits
         real = np.moveaxis(real, -1, 1)
         return torch.from_numpy(np.ascontiguousarray(real)).to(torch.float32)
-
-
-def part_shape(plan: Plan, number: int) -> Shape:
-    """The shape of linear part `number` without the batch."""
-    if number < len(plan.steps):
-        return plan.shapes[number + 1]
-    return plan.logits_shape
 
 
 def channels_last(values: np.ndarray) -> np.ndarray:

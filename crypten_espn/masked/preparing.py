@@ -29,7 +29,7 @@ from .material import (
     with_mask,
 )
 from .messages import CLIENT, DEALER, SERVER, Protocol, Receive, receive, send
-from .plan import Plan, part_shape
+from .plan import Plan
 from .steps import Step
 from .weights import Weights
 
@@ -53,7 +53,7 @@ class ServerPreparation:
         """A part's value for zero sources, plus 2**(m-2) where it is opened."""
         plan, part = self.plan, self.plan.parts[number]
         out = np.zeros(
-            (1, *part_shape(plan, number)), dtype=kernels.ring_dtype(part.ring)
+            (1, *plan.part_shapes[number]), dtype=kernels.ring_dtype(part.ring)
         )
         accumulate(part.root, Operands(plan.shapes, biases=self._weights.biases), out)
         if isinstance(part, Step):
@@ -81,13 +81,13 @@ class ServerPreparation:
         material = ServerMaterial(pairing, [], [], [])
         for number, part in enumerate(plan.parts):
             count = batch * plan.elements(number)
-            shape = (batch, *part_shape(plan, number))
+            shape = (batch, *plan.part_shapes[number])
             if isinstance(part, Step):
-                values = 2 * part.activation.values * count
-                parts = ((count, part.ring), (values, 64))
+                values = plan.evaluations[number].values_shape(batch)
+                parts = ((count, part.ring), (math.prod(values), 64))
                 given, dealt = yield Receive(DEALER, parts)
                 (half,) = yield receive(CLIENT, count, part.ring)
-                material.values.append(dealt.reshape(2, -1, count))
+                material.values.append(dealt.reshape(values))
                 total = given + half
             else:
                 (total,) = yield receive(DEALER, count, part.ring)
@@ -130,7 +130,7 @@ class ClientPreparation:
     def prepare(self, pairing: Pairing) -> Protocol[ClientMaterial]:
         """Make one inference's material; indices rise from call to call.
 
-        Cost: sends one message for each step, m bits an activation.
+        Cost: sends one message for each step, m bits an opened element.
         """
         plan, batch = self.plan, pairing.batch
         seed = self._ratchet.take(pairing.index)
@@ -145,10 +145,8 @@ class ClientPreparation:
             accumulate(part.root, operands, total)
             if isinstance(part, Step):
                 assert drawn.hidden is not None
-                sources[number + 1] = source_mask(
-                    drawn.hidden, total.shape, part.activation.ring
-                )
-                values.append(with_mask(part, drawn))
+                sources[number + 1] = source_mask(plan, number, drawn.hidden)
+                values.append(with_mask(plan.evaluations[number], drawn))
                 for dead in plan.last_reads[number]:
                     del sources[dead]
                 yield send(SERVER, total, part.ring)

@@ -9,19 +9,21 @@ import numpy as np
 import torch
 
 from . import kernels
+from .evaluation import Evaluation, OfProduct
 from .linear import Operands, accumulate
-from .plan import INPUT, Plan, part_shape
-from .steps import Step
+from .plan import INPUT, Plan
+from .steps import Activation
 from .weights import Weights
 
 
 @dataclass(frozen=True)
 class Rounding:
-    """What decides the roundings of one step; each broadcasts to z's shape.
+    """What decides the roundings of one step; each broadcasts to z's shape or y's.
 
     Args:
         first: by mask, what is added to z before group k's shift: r_k modulo 2**s_k.
-            The linear term uses the first one's low bits.
+            The linear term uses the first one's low bits; each factor of a product
+            those of its own elements.
         second: added to y before s bits are dropped: the dealer's coin, less what the
             client drops of its share.
     """
@@ -57,23 +59,52 @@ def evaluate(
     trace = []
     for number, part in enumerate(plan.parts):
         z = np.zeros(
-            (len(x), *part_shape(plan, number)), dtype=kernels.ring_dtype(part.ring)
+            (len(x), *plan.part_shapes[number]), dtype=kernels.ring_dtype(part.ring)
         )
         operands = Operands(plan.shapes, values, weights.integers, weights.biases)
         accumulate(part.root, operands, z)
         z = kernels.centred(z, part.ring)
         trace.append(z)
-        if isinstance(part, Step):
+        if number < len(plan.steps):
             coins = None if roundings is None else roundings(number, z)
-            values[number + 1] = activate(part, z, coins)
+            values[number + 1] = activate(plan.evaluations[number], z, coins)
         for dead in plan.last_reads[number]:
             del values[dead]
     return plan.decode(trace[-1]), trace
 
 
-def activate(step: Step, z: np.ndarray, coins: Rounding | None) -> np.ndarray:
-    """A step's polynomial of integers z, truncated to the next source's integers."""
-    act = step.activation
+def activate(between: Evaluation, z: np.ndarray, coins: Rounding | None) -> np.ndarray:
+    """A step's value of integers z, truncated to the next source's integers."""
+    act = between.step.activation
+    if isinstance(act, Activation):
+        y = _polynomial(act, z, coins)
+    else:
+        assert isinstance(between, OfProduct)
+        y = _product(between, act.dropped, z, coins)
+    if coins is None:
+        return _truncated(y, act.drop, None)
+    rounded: np.ndarray = y + coins.second
+    return rounded >> act.drop
+
+
+def _product(
+    between: OfProduct, dropped: tuple[int, int], z: np.ndarray, coins: Rounding | None
+) -> np.ndarray:
+    size = between.sizes[0]
+    r = None if coins is None else coins.first[0]
+    first, second = (
+        _truncated(z[:, part], shift, None if r is None else r[:, part]).reshape(
+            len(z), *shape
+        )
+        for part, shift, shape in zip(
+            (slice(size), slice(size, None)), dropped, between.factors, strict=True
+        )
+    )
+    y: np.ndarray = (first * second) << between.lift
+    return y
+
+
+def _polynomial(act: Activation, z: np.ndarray, coins: Rounding | None) -> np.ndarray:
     y = np.empty(z.shape, dtype=np.int64)
     y[:] = act.constant  # by channel, the last axis
     if act.linear is not None:
@@ -87,10 +118,7 @@ def activate(step: Step, z: np.ndarray, coins: Rounding | None) -> np.ndarray:
         for coefficients in np.array(group.coeffs).T[1:]:
             y += power * coefficients
             power *= base
-    if coins is None:
-        return _truncated(y, act.drop, None)
-    rounded: np.ndarray = y + coins.second
-    return rounded >> act.drop
+    return y
 
 
 def _truncated(z: np.ndarray, shift: int, coin: np.ndarray | None) -> np.ndarray:

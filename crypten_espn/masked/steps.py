@@ -1,4 +1,4 @@
-"""The parts of a plan: linear parts with their rings, polynomials, input and output.
+"""The parts of a plan: linear parts with their rings, what follows them, input, output.
 
 Every type is strict: decoding accepts exactly its fields and their types, and bounds
 each number. What the numbers have to do with each other is `checks`' business.
@@ -9,16 +9,15 @@ channels, or one for each.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from dataclasses import asdict
 from typing import Annotated
 
 import msgspec
-import numpy as np
 from msgspec import Meta
 
 from ..pillar.guard import InputGuard
 from .linear import Expression
+from .products import Factors
 
 VALUE_RING = 64
 RING_LIMITS = (20, 56)
@@ -71,38 +70,22 @@ class Group(Strict, frozen=True):
         return len(self.coeffs[0]) - 1
 
 
-class Activation(Strict, frozen=True):
-    """A polynomial between two openings.
-
-    Every group has a mask of its own. The linear term and the constant go with the
-    first group's; where there is no group, with a mask that serves them alone.
+class Truncated(Strict, frozen=True):
+    """What a second opening truncates to the next source.
 
     Args:
-        linear: the power 1, or None.
-        groups: the higher powers, each at its own truncation.
-        constant: integer constant terms at F bits, by channel.
         drop: s = F - f, bits dropped by the second opening.
         frac_bits: f, of the resulting source.
     """
 
-    linear: Linear | None
-    groups: Annotated[tuple[Group, ...], Meta(max_length=8)]
-    constant: Integers
     drop: Annotated[
         int, Meta(ge=VALUE_RING - RING_LIMITS[1], le=VALUE_RING - RING_LIMITS[0])
     ]
     frac_bits: Bits
 
     @property
-    def columns(self) -> tuple[int, ...]:
-        """How many channels each of its parts tells apart."""
-        linear = () if self.linear is None else (len(self.linear.coefficient),)
-        groups = (len(group.coeffs) for group in self.groups)
-        return (len(self.constant), *linear, *groups)
-
-    @property
     def value_frac_bits(self) -> int:
-        """F, fractional bits of the polynomial's value."""
+        """F, fractional bits of the value before."""
         return self.frac_bits + self.drop
 
     @property
@@ -119,6 +102,30 @@ class Activation(Strict, frozen=True):
     def sent_bits(self) -> int:
         """Bits of the client's half of the second opening."""
         return self.ring + self.kept
+
+
+class Activation(Truncated, frozen=True, kw_only=True, tag="polynomial"):
+    """A polynomial between two openings.
+
+    Every group has a mask of its own. The linear term and the constant go with the
+    first group's; where there is no group, with a mask that serves them alone.
+
+    Args:
+        linear: the power 1, or None.
+        groups: the higher powers, each at its own truncation.
+        constant: integer constant terms at F bits, by channel.
+    """
+
+    linear: Linear | None
+    groups: Annotated[tuple[Group, ...], Meta(max_length=8)]
+    constant: Integers
+
+    @property
+    def columns(self) -> tuple[int, ...]:
+        """How many channels each of its parts tells apart."""
+        linear = () if self.linear is None else (len(self.linear.coefficient),)
+        groups = (len(group.coeffs) for group in self.groups)
+        return (len(self.constant), *linear, *groups)
 
     @property
     def masks(self) -> int:
@@ -139,69 +146,60 @@ class Activation(Strict, frozen=True):
         return tuple(group.shift for group in self.groups) or (ring - 1,)
 
 
-@dataclass(frozen=True)
-class PolynomialTables:
-    """A step's activation as the kernels take it, its C columns by channel.
+class Product(Truncated, frozen=True, kw_only=True, tag="product"):
+    """A product of two values between two openings; the step's root is `Factors`.
 
     Args:
-        shifts, widths, degrees: (masks,) of each opening.
-        coeffs: (masks, K + 1, C) of each mask's powers; the constant is the first's.
-        leading: (masks, C) of each mask's highest power.
-        linear, linear_shift: (C,) the power 1, and bits dropped from it.
+        dropped: low bits of the first factor and of the second that neither is
+            multiplied by nor sent.
     """
 
-    shifts: np.ndarray
-    widths: np.ndarray
-    degrees: np.ndarray
-    coeffs: np.ndarray
-    leading: np.ndarray
-    linear: np.ndarray
-    linear_shift: int
+    dropped: tuple[Bits, Bits]
+
+    @property
+    def linear(self) -> None:
+        """No power 1."""
+        return None
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        """No powers."""
+        return ()
+
+    @property
+    def masks(self) -> int:
+        """Masks of each element of both factors."""
+        return 1
+
+    def shifts(self, ring: int) -> tuple[int, ...]:
+        """Low bits of each factor's opening that the client does not receive."""
+        del ring
+        return self.dropped
+
+    def lift(self, frac_bits: int) -> int:
+        """Bits by which a product of factors is lifted to F; the factors have g."""
+        return self.value_frac_bits - (2 * frac_bits - sum(self.dropped))
 
 
-class Step(Strict, frozen=True, dict=True):
-    """One linear part of the network and the activation after it.
+class Step(Strict, frozen=True):
+    """One linear part of the network and the activation or product after it.
 
     Args:
-        root: the expression to compute.
+        root: the expression to compute; two beside each other for a product.
         ring: bits m of the linear ring.
         frac_bits: g, of its result.
         activation: what follows.
     """
 
-    root: Expression
+    root: Expression | Factors
     ring: Ring
     frac_bits: Bits
-    activation: Activation
+    activation: Activation | Product
 
     @property
     def opened_bits(self) -> tuple[int, ...]:
         """Bits an element of each part of the server's message."""
         return tuple(self.ring - s for s in self.activation.shifts(self.ring))
-
-    @cached_property
-    def tables(self) -> PolynomialTables:
-        act = self.activation
-        shifts = np.array(act.shifts(self.ring), dtype=np.int64)
-        degrees = np.array([group.degree for group in act.groups] or [1])
-        shape = act.masks, int(degrees.max()) + 1, max(act.columns)
-        coeffs = np.zeros(shape, dtype=np.int64)
-        for g, group in enumerate(act.groups):
-            rows = np.array(group.coeffs, dtype=np.int64)
-            coeffs[g, : group.degree + 1] = rows.T
-        coeffs[0, 0] = act.constant
-        linear = np.zeros(shape[2], dtype=np.int64)
-        if act.linear is not None:
-            linear[:] = act.linear.coefficient
-        return PolynomialTables(
-            shifts,
-            self.ring - shifts,
-            degrees,
-            coeffs,
-            coeffs[np.arange(act.masks), degrees],
-            linear,
-            0 if act.linear is None else act.linear.shift,
-        )
 
 
 class Output(Strict, frozen=True):

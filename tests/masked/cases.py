@@ -18,9 +18,11 @@ from crypten_espn.masked.model import MaskedModel
 from crypten_espn.masked.planning import masked_model
 from crypten_espn.masked.preparing import ClientPreparation, ServerPreparation
 from crypten_espn.masked.reference import Rounding
+from crypten_espn.masked.steps import Product
 from crypten_espn.polynomial import ChannelPolynomials
 from crypten_espn.randomness import Keystream
 
+GATE = espn.Polynomial((512, 256), 10, (-5.0, 5.0))
 QUARTIC = espn.Polynomial((322, 512, 160, 0, -3), 10, (-5.0, 5.0))
 SESSION = bytes(16)
 
@@ -92,8 +94,12 @@ class Pair:
             bits = step.ring
             masks = [r.astype(np.int64).reshape(z.shape) for r in mine.masks]
             act = step.activation
-            dropped = client_low_bits(step, z, masks, theirs)
-            second = mine.rounding.reshape(z.shape) - dropped
+            if isinstance(act, Product):
+                between = self.plan.evaluations[number]
+                dropped = client_low_bits_of_product(between, z, masks[0], theirs)
+            else:
+                dropped = client_low_bits(step, z, masks, theirs)
+            second = mine.rounding.reshape(dropped.shape) - dropped
             assert act.masks == len(masks) and bits > 0
             return Rounding(masks, second)
 
@@ -119,6 +125,29 @@ def client_low_bits(step, z, masks, drawn):
             index += degree
         dropped[i] = total % (1 << (act.drop - act.kept))
     return dropped.reshape(z.shape)
+
+
+def client_low_bits_of_product(between, z, r, drawn):
+    """What the client drops of its share of a product, by Python integers."""
+    act, m = between.step.activation, between.step.ring
+    sizes, (n, short) = between.factors, between.sizes
+    places = np.broadcast_to(np.arange(short).reshape(sizes[1]), sizes[0]).reshape(-1)
+    dropped = np.empty((len(z), n), dtype=np.int64)
+    for row, (value, mask) in enumerate(zip(z.tolist(), r.tolist(), strict=True)):
+        words = drawn.values[row].tolist()
+        for i, place in enumerate(places.tolist()):
+            cases, opened = [], []
+            for k, shift in zip((i, n + place), act.dropped, strict=True):
+                c = (value[k] + (1 << (m - 2)) + mask[k]) % (1 << m)
+                cases.append(0 if c >> (m - 1) else 1)
+                opened.append((c >> shift) - (1 << (m - 2 - shift)))
+            a, b = cases
+            total = int(drawn.hidden[row * n + i]) << act.drop
+            total += words[(2 + 2 * a + b) * n + i]
+            total += opened[0] * words[6 * n + b * short + place]
+            total += opened[1] * words[a * n + i]
+            dropped[row, i] = total % (1 << (act.drop - act.kept))
+    return dropped.reshape(len(z), *between.result)
 
 
 def channel_polynomials(radii, *, degree: int = 4) -> ChannelPolynomials:
@@ -233,6 +262,37 @@ def moving():
     return Moving().eval().requires_grad_(False), torch.randn(3, 3, 5, 6)
 
 
+class Gated(torch.nn.Module):
+    """Gates of a channel, of a pixel and of every element; a product of outputs."""
+
+    def __init__(self):
+        super().__init__()
+        conv = torch.nn.Conv2d
+        self.stem, self.squeeze, self.excite = (
+            conv(3, 6, 3),
+            conv(6, 3, 1),
+            conv(3, 6, 1),
+        )
+        self.pixel, self.other = conv(6, 1, 3, padding=1), conv(6, 6, 1, groups=2)
+        self.acts = torch.nn.ModuleList(
+            espn.PolynomialActivation(p) for p in (QUARTIC, QUARTIC, GATE, GATE)
+        )
+        self.head, self.beside = torch.nn.Linear(6, 3), torch.nn.Linear(6, 3)
+
+    def forward(self, x):
+        x = self.acts[0](self.stem(x))
+        gate = self.acts[1](self.squeeze(x.mean((2, 3), keepdim=True)))
+        x = x * self.acts[2](self.excite(gate))
+        x = self.acts[3](self.pixel(x)) * x
+        x = (x * self.other(x)).mean((2, 3))
+        return self.head(x) * self.beside(x) + self.head(x)
+
+
+def gated(height=5, width=6):
+    torch.manual_seed(5)
+    return Gated().eval().requires_grad_(False), torch.randn(3, 3, height, width)
+
+
 def fuzzed_plans() -> list[str]:
     """Texts of plans in which every field and every operation occurs."""
     torch.manual_seed(3)
@@ -241,7 +301,7 @@ def fuzzed_plans() -> list[str]:
     )
     espn.attach_guard(flat, espn.InputGuard.fit(torch.randn(4, 6)))
     pairs = [layers(5, 6), residual(), by_channel(), (flat, torch.randn(4, 6))]
-    pairs.append(moving())
+    pairs += [moving(), gated()]
     return [
         planned(network, example, precision=precision).plan.to_json()
         for network, example in pairs

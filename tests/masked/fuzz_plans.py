@@ -88,6 +88,7 @@ def _wrapped(node: Any, toss: random.Random) -> dict[str, Any]:
              "boxes": [[small(2), small(9), small(3), [[2, small(3) - 1, 1]]]]},
             {"type": "mix", "x": node, "rows": [[small(3), pads]],
              "columns": [[small(3), window]] * (1 + small(3))},
+            {"type": "factors", "first": node, "second": copy.deepcopy(node)},
             {"type": "read", "source": small(4), "multiplier": 1 + small(5)},
         )
     )  # fmt: skip

@@ -153,9 +153,9 @@ def coins(plan: Plan, seed: int) -> Roundings:
     random = np.random.default_rng(seed)
 
     def rounding(number: int, z: np.ndarray) -> Rounding:
-        act = plan.steps[number].activation
+        act, result = plan.steps[number].activation, (len(z), *plan.shapes[number + 1])
         first = [random.integers(0, 1 << 62, z.shape) for _ in range(act.masks)]
-        dropped = random.integers(0, 1 << (act.drop - act.kept), z.shape)
-        return Rounding(first, random.integers(0, 1 << act.drop, z.shape) - dropped)
+        dropped = random.integers(0, 1 << (act.drop - act.kept), result)
+        return Rounding(first, random.integers(0, 1 << act.drop, result) - dropped)
 
     return rounding

@@ -20,6 +20,7 @@ from crypten_espn.masked.linear import (
     Pool,
     Read,
 )
+from crypten_espn.masked.products import Factors
 
 
 def rounded(value: int, shift: int) -> int:
@@ -48,6 +49,9 @@ def logits(model, parameters, image):
     places = itertools.product(range(h), range(w), range(c))
     sources = [{(i, j, k): int(image[k][i][j]) for i, j, k in places}]
     for step in plan.steps:
+        if isinstance(step.root, Factors):
+            sources.append(_product(step, sources, weights))
+            continue
         z = _value(step.root, sources, weights)
         sources.append(
             {at: _activate(step, centred(v, step.ring), at[-1]) for at, v in z.items()}
@@ -69,6 +73,27 @@ def _activate(step, z: int, channel: int) -> int:
         x = rounded(z, group.shift)
         y += sum(a * x**k for k, a in enumerate(own(group.coeffs)))
     return rounded(y, act.drop)
+
+
+def _product(step, sources, weights):
+    act = step.activation
+    first, second = (
+        {at: rounded(centred(v, step.ring), shift) for at, v in value.items()}
+        for value, shift in zip(
+            (_value(root, sources, weights) for root in step.root.inputs),
+            act.dropped,
+            strict=True,
+        )
+    )
+    size = [1 + max(places) for places in zip(*second, strict=True)]
+    lift = act.drop + act.frac_bits - 2 * step.frac_bits + sum(act.dropped)
+    return {
+        at: rounded(
+            x * second[tuple(i % n for i, n in zip(at, size, strict=True))] << lift,
+            act.drop,
+        )
+        for at, x in first.items()
+    }
 
 
 def _integers(real, factor: float):

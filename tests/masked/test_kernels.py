@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 
 from crypten_espn.errors import PlanError
 from crypten_espn.masked import kernels
-from crypten_espn.masked.linear import Read
+from crypten_espn.masked.evaluation import PolynomialTables
 from crypten_espn.masked.plan import WeightShape
-from crypten_espn.masked.steps import Activation, Group, Linear, Step
+from crypten_espn.masked.steps import Activation, Group, Linear
 
 
 @settings(max_examples=60, deadline=None)
@@ -134,9 +134,8 @@ def test_polynomial_of_an_opening_is_exact(bits, linear, groups):
     count = 3000
     count_of = [len(group.coeffs) for group in groups]
     constant = tuple(987654321 + c for c in range(max([1, *count_of])))
-    act = Activation(linear, groups, constant, 32, 11)
-    step = Step(Read(0), bits, 20, act)
-    tables, dtype = step.tables, kernels.ring_dtype(bits)
+    act = Activation(32, 11, linear=linear, groups=groups, constant=constant)
+    tables, dtype = PolynomialTables.of(act, bits), kernels.ring_dtype(bits)
     bound = 2 ** (bits - 2) - 1
     z = rng.integers(-bound, bound + 1, count)
     z[:4] = [-bound, bound, 0, -1]

@@ -24,7 +24,7 @@ from crypten_espn.masked.planning.calibration import Calibration
 from crypten_espn.masked.planning.network import Network, parameters_of
 from crypten_espn.masked.planning.precision import Effect, choose_truncations
 from crypten_espn.masked.reference import Rounding, evaluate
-from crypten_espn.masked.steps import RING_LIMITS, Step
+from crypten_espn.masked.steps import RING_LIMITS, Activation, Step
 from crypten_espn.masked.weights import quantise
 from crypten_espn.pillar.data import fashion_sample
 from crypten_espn.pillar.storage import load_network
@@ -85,7 +85,7 @@ def test_what_the_owner_keeps_is_not_in_the_plan(small):
         "type", "x", "source", "multiplier", "weight", "filters", "kernel", "stride",
         "dilation", "pads", "groups", "activation", "linear", "shift", "coefficient",
         "coeffs", "constant", "drop", "output", "noise_bits", "terms", "conv", "read",
-        "add", "pool", "flatten", "guard",
+        "add", "pool", "flatten", "guard", "polynomial",
     }  # fmt: skip
     assert set(words_of(json.loads(text))) == known
     assert re.findall(r"\d+\.\d+", text) == [str(small.plan.input.bound)]
@@ -296,6 +296,7 @@ def test_weights_without_an_activation_between_get_a_rescaling():
         (step,) = model.plan.steps
         assert "(rescaled)" in model.report.parts[0].name
         act = step.activation
+        assert isinstance(act, Activation)
         assert act.groups == () and act.constant == (0,) and act.linear is not None
         kept = step.frac_bits - act.linear.shift
         assert act.linear.coefficient[0] == 2 ** (act.value_frac_bits - kept)

@@ -79,7 +79,7 @@ def test_dealt_values_are_the_powers_of_the_mask(made):
             kernels.centred(total, m), kernels.centred(product + flat, m)
         )
         whole = dealt[number][1] + drawn.values
-        sources[number + 1] = source_mask(drawn.hidden, total.shape, act.ring)
+        sources[number + 1] = source_mask(plan, number, drawn.hidden)
         for i in range(0, flat.size, 97):
 
             def own(columns, i=i):

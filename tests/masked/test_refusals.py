@@ -25,6 +25,7 @@ from crypten_espn.masked.linear import (
 )
 from crypten_espn.masked.moving import Box
 from crypten_espn.masked.plan import Plan
+from crypten_espn.masked.products import Factors
 from crypten_espn.masked.steps import (
     Activation,
     Group,
@@ -32,6 +33,7 @@ from crypten_espn.masked.steps import (
     Input,
     Linear,
     Output,
+    Product,
     Step,
 )
 
@@ -43,6 +45,7 @@ STEP: dict[str, Any] = {
     "ring": 32,
     "frac_bits": 20,
     "activation": {
+        "type": "polynomial",
         "linear": {"shift": 2, "coefficient": [5]},
         "groups": [{"shift": 9, "coeffs": [[0, 0, 7]]}],
         "constant": [-3],
@@ -141,7 +144,7 @@ REFUSALS = [
     ("pads of three", f"{ROOT}.pads", [1, 1, 1], "length 4"),
     ("a kernel of one", f"{ROOT}.kernel", [3], "length 2"),
     ("other version", "version", 2, "version 2"),
-    ("future version", "version", 5, "version 5"),
+    ("future version", "version", 6, "version 6"),
     # Numbers.
     ("negative drop", f"{ACT}.drop", -1, ">= 8"),
     ("negative shift", f"{ACT}.groups.0.shift", -1, ">= 0"),
@@ -399,9 +402,11 @@ CODE = Conv(Read(0), 0, 4, (3, 3), pads=(1, 1, 1, 1))
 
 
 def test_every_operation_survives_a_plans_text():
+    rows = tuple((0, 0, k) for k in range(6))
     act = Activation(
-        Linear(2, (5,)), (Group(9, tuple((0, 0, k) for k in range(6))),), (3,), 32, 10
+        32, 10, linear=Linear(2, (5,)), groups=(Group(9, rows),), constant=(3,)
     )
+    gate = Factors(Read(1), Pool(Read(1), (4, 4), (1, 1)))
     pool = Pool(Pad(Read(0, 3), (1, 1, 0, 0)), (3, 3), (2, 2), (0, 0, 0, 0))
     mix = Mix(Read(0), ((0, (1, 2)), (6, (-3, 1))) * 2, ((1, (2,)),) * 4)
     boxes = (Box(0, 0, 0, ((16, 2, 6), (2, 1, 1))), Box(0, 31, 2, ((32, -1, 3),)))
@@ -411,8 +416,8 @@ def test_every_operation_survives_a_plans_text():
     plan = Plan(
         VERSION,
         Input((2, 8, 8), 32, 12, 8.0, Guard(PAIR, PAIR, PAIR, PAIR, PAIR, PAIR)),
-        (Step(root, 32, 20, act),),
-        Output(Flatten(Add((Read(1), Read(1, 2)))), 32, 20, 0),
+        (Step(root, 32, 20, act), Step(gate, 32, 24, Product(32, 11, dropped=(9, 8)))),
+        Output(Flatten(Add((Read(2), Read(1, 2)))), 32, 20, 0),
     )
     again = Plan.from_json(plan.to_json())
     assert again == plan and again.digest == plan.digest

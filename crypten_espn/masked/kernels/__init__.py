@@ -13,6 +13,7 @@ from .activation import (
     truncate,
 )
 from .convolution import PIXELS, VECTOR, convolve, pad, pool_sum, windows
+from .product import deal_product, product_share
 from .ring import centred, reduce_ring, ring_dtype, ring_mask
 
 __all__ = [
@@ -22,9 +23,11 @@ __all__ = [
     "centred",
     "convolve",
     "deal_polynomial",
+    "deal_product",
     "pad",
     "polynomial_share",
     "pool_sum",
+    "product_share",
     "reduce_ring",
     "ring_dtype",
     "ring_mask",

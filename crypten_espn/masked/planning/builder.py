@@ -12,10 +12,12 @@ from ..checks import VERSION
 from ..linear import Expression, Read
 from ..model import PartReport, PlanReport
 from ..plan import INPUT, Plan
-from ..steps import VALUE_RING, Activation, Guard, Input, Output, Step
+from ..products import Factors
+from ..steps import VALUE_RING, Activation, Guard, Input, Output, Product, Step
 from ..weights import Quantisation
 from .coins import largest_deviation
 from .layers import Layer
+from .products import Dropped, Row
 from .scales import NarrowError, Scales
 from .units import Unit
 
@@ -35,6 +37,15 @@ class Builder:
         self.weights: list[Quantisation] = []
 
     # -- expressions
+
+    def root(self, index: int) -> Expression | Factors:
+        """The expression that ends part `index`, at its scale."""
+        unit, end = Unit(self.scales.scales[index]), self.scales.ends[index]
+        layer = self.network.layers[end]
+        if isinstance(layer.kind, Row):
+            first, second = (self.write(child, unit) for child in layer.inputs)
+            return Factors(first, second)
+        return self.write(end, unit)
 
     def write(self, name: str, unit: Unit) -> Expression:
         """The expression whose integers stand for the value in the given unit."""
@@ -68,9 +79,9 @@ class Builder:
         assert layer.form.write is not None
         return layer.form.write([child], number)
 
-    # -- the polynomial
+    # -- the polynomial, or the product
 
-    def activation(self, index: int) -> Activation:
+    def activation(self, index: int) -> Activation | Product:
         """What follows part `index`.
 
         Raises: NarrowError if its values do not fit.
@@ -85,15 +96,17 @@ class Builder:
         largest = scales.largest_source(layer.name)
         if largest * 2.0**value_frac_bits >= 2.0 ** (VALUE_RING - 2):
             raise NarrowError(
-                f"{layer.title}: the polynomial reaches {largest:.4g}, too large at "
+                f"{layer.title}: its value reaches {largest:.4g}, too large at "
                 f"{value_frac_bits} fractional bits in a ring of {VALUE_RING}."
             )
+        if isinstance(found, Dropped):
+            return Product(scales.drop, frac_bits, dropped=found.bits)
         return Activation(
-            found.linear,
-            found.groups,
-            found.constant,
             scales.drop,
             frac_bits,
+            linear=found.linear,
+            groups=found.groups,
+            constant=found.constant,
         )
 
     # -- the whole plan
@@ -105,10 +118,8 @@ class Builder:
             would not compute.
         """
         scales, ends = self.scales, self.scales.ends
-        roots = [
-            self.write(end, Unit(scales.scales[index]))
-            for index, end in enumerate(ends)
-        ]
+        *roots, last = (self.root(index) for index in range(len(ends)))
+        assert not isinstance(last, Factors)
         scales.check_powers()
         coins, error = scales.logits_error(self.weights)
         deviation, noise_bits = largest_deviation(scales, coins), 0
@@ -123,7 +134,7 @@ class Builder:
             error = math.hypot(error, 2.0 ** (noise_bits - scales.scales[-1]) / 12**0.5)
         steps = tuple(
             Step(root, scales.ring, scales.scales[index], self.activation(index))
-            for index, root in enumerate(roots[:-1])
+            for index, root in enumerate(roots)
         )
         taken = Input(
             tuple(self.network.layers[self.network.input].shape),
@@ -132,7 +143,7 @@ class Builder:
             scales.largest_source(self.network.input),
             None if self.network.guard is None else Guard.of(self.network.guard),
         )
-        output = Output(roots[-1], scales.ring, scales.scales[-1], noise_bits)
+        output = Output(last, scales.ring, scales.scales[-1], noise_bits)
         try:
             plan = Plan(VERSION, taken, steps, output)
         except PlanError as error_:
@@ -159,9 +170,8 @@ class Builder:
 
     def _compare_shapes(self, plan: Plan) -> None:
         """What the plan computes has the shapes that calibration saw."""
-        shapes = (*plan.shapes[1:], plan.logits_shape)
         for index, (end, shape) in enumerate(
-            zip(self.scales.ends, shapes, strict=True)
+            zip(self.scales.ends, plan.part_shapes, strict=True)
         ):
             if self.network.hwc(end) != shape:
                 raise PlanError(

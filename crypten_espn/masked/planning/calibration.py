@@ -11,6 +11,7 @@ from ...errors import PlanError
 from .layers import Layer
 from .network import Network
 from .precision import columns_of, measured_effect, radii_of
+from .products import effects_of
 
 _EFFECT_IMAGES, _EFFECT_SIGNS = 8, 2
 
@@ -38,7 +39,7 @@ class Calibration:
             layer = self.network.layers[name]
             layer.largest = float(result.abs().max())
             layer.mean_square = float(result.square().mean())
-            if layer.activates:
+            if layer.activates and not layer.multiplies:
                 z = values[layer.inputs[0]].abs()
                 by_row = z.reshape(len(z), len(layer.rows), -1)
                 layer.reach = by_row.amax((0, 2)).numpy()
@@ -107,11 +108,18 @@ class Calibration:
             squares = sum(float(gradient.square().sum()) for gradient in gradients)
             by_weight[name] = squares / (len(x) * _EFFECT_SIGNS)
         self._input_gradients = x, columns[0]
+        by_value = dict(zip(values, columns, strict=False))
         for name, gradients in zip(values, columns, strict=False):
             layer = self.network.layers[name]
             # A rescaling may follow, whose coefficient errs as the power 1.
             z, degree, radii = values[name], 1, np.ones(1)
-            if layer.activates:
+            if layer.multiplies:
+                assert layer.form.factors is not None
+                (row,) = layer.inputs
+                layer.factor_effects = effects_of(
+                    values[row].detach(), by_value[row], layer.form.factors
+                )
+            elif layer.activates:
                 z, degree = values[layer.inputs[0]], len(columns_of(layer.rows)) - 1
                 radii = radii_of(layer.rows)
             layer.effect = measured_effect(
@@ -131,6 +139,8 @@ class Calibration:
         """The outputs' mean square error when a source is off by that factor less 1."""
         if off == 0.0:
             return 0.0
+        if layer.multiplies:
+            return layer.effect.of_factor({1: np.array([off])})
         if layer.activates:
             columns = columns_of(layer.rows)
             return layer.effect.of_factor({k: off * c for k, c in enumerate(columns)})

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from .layers import Layer
+from .products import Dropped, OfRow
 from .scales import Scales
 
 # Inputs, runs of each, and about how many values may be computed in all.
@@ -82,6 +83,12 @@ def _activated(
     part = scales.source_of[layer.name] - 1
     found = scales.truncations(layer.name, scales.frac_bits[part + 1])
     assert found is not None
+    if isinstance(found, Dropped):
+        assert isinstance(layer.kind, OfRow)
+        kept = [scales.scales[part] - dropped for dropped in found.bits]
+        halves = zip(layer.kind.split(z), kept, strict=True)
+        first, second = (_truncated(x, bits, random) for x, bits in halves)
+        return _truncated(first * second, scales.frac_bits[part + 1], random)
     y = torch.zeros_like(z)
     for shift, real in found.terms:
         columns = torch.from_numpy(real).to(z)

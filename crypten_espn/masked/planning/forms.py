@@ -49,6 +49,7 @@ class Form:
         divisor: of the sums that `write` gives.
         weighted: whether secret weights are in it.
         polynomial: what is computed of the value read; the layer is an activation.
+        factors: shapes without the batch of two values whose product it is.
     """
 
     like: torch.Tensor
@@ -56,6 +57,7 @@ class Form:
     divisor: int = 1
     weighted: bool = False
     polynomial: AnyPolynomial | None = None
+    factors: tuple[tuple[int, ...], tuple[int, ...]] | None = None
 
     @property
     def shape(self) -> torch.Size:
@@ -157,6 +159,17 @@ class Forms(Arithmetic[Form]):
         if isinstance(polynomial, ChannelPolynomials):
             polynomial.check_channels(tuple(x.shape))
         return replace(x, polynomial=polynomial)
+
+    def multiply(self, x: Form, y: Form) -> Form:
+        if x.weighted or y.weighted or x.divisor != 1 or y.divisor != 1:
+            raise self.unsupported()
+        like = torch.mul(x.like, y.like)
+        if like.shape != x.shape or like.dim() != y.like.dim():
+            raise self._refused(
+                f"a product of values of shapes {tuple(x.shape[1:])} and "
+                f"{tuple(y.shape[1:])}; the first has to be of the product's shape."
+            )
+        return Form(like, x.write, factors=(tuple(x.shape[1:]), tuple(y.shape[1:])))
 
     def convolution(
         self, x: Form, weight: Form, bias: Form | None, windows: Windows

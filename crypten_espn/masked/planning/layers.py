@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Protocol
 
 import numpy as np
 
 from ...errors import EspnError, PlanError
-from ...layers import Kind
+from ...layers.arithmetic import Arithmetic, V
 from ...polynomial import Polynomial
 from .forms import Form
 from .precision import NO_EFFECT, Effect, by_channel
 
 RESCALED = ":rescaled"
+FACTORS = ":factors"
+
+
+class Computed(Protocol):
+    """What a layer computes in any arithmetic, as `layers.Kind` says it."""
+
+    def apply(self, a: Arithmetic[V], inputs: Sequence[V]) -> V: ...
 
 
 @dataclass
@@ -30,12 +38,13 @@ class Layer:
         largest, mean_square: of the result.
         reach: (channels,) of an activation's |input|, the largest by `rows`.
         effect: of errors of the result, as a function of an activation's input.
+        factor_effects: of a product, of errors of either factor.
         weight_effect: the outputs' mean square error when every weight is off by 1,
             its sign random.
     """
 
     name: str
-    kind: Kind | None
+    kind: Computed | None
     inputs: list[str]
     form: Form
     weight: str = ""
@@ -44,6 +53,7 @@ class Layer:
     mean_square: float = 0.0
     reach: np.ndarray = field(default_factory=lambda: np.zeros(1))
     effect: Effect = NO_EFFECT
+    factor_effects: tuple[float, float] = (0.0, 0.0)
     weight_effect: float = 0.0
 
     @property
@@ -57,8 +67,13 @@ class Layer:
 
     @property
     def activates(self) -> bool:
-        """Whether it is a polynomial of what it reads."""
-        return self.form.polynomial is not None
+        """Whether what it reads is opened: for a polynomial, or for a product."""
+        return self.form.polynomial is not None or self.multiplies
+
+    @property
+    def multiplies(self) -> bool:
+        """Whether it is a product of what it reads, a row of two factors."""
+        return self.form.factors is not None
 
     @cached_property
     def rows(self) -> tuple[Polynomial, ...]:
@@ -78,6 +93,7 @@ def layer_title(name: str) -> str:
     """
     if name.endswith(RESCALED):
         return f"{layer_title(name.removesuffix(RESCALED))} (rescaled)"
+    name = name.removesuffix(FACTORS)
     parts = [part for part in name.replace("_output_0", "").split("/") if part]
     parts = parts[:-1] if len(parts) > 1 else parts
     kept = [

@@ -16,6 +16,7 @@ from ...polynomial import Polynomial
 from .forms import Forms, parameter_form, read_form
 from .layers import RESCALED, Layer, layer_title, naming
 from .precision import Effect
+from .products import as_layers
 
 
 def parameters_of(graph: crypten_nn.Graph) -> dict[str, np.ndarray]:
@@ -90,6 +91,11 @@ class Network:
         form = kind.apply(forms, given)
         if form.write is None or form.weighted != bool(weights):
             raise forms.unsupported()
+        if form.factors is not None:
+            for layer in as_layers(name, form, values):
+                self.layers[layer.name] = layer
+                self.order.append(layer.name)
+            return
         weight, bias = [*weights, "", ""][:2]
         self.layers[name] = Layer(name, kind, values, form, weight, bias)
         self.order.append(name)

@@ -20,6 +20,7 @@ from ..weights import Quantisation
 from .calibration import Calibration
 from .layers import RESCALED, Layer
 from .precision import Truncations, choose_truncations, radii_of
+from .products import Dropped, choose_dropped
 from .units import Natural, Public, Readings, Unit, Weighing
 
 FRAC_BITS = range(2, 31)
@@ -68,7 +69,7 @@ class Scales:
                 self.source_of[name] = len(self.source_of)
         self._names = list(self.source_of)
         self._naturals: dict[str, Natural] = {}
-        self._found: dict[tuple[str, int], Truncations | None] = {}
+        self._found: dict[tuple[str, int], Truncations | Dropped | None] = {}
         self.reaches = [self._reach(i) for i in range(len(self.ends))]
         self.bounds = [max(float(r.max()), 2.0**-4) for r in self.reaches]
         self.scales = [self._scale(i) for i in range(len(self.ends))]
@@ -147,7 +148,7 @@ class Scales:
     def _reach(self, index: int) -> np.ndarray:
         """Headroom times the largest values seen, and at least the intervals."""
         act = self.activation(index)
-        if act is None:
+        if act is None or act.multiplies:
             seen = self.network.layers[self.ends[index]].largest
             return np.array([self.headroom * seen])
         reach = self.headroom * act.reach
@@ -264,12 +265,21 @@ class Scales:
             return math.inf
         return abs(whole / exact - 1)
 
-    def truncations(self, name: str, bits: int) -> Truncations | None:
-        """An activation's truncations if its result keeps `bits`; None if it cannot."""
+    def truncations(self, name: str, bits: int) -> Truncations | Dropped | None:
+        """A step's truncations if its result keeps `bits`; None if it cannot."""
         key = (name, bits)
         if key not in self._found:
             layer = self.network.layers[name]
             part = self.source_of[name] - 1
+            if layer.multiplies:
+                self._found[key] = choose_dropped(
+                    layer,
+                    ring=self.ring,
+                    frac_bits=self.scales[part],
+                    result_bits=bits,
+                    value_frac_bits=bits + self.drop,
+                )
+                return self._found[key]
             self._found[key] = choose_truncations(
                 layer.rows,
                 ring=self.ring,
@@ -286,6 +296,8 @@ class Scales:
         if layer.kind is None:
             # Public, so rounded up: the largest image is nobody's business.
             return 2.0 ** math.ceil(math.log2(self.headroom * max(layer.largest, 0.5)))
+        if layer.multiplies:
+            return _largest_product(layer, _BEYOND)
         reaches = self.reaches[self.source_of[name] - 1]
         if name.endswith(RESCALED):
             return _largest(layer, reaches)
@@ -297,6 +309,8 @@ class Scales:
         layer = self.network.layers[name]
         if layer.kind is None:
             return self.largest_source(name)
+        if layer.multiplies:
+            return _largest_product(layer, self.headroom)
         return _largest(layer, self.reaches[self.source_of[name] - 1])
 
     # -- what is left of precision
@@ -400,6 +414,11 @@ def _largest(layer: Layer, reaches: np.ndarray) -> float:
         values = np.polynomial.polynomial.polyval(grid, row.coeffs)
         largest = max(largest, float(np.abs(values).max()))
     return largest * 1.01 + 0.01
+
+
+def _largest_product(layer: Layer, beyond: float) -> float:
+    """The largest product when both factors go so far beyond what was seen."""
+    return beyond**2 * layer.largest * 1.01 + 0.01
 
 
 def _rounded_off(weight: np.ndarray, factor: float) -> float:

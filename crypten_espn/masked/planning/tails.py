@@ -179,14 +179,14 @@ class _Seen:
         self.wraps_at = torch.full((inputs,), -1)
 
     def activation(self, layer: Layer, z: Tensor, y: Tensor) -> None:
-        """The next part's values z, and its polynomial's."""
+        """The next part's values z, and its polynomial's, or their product."""
         number, step = next(self._parts)
         assert isinstance(step, Step)
         self._held(number, step, z)
         limit = 2.0 ** (RING_BITS - step.activation.value_frac_bits)
         self._wrap(number, y, limit)
-        if layer.name.endswith(RESCALED):
-            return  # the identity, which has no interval
+        if layer.name.endswith(RESCALED) or layer.multiplies:
+            return  # the identity and a product have no interval
         away = in_radii(z, layer.rows).flatten(1).amax(1)
         away = torch.where(away.isnan(), torch.inf, away)
         self.furthest[away > self.reach] = number

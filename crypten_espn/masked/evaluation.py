@@ -1,0 +1,321 @@
+"""What stands between a step's two openings, as each party and the dealer compute it.
+
+A step is a polynomial of one opened value, or a product of two. Both have the same
+messages: the server sends what it opened, above the bits that round; each party makes
+its share of the value from words of the dealer; the client sends its own back.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from . import kernels
+from .linear import Shape, shape_of
+from .products import Factors, places
+from .steps import Activation, Product, Step
+
+# One array for each part of a message, or one whose rows they are.
+Openings = np.ndarray | Sequence[np.ndarray]
+
+
+@dataclass
+class Coins:
+    """A step's masks and rounding coins, which nobody but the dealer knows in full.
+
+    Args:
+        masks: (groups, n) r_k of the n opened elements, uniform modulo 2**m.
+        rounding: of the elements of the result, rho uniform below 2**s.
+    """
+
+    masks: np.ndarray
+    rounding: np.ndarray
+
+
+class Evaluation(ABC):
+    """A step between its openings.
+
+    Attributes:
+        step: the step.
+        opened: elements of one input that its linear part opens.
+        result: the resulting source's shape.
+        sizes: elements of one input in each part of the server's message.
+    """
+
+    step: Step
+    opened: int
+    result: Shape
+    sizes: tuple[int, ...]
+
+    @property
+    def elements(self) -> int:
+        """Of the result for one input."""
+        return math.prod(self.result)
+
+    @property
+    def words(self) -> int:
+        """Of the dealer for one input."""
+        return math.prod(self.values_shape(1))
+
+    def payload(self, rows: int) -> tuple[tuple[int, int], ...]:
+        """Elements and bits of each part of the server's message for so many inputs."""
+        sizes = zip(self.sizes, self.step.opened_bits, strict=True)
+        return tuple((rows * size, bits) for size, bits in sizes)
+
+    @abstractmethod
+    def values_shape(self, batch: int) -> Shape:
+        """Of one party's shares of the dealer's words."""
+
+    @abstractmethod
+    def open(self, c: np.ndarray, deltas: np.ndarray) -> Openings:
+        """What the client receives of a chunk's opening c, (rows, *part)."""
+
+    @abstractmethod
+    def share(
+        self,
+        openings: Openings,
+        values: np.ndarray,
+        chunk: slice,
+        *,
+        c: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """One party's share of the value, (elements of the chunk,) modulo 2**64.
+
+        Args:
+            openings: of the chunk, as `open` makes them or as they were received.
+            values: this party's, of the whole batch.
+            c: the opening itself, at the server. The client's share comes without the
+                bits that it does not send.
+        """
+
+    @abstractmethod
+    def deal(self, coins: Coins, taken: np.ndarray) -> np.ndarray:
+        """The server's shares of the dealer's words, from the client's."""
+
+    @abstractmethod
+    def hide(self, values: np.ndarray, hidden: np.ndarray) -> None:
+        """Let the second opening's mask, without the bits it drops, join the words."""
+
+    @property
+    def _step(self) -> int:
+        """Low bits of its share that the client does not send."""
+        return self.step.activation.drop - self.step.activation.kept
+
+
+@dataclass(frozen=True)
+class PolynomialTables:
+    """A step's activation as the kernels take it, its C columns by channel.
+
+    Args:
+        shifts, widths, degrees: (masks,) of each opening.
+        coeffs: (masks, K + 1, C) of each mask's powers; the constant is the first's.
+        leading: (masks, C) of each mask's highest power.
+        linear, linear_shift: (C,) the power 1, and bits dropped from it.
+    """
+
+    shifts: np.ndarray
+    widths: np.ndarray
+    degrees: np.ndarray
+    coeffs: np.ndarray
+    leading: np.ndarray
+    linear: np.ndarray
+    linear_shift: int
+
+    @staticmethod
+    def of(act: Activation, ring: int) -> PolynomialTables:
+        """The tables of a polynomial of values modulo 2**ring."""
+        shifts = np.array(act.shifts(ring), dtype=np.int64)
+        degrees = np.array([group.degree for group in act.groups] or [1])
+        shape = act.masks, int(degrees.max()) + 1, max(act.columns)
+        coeffs = np.zeros(shape, dtype=np.int64)
+        for g, group in enumerate(act.groups):
+            rows = np.array(group.coeffs, dtype=np.int64)
+            coeffs[g, : group.degree + 1] = rows.T
+        coeffs[0, 0] = act.constant
+        linear = np.zeros(shape[2], dtype=np.int64)
+        if act.linear is not None:
+            linear[:] = act.linear.coefficient
+        return PolynomialTables(
+            shifts,
+            ring - shifts,
+            degrees,
+            coeffs,
+            coeffs[np.arange(act.masks), degrees],
+            linear,
+            0 if act.linear is None else act.linear.shift,
+        )
+
+
+class OfPolynomial(Evaluation):
+    """A polynomial of every element of a value."""
+
+    def __init__(self, step: Step, act: Activation, result: Shape) -> None:
+        self.step, self.result = step, result
+        self.opened = self.elements
+        self.sizes = (self.elements,) * act.masks
+        self._values = act.values
+        self._tables = PolynomialTables.of(act, step.ring)
+
+    def values_shape(self, batch: int) -> Shape:
+        return (2, self._values, batch * self.elements)
+
+    def open(self, c: np.ndarray, deltas: np.ndarray) -> Openings:
+        flat = c.reshape(-1)
+        out = np.empty((len(self.sizes), flat.size), dtype=c.dtype)
+        kernels.shifted_openings(
+            flat, deltas, bits=self.step.ring, shifts=self._tables.shifts, out=out
+        )
+        return out  # its rows
+
+    def share(
+        self,
+        openings: Openings,
+        values: np.ndarray,
+        chunk: slice,
+        *,
+        c: np.ndarray | None = None,
+    ) -> np.ndarray:
+        tables, bits = self._tables, self.step.ring
+        start = chunk.start * self.elements
+        half = np.empty((chunk.stop - chunk.start) * self.elements, dtype=np.int64)
+        kernels.polynomial_share(
+            np.asarray(openings, dtype=kernels.ring_dtype(bits)),
+            values,
+            widths=tables.widths,
+            degrees=tables.degrees,
+            leading=np.zeros_like(tables.leading) if c is None else tables.leading,
+            start=start,
+            step=self._step if c is None else 0,
+            out=half,
+        )
+        if c is not None and tables.linear.any():
+            kernels.add_linear(
+                c.reshape(-1),
+                bits=bits,
+                shift=tables.linear_shift,
+                coefficient=tables.linear,
+                start=start,
+                out=half,
+            )
+        return half
+
+    def deal(self, coins: Coins, taken: np.ndarray) -> np.ndarray:
+        tables = self._tables
+        out = np.empty_like(taken)
+        kernels.deal_polynomial(
+            coins.masks,
+            coins.rounding,
+            taken,
+            bits=self.step.ring,
+            shifts=tables.shifts,
+            degrees=tables.degrees,
+            coeffs=tables.coeffs,
+            linear=tables.linear,
+            linear_shift=tables.linear_shift,
+            out=out,
+        )
+        return out
+
+    def hide(self, values: np.ndarray, hidden: np.ndarray) -> None:
+        values[:, 0] += hidden.astype(np.int64) << self.step.activation.drop
+
+
+class OfProduct(Evaluation):
+    """A product of two values; see `kernels.product`.
+
+    Who learns what. The client gets of each factor what lies above the bits that are
+    dropped from it, under a mask r of its own: uniform, and independent of the low bits
+    of r, which alone decide how the factor is rounded. So it can average nothing, and
+    two queries' openings differ by masks alone. A gate's element has one mask and one
+    coin, whatever it multiplies. The server sees all of c, and the dealer's words with
+    the client's seed-drawn shares taken off, the second opening's coins among the
+    products of the masks: uniform, and it knows no coin of them. Which case counts is
+    said by top bits that both know.
+
+    Attributes:
+        factors: the shapes of both.
+    """
+
+    def __init__(
+        self, step: Step, product: Product, factors: tuple[Shape, Shape]
+    ) -> None:
+        self.step, self.factors = step, factors
+        self.result = factors[0]
+        self.sizes = (math.prod(factors[0]), math.prod(factors[1]))
+        self.opened = sum(self.sizes)
+        self.lift = product.lift(step.frac_bits)
+        self._dropped = np.array(product.dropped, dtype=np.int64)
+        self._places = places(*factors)
+
+    def values_shape(self, batch: int) -> Shape:
+        return (batch, 6 * self.sizes[0] + 2 * self.sizes[1])
+
+    def open(self, c: np.ndarray, deltas: np.ndarray) -> Openings:
+        del deltas
+        parts = np.split(c, [self.sizes[0]], axis=1)
+        mask = kernels.ring_mask(self.step.ring)
+        return [
+            ((part.astype(np.int64) & mask) >> shift).astype(c.dtype).reshape(-1)
+            for part, shift in zip(parts, self._dropped, strict=True)
+        ]
+
+    def share(
+        self,
+        openings: Openings,
+        values: np.ndarray,
+        chunk: slice,
+        *,
+        c: np.ndarray | None = None,
+    ) -> np.ndarray:
+        rows, dtype = chunk.stop - chunk.start, kernels.ring_dtype(self.step.ring)
+        first, second = (
+            opening.astype(dtype, copy=False).reshape(rows, size)
+            for opening, size in zip(openings, self.sizes, strict=True)
+        )
+        half = np.empty((rows, self.elements), dtype=np.int64)
+        kernels.product_share(
+            first,
+            second,
+            values[chunk],
+            widths=self.step.ring - self._dropped,
+            places=self._places,
+            lift=self.lift,
+            own=c is not None,
+            step=self._step if c is None else 0,
+            out=half,
+        )
+        return half.reshape(-1)
+
+    def deal(self, coins: Coins, taken: np.ndarray) -> np.ndarray:
+        out = np.empty_like(taken)
+        kernels.deal_product(
+            coins.masks.reshape(len(taken), -1),
+            coins.rounding.reshape(len(taken), -1),
+            taken,
+            bits=self.step.ring,
+            dropped=self._dropped,
+            places=self._places,
+            lift=self.lift,
+            out=out,
+        )
+        return out
+
+    def hide(self, values: np.ndarray, hidden: np.ndarray) -> None:
+        size = self.elements
+        four = values[:, 2 * size : 6 * size].reshape(len(values), 4, size)
+        mask = hidden.astype(np.int64).reshape(len(values), 1, size)
+        four += mask << self.step.activation.drop
+
+
+def evaluation(step: Step, sources: Sequence[Shape]) -> Evaluation:
+    """How a checked plan's step is evaluated, its sources' shapes given."""
+    act = step.activation
+    if isinstance(act, Activation):
+        return OfPolynomial(step, act, shape_of(step.root, sources))
+    assert isinstance(step.root, Factors)
+    first, second = (shape_of(factor, sources) for factor in step.root.inputs)
+    return OfProduct(step, act, (first, second))
