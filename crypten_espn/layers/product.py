@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 from crypten.nn import module as crypten_nn
@@ -14,17 +13,14 @@ from .kind import Kind
 class Product(Kind):
     """A product of two values, element by element.
 
-    One of them has the product's shape; along an axis the other has the same size, or
-    one element that serves all, as the gate of a channel does.
+    The first has the product's shape; along an axis the second has the same size, or
+    one element that serves all, as the gate of a channel does. Passes see to it.
     """
 
     op = "Mul"
 
     def apply(self, a: Arithmetic[V], inputs: Sequence[V]) -> V:
-        x, y = inputs
-        if math.prod(x.shape[1:]) < math.prod(y.shape[1:]):
-            x, y = y, x
-        return a.multiply(x, y)
+        return a.multiply(inputs[0], inputs[1])
 
     def module(self) -> crypten_nn.Module:
         return crypten_nn.Mul()

@@ -79,18 +79,20 @@ def _kept(graph: NetworkGraph, node: Node, found: _Views) -> bool:
 
 
 def _broadcast(graph: NetworkGraph, node: Node, found: _Views) -> None:
-    """Values that an operation enlarges are enlarged before it."""
+    """Values that an operation enlarges are enlarged before it, but for gates."""
     shape = graph.shapes.get(node.output)
-    owns = [graph.shapes.get(name) for name in node.inputs]
-    for place, (name, own) in enumerate(zip(node.inputs, owns, strict=True)):
-        if name in graph.constants or shape is None or own in (None, shape):
+    if shape is None:
+        return
+    if node.op == "Mul" and graph.shapes.get(node.inputs[-1]) == shape:
+        node.inputs.reverse()
+    for place, name in enumerate(node.inputs):
+        own = graph.shapes.get(name)
+        if name in graph.constants or own in (None, shape):
             continue
+        assert own is not None
         # A product's second factor may have one element for many of the first.
-        if (
-            node.op == "Mul"
-            and (shape in owns or place > 0)
-            and (own is not None and len(own) == len(shape) and own[0] == shape[0])
-        ):
+        gate = node.op == "Mul" and place > 0
+        if gate and len(own) == len(shape) and own[0] == shape[0]:
             continue
         enlarged = graph.fresh(f"{name}_enlarged")
         graph.shapes[enlarged] = shape

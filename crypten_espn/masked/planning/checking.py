@@ -15,6 +15,7 @@ from ..plan import channels_last
 from ..reference import evaluate
 from . import masked_model
 from .network import Network
+from .products import Row
 
 # How many stated standard deviations a logit may be off: on calibration inputs, and on
 # others, whose values the plan knows less of.
@@ -38,7 +39,8 @@ def check_plan(
     2. Compute both with the plan's integers, every rounding to nearest, and with the
        network.
     3. Compare: a logit may be off by 8 of the plan's stated standard deviations, by 16
-       on the random input, and by what the network's own arithmetic rounds.
+       on the random input, and by what the network's own arithmetic rounds. Where a
+       network multiplies, these are as many times more as a factor exceeds its mean.
 
     Args:
         private: the converted network, not encrypted.
@@ -86,7 +88,8 @@ def _difference(
         wanted = wanted.detach().cpu().double()
         off = float((logits.double() - wanted).abs().max())
         largest = float(wanted.abs().max())
-        limit = allowed * model.report.logits_error + relative * largest
+        limit = allowed * _crest(network, values) * model.report.logits_error
+        limit += relative * largest
         if not off <= limit:
             index = _first_wrong(model, [values[end] for end in ends], trace)
             return (
@@ -95,6 +98,18 @@ def _difference(
                 f"{model.report.parts[index].name}."
             )
     return None
+
+
+def _crest(network: Network, values: dict[str, torch.Tensor]) -> float:
+    """How far a factor lies above its mean: so far it may carry the other's error."""
+    rows = [
+        values[end]
+        for end in network.ends
+        if isinstance(network.layers[end].kind, Row) and bool(values[end].any())
+    ]
+    return max(
+        (float(r.abs().max() / r.square().mean().sqrt()) for r in rows), default=1
+    )
 
 
 def _inputs(
