@@ -12,6 +12,7 @@ import crypten_espn as espn
 from crypten_espn.masked import kernels
 from crypten_espn.masked.dealing import Dealing, coins
 from crypten_espn.masked.drivers import together
+from crypten_espn.masked.evaluation import Evaluation, OfProduct
 from crypten_espn.masked.inference import chunks, client, server
 from crypten_espn.masked.material import (
     ClientMaterial,
@@ -24,18 +25,38 @@ from crypten_espn.masked.model import MaskedModel
 from crypten_espn.masked.plan import Plan
 from crypten_espn.masked.planning import masked_model
 from crypten_espn.masked.preparing import ClientPreparation, ServerPreparation
+from crypten_espn.masked.steps import Product
 from crypten_espn.randomness import Keystream
 
 QUARTIC = espn.Polynomial((322, 512, 160, 0, -3), 10, (-5.0, 5.0))
 
 
-def small_model(seed: int, *, width: int = 16, logits: int = 3) -> MaskedModel:
-    """A network of 16 inputs, one hidden layer and a few logits, weights at random."""
+class Gate(torch.nn.Module):
+    """A product of two linear layers."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.value, self.gate = torch.nn.Linear(16, width), torch.nn.Linear(16, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The product, (batch, width)."""
+        product: torch.Tensor = self.value(x) * self.gate(x)
+        return product
+
+
+def small_model(
+    seed: int, *, width: int = 16, logits: int = 3, gate: bool = False
+) -> MaskedModel:
+    """A network of 16 inputs, one hidden layer and a few logits, weights at random.
+
+    Args:
+        gate: the hidden layer is a product of two, not a polynomial of one.
+    """
     torch.manual_seed(seed)
+    hidden = [torch.nn.Linear(16, width), espn.PolynomialActivation(QUARTIC)]
     network = torch.nn.Sequential(
         torch.nn.Flatten(),
-        torch.nn.Linear(16, width),
-        espn.PolynomialActivation(QUARTIC),
+        *([Gate(width)] if gate else hidden),
         torch.nn.Linear(width, logits),
     ).eval()
     images = torch.randn(64, 1, 4, 4) * 2
@@ -112,11 +133,19 @@ def _held(plan: Plan, material: ClientMaterial, batch: int) -> dict[str, np.ndar
         held[f"linear {number}"] = drawn.linear.reshape(batch, -1)
         if drawn.values is not None and drawn.hidden is not None:
             held[f"hidden {number}"] = drawn.hidden.reshape(batch, -1)
-            for case in range(2):
-                for place, line in enumerate(drawn.values[case]):
-                    name = f"value {number} {case} {place}"
-                    held[name] = line.reshape(batch, -1)
+            between = plan.evaluations[number]
+            for place, line in enumerate(_lines(between, drawn.values, batch)):
+                held[f"value {number} {place}"] = line
     return held
+
+
+def _lines(between: Evaluation, values: np.ndarray, batch: int) -> list[np.ndarray]:
+    """Shares of the dealer's words, (batch, elements) of each kind of word."""
+    if isinstance(between, OfProduct):
+        size, short = between.sizes
+        ends = np.cumsum([size] * 6 + [short])
+        return np.split(values, ends, axis=1)
+    return [line.reshape(batch, -1) for case in values for line in case]
 
 
 def _online(
@@ -158,7 +187,13 @@ def _coins(plan, own, at_server, material, batch) -> dict[str, np.ndarray]:
         found[f"second coins {number}"] = coin.rounding.reshape(batch, -1) * scale
         c = material.linear[number].reshape(batch, -1).astype(np.int64)
         deltas = material.deltas[number]
-        for k, group in enumerate(step.activation.groups):
+        act = step.activation
+        if isinstance(act, Product):
+            sizes = plan.evaluations[number].sizes
+            for k, part in enumerate(np.split(c, [sizes[0]], axis=1)):
+                low = part & ((1 << act.dropped[k]) - 1)
+                found[f"first coins {number} {k}"] = low * 2.0 ** -act.dropped[k]
+        for k, group in enumerate(act.groups):
             own_c = c if k == 0 else c + deltas[k - 1].reshape(batch, -1)
             low = own_c & ((1 << group.shift) - 1)
             found[f"first coins {number} {k}"] = low * 2.0**-group.shift

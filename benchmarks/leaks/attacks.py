@@ -8,6 +8,7 @@ from tqdm import tqdm
 
 from crypten_espn.masked.model import MaskedModel
 from crypten_espn.masked.plan import Plan
+from crypten_espn.masked.steps import Product
 
 from .asking import ask
 
@@ -17,6 +18,8 @@ def dropped_bits(plan: Plan, number: int) -> dict[str, int]:
     step = plan.steps[number]
     act = step.activation
     found = {f"shift {k}": group.shift for k, group in enumerate(act.groups)}
+    if isinstance(act, Product):
+        found |= {f"dropped of factor {k}": bits for k, bits in enumerate(act.dropped)}
     found |= {"drop": act.drop, "dropped by the client": act.drop - act.kept}
     found |= {"kept": act.kept, "ring": step.ring, "word": 64}
     return {name: bits for name, bits in found.items() if bits}

@@ -242,3 +242,112 @@ def test_a_whole_activation_is_exact_and_hides_all_its_coins(
         # As many rows as views: uniform means that no view comes twice.
         theirs = ids(*(x[last] for x in (c, held[2], held[3], sent)))
         assert len(np.unique(theirs)) == len(r[last])
+
+
+# ---------------------------------------------------------------- products
+
+
+def factor(z: int, r: np.ndarray, m: int, shift: int):
+    """A factor's c >> s as the client gets it, and the truth x."""
+    c = (z + (1 << (m - 2)) + r) % (1 << m)
+    x = (z + (r & ((1 << shift) - 1))) >> shift
+    return c, c >> shift, x
+
+
+@pytest.mark.parametrize("m, dropped", [(4, (1, 2)), (5, (2, 0)), (4, (0, 1))])
+def test_opened_factors_say_nothing_of_their_rounding(m, dropped):
+    """Two elements share a gate, which has one mask and one coin."""
+    sizes = [1 << m] * 3
+    first, other, gate = listed(*sizes)
+    for z in inner(m):
+        values = [
+            factor(z, first, m, dropped[0]),
+            factor(1 - z, other, m, dropped[0]),
+            factor(-z, gate, m, dropped[1]),
+        ]
+        view = ids(*(opened for _, opened, _ in values))
+        assert is_product(view, ids(*(x for _, _, x in values)))
+        widths = m - dropped[0], m - dropped[0], m - dropped[1]
+        assert is_uniform(view, 1 << sum(widths))
+        assert is_uniform(ids(*(c for c, _, _ in values)), 1 << 3 * m)
+
+
+def test_the_forms_of_a_product_that_leak_are_found():
+    """All of c at the client; one mask for both factors; a coin at the client."""
+    m = 5
+    everything, views = 0, set()
+    for z in inner(m):
+        r, s = listed(1 << m, 1 << m)
+        c, _, x = factor(z, r, m, 2)
+        _, gate, y = factor(1 - z, s, m, 1)
+        everything += not is_product(ids(c, gate), ids(x, y))
+        same = factor(1 - z, r, m, 1)[1]
+        views.add(tuple(np.unique((same - (c >> 1)) % (1 << m - 1))))
+        assert is_product(ids(s & 1), ids(y)) == (z % 2 == 1)
+    assert everything > 0 and len(views) > 1
+
+
+@pytest.mark.parametrize(
+    "corrected, dropped",
+    [("server", (1, 1)), ("client", (1, 1)), ("server", (0, 1)), ("server", (1, 0))],
+)
+def test_a_whole_product_is_exact_and_hides_all_its_coins(corrected, dropped):
+    """x1 x2 through dealing, both shares and the second opening; every mask listed."""
+    m, v, ring = 3, 3, 2
+    s = v - ring
+    r, q, *pads, rho, hidden = listed(
+        1 << m, 1 << m, 1 << v, 1 << v, 1 << v, 1 << s, 1 << ring
+    )
+    count, places = len(r), np.zeros(1, np.int64)
+    taken = np.empty((count, 8), dtype=np.int64)
+    taken[:, :2], taken[:, 2:6], taken[:, 6:] = (pad[:, None] for pad in pads)
+    given = np.empty_like(taken)
+    kernels.deal_product(
+        np.stack([r, q], 1),
+        rho[:, None],
+        taken,
+        bits=m,
+        dropped=np.array(dropped),
+        places=places,
+        lift=0,
+        out=given,
+    )
+    mine, theirs = (given, taken) if corrected == "server" else (taken, given)
+    theirs = theirs.copy()
+    theirs[:, 2:6] += (hidden << s)[:, None]
+    for z, gate in ((-1, 1), (1, 1), (0, -1), (-1, -1)):
+        (c, opened, x), (d, beside, y) = (
+            factor(value, mask, m, shift)
+            for value, mask, shift in zip((z, gate), (r, q), dropped, strict=True)
+        )
+        shares = []
+        for words, own in ((mine, True), (theirs, False)):
+            out = np.empty((count, 1), dtype=np.int64)
+            kernels.product_share(
+                opened[:, None],
+                beside[:, None],
+                words,
+                widths=m - np.array(dropped),
+                places=places,
+                lift=0,
+                own=own,
+                step=0,
+                out=out,
+            )
+            shares.append(out[:, 0])
+        sent = shares[1] % (1 << v)
+        result = np.empty(count, dtype=np.int64)
+        kernels.truncate(shares[0], sent, bits=v, drop=s, step=0, out=result)
+        truth = (x * y + rho) >> s
+        assert ((result - hidden - truth) % (1 << ring) == 0).all()
+        rows, a, b = np.arange(count), 1 - (c >> (m - 1)), 1 - (d >> (m - 1))
+        held = [
+            [w[rows, a] % (1 << v), w[rows, 2 + 2 * a + b], w[rows, 6 + b] % (1 << v)]
+            for w in (theirs, mine)
+        ]
+        held[0][1] = held[0][1] - (hidden << s)
+        held = [[first, both % (1 << v), last] for first, both, last in held]
+        view = ids(opened, beside, *held[0], hidden)
+        assert is_product(view, ids(x, y, truth))
+        # As many rows as views: uniform means that no view comes twice.
+        assert len(np.unique(ids(c, d, *held[1], sent))) == count

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
-import msgspec
 import numpy as np
 import pytest
 import torch
@@ -149,7 +149,7 @@ def test_a_product_of_many_magnitudes_still_has_a_plan_or_says_why():
 
 def test_values_too_large_for_the_ring_are_refused_by_name():
     network, x = one_product(scale=1e6)
-    with pytest.raises(PlanError, match="values up to .* fractional bits"):
+    with pytest.raises(PlanError, match=r"values up to .* fractional bits"):
         planned(network, x, precision=24)
 
 
@@ -195,7 +195,7 @@ SPOILED = {
     ),
     "factors that keep more than the product": (
         lambda s, _: s["activation"].update(dropped=[0, 0]),
-        "fractional bits of a product whose factors have",
+        r"fractional bits of a product whose factors have",
     ),
     "one factor's bits": (
         lambda s, _: s["activation"].update(dropped=[3]),
@@ -225,7 +225,7 @@ def test_the_words_of_a_product_are_bounded(small):
     def large(step, data):
         data["input"]["shape"] = [3, 4000, 4000]
 
-    with pytest.raises(PlanError, match="words from the dealer|elements"):
+    with pytest.raises(PlanError, match=r"words from the dealer|elements"):
         Plan.from_json(spoiled(small, large))
 
 
@@ -233,9 +233,15 @@ def test_kernels_refuse_arrays_that_do_not_belong_together():
     places = np.array([0, 1, 0])
     values, rounding = np.zeros((2, 22), np.int64), np.zeros((2, 3), np.int64)
     masks, pair = np.zeros((2, 5), np.int32), np.array([3, 4])
-    given = {"bits": 30, "dropped": pair, "places": places, "lift": 0}
+    given: dict[str, Any] = {"bits": 30, "dropped": pair, "places": places, "lift": 0}
     kernels.deal_product(masks, rounding, values, **given, out=values.copy())
-    share = {"widths": pair, "places": places, "lift": 0, "own": True, "step": 0}
+    share: dict[str, Any] = {
+        "widths": pair,
+        "places": places,
+        "lift": 0,
+        "own": True,
+        "step": 0,
+    }
     halves = masks[:, :3].copy(), masks[:, 3:].copy()
     kernels.product_share(*halves, values, **share, out=rounding.copy())
     for wrong in (np.array([0, 2, 0]), np.array([0, -1, 0]), places[:2]):
@@ -248,28 +254,14 @@ def test_kernels_refuse_arrays_that_do_not_belong_together():
             kernels.product_share(
                 *halves, values, **(share | {"places": wrong}), out=rounding.copy()
             )
-    for name, wrong in (("dropped", np.array([3, 30])), ("lift", 64), ("bits", 65)):
+    others: dict[str, Any] = {"dropped": np.array([3, 30]), "lift": 64, "bits": 65}
+    for name, other in others.items():
         with pytest.raises(PlanError, match="do not belong together"):
             kernels.deal_product(
-                masks, rounding, values, **(given | {name: wrong}), out=values.copy()
+                masks, rounding, values, **(given | {name: other}), out=values.copy()
             )
     with pytest.raises(PlanError, match="do not belong together"):
         kernels.product_share(*halves[::-1], values, **share, out=rounding.copy())
-
-
-def test_the_same_plan_decodes_to_the_same_step(small):
-    plan = small[-1].plan
-    again = Plan.from_json(plan.to_json())
-    assert again == plan and again.digest == plan.digest
-    changed = msgspec.structs.replace(
-        plan.steps[3].activation, frac_bits=plan.steps[3].activation.frac_bits - 1
-    )
-    steps = list(plan.steps)
-    steps[3] = msgspec.structs.replace(steps[3], activation=changed)
-    try:
-        assert msgspec.structs.replace(plan, steps=tuple(steps)).digest != plan.digest
-    except PlanError:
-        pass
 
 
 def test_products_of_every_broadcast_are_right():
