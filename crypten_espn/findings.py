@@ -60,7 +60,6 @@ _CURES: dict[str, tuple[str, str]] = {
         "track_running_stats=True and train it",
     ),
     "MatMul": (NOT_YET, "a product of two private values; use torch.nn.Linear"),
-    "Mul": (NOT_YET, "a product of two private values; add them, or use one of them"),
     "Div": (NOT_YET, "division by a private value; divide by a constant"),
     "LSTM": (NOT_YET, "recurrent layers are not supported; use convolutions over time"),
     "GRU": (NOT_YET, "recurrent layers are not supported; use convolutions over time"),

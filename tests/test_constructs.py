@@ -15,11 +15,10 @@ from crypten_espn.simulate import simulate_model
 from .patches.constructs import constructs
 
 CONSTRUCTS = constructs()
-# Functions of one value that are no polynomials, and products of two values.
+# Functions of one value that are no polynomials.
 REFUSED = {
     "abs": "Polynomial.fit",
     "exp": "Polynomial.fit",
-    "mul layers": "a product of two private values",
     "scalar div": "Polynomial.fit",
     "sqrt": "Polynomial.fit",
     "tanh": "replace_activations",

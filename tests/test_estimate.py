@@ -40,18 +40,20 @@ def costs(work, **options):
 
 
 class Small(nn.Module):
-    """Padding, grouping, a join and a pool: every kind of layer that costs or not."""
+    """Padding, grouping, a join, a gate, a pool: every kind that costs or not."""
 
     def __init__(self, activation=nn.ReLU):
         super().__init__()
         self.first = nn.Conv2d(3, 8, 3, stride=2, padding=1)
         self.second = nn.Conv2d(8, 8, 3, padding=1, groups=4)
         self.one, self.two = activation(), activation()
+        self.gate = nn.Conv2d(8, 8, 1)
         self.pool = nn.AvgPool2d(2)
         self.last = nn.Linear(8 * 2 * 2, 5)
 
     def forward(self, x):
         x = self.one(self.first(x))
+        x = x * self.gate(x.mean((2, 3), keepdim=True))
         x = self.pool(x + self.two(self.second(x)))
         return self.last(torch.flatten(x, 1))
 

@@ -15,9 +15,12 @@ from crypten_espn.correlated import one_sided_products
 from crypten_espn.cost import Cost, measure
 from crypten_espn.errors import ProtocolError, RangeError, WorldSizeError
 from crypten_espn.launch import run_parties
+from crypten_espn.masked.planning import masked_model
 from crypten_espn.polynomial import Polynomial
 from crypten_espn.protocols import PROTOCOLS, Settings, current_settings, polyval
+from crypten_espn.protocols.beaver import product_cost
 from tests import oracle
+from tests.masked.networks import Written
 
 BASELINE = Path(__file__).with_name("cost.baseline")
 DEGREES = (1, 2, 3, 4, 5, 6, 8, 10)
@@ -98,7 +101,28 @@ def cost_lines():
                     f"rounds, {cost.bytes_sent} bytes per element and party, "
                     f"{cost.offline_elements} offline elements"
                 )
-    return lines
+    cost, gated = product_cost(1, 1), product_cost(64, 1)
+    lines.append(
+        f"crypten product: {cost.rounds} rounds, {cost.bytes_sent} bytes per element "
+        f"and party, {gated.bytes_sent} for 64 under one gate, "
+        f"{cost.offline_elements} offline elements"
+    )
+    return [*lines, masked_product_line()]
+
+
+def masked_product_line():
+    """What a product of 64 elements and one gate takes in the masked engine."""
+    torch.manual_seed(0)
+    one, two = torch.nn.Conv2d(1, 1, 1), torch.nn.Conv2d(1, 1, 1)
+    network = Written(lambda x, a, b: a(x) * b(x).mean((2, 3), True), one, two).eval()
+    plan = masked_model(espn.convert(network, torch.randn(4, 1, 8, 8))).plan
+    (between,) = plan.evaluations
+    (first, _), (second, _) = between.payload(1)
+    return (
+        f"masked product: {plan.messages - 2} messages; {first} and {second} opened "
+        f"elements and {between.elements} returned, {8 * between.words} bytes from the "
+        "dealer"
+    )
 
 
 def test_cost_baseline():

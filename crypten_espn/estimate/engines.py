@@ -15,6 +15,7 @@ from ..masked.inference import online_bytes
 from ..masked.material import client_layout, layout_bytes, server_layout
 from ..masked.plan import Plan
 from ..protocols import PROTOCOLS, settings
+from ..protocols.beaver import product_cost
 from ..wire.packing import packed_bytes
 from .processor import Processor
 from .workload import Workload
@@ -205,11 +206,16 @@ def _masked(work: Workload, plan: Plan, batch: int) -> EngineCost:
 def _crypten(
     engine: str, work: Workload, batch: int, declared: Cost, stored: int
 ) -> EngineCost:
-    """A Beaver product for each linear layer, activations as declared, one reveal.
+    """A Beaver product for each linear layer and each product, activations as declared.
 
     A linear layer opens its input and its weights under masks a and b, of which the
-    parties hold a, b and the product; the dealer corrects the product.
+    parties hold a, b and the product; the dealer corrects the product. The result is
+    revealed once.
     """
+    for product in work.products:
+        first, second = (batch * size for size in product.elements)
+        declared += product_cost(first, second)
+        stored += 2 * first + second
     inputs = batch * sum(layer.inputs for layer in work.linear)
     weights = sum(layer.weights for layer in work.linear)
     outputs = batch * sum(layer.outputs for layer in work.linear)

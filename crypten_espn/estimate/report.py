@@ -93,7 +93,8 @@ def _text(found: Projection) -> str:
         f"{work.macs / 1e9:.3g} G multiply-accumulates, "
         f"{sum(layer.weights for layer in work.linear) / 1e6:.3g} M weights and "
         f"{work.activations / 1e6:.3g} M activations in {len(work.nonlinear)} layers "
-        f"of degree {', '.join(map(str, degrees)) or '-'}",
+        f"of degree {', '.join(map(str, degrees)) or '-'}"
+        + (f", {len(work.products)} private products" if work.products else ""),
         f"path {d.rtt_s * 1e3:g} ms, {d.bits_per_second / 1e6:g} Mbit/s each way; one "
         f"core of {processor.macs32 / 1e9:.3g} G 32-bit multiply-accumulates/s "
         f"({'measured here' if measured else 'as given, other rates in proportion'})",

@@ -21,7 +21,7 @@ from ..masked.planning import make_plan
 from ..pillar.networks import NETWORKS
 from ..pillar.storage import BUNDLED, load_network, network_file
 from ..polynomial import Polynomial
-from .counts import Counts, Linear, Nonlinear
+from .counts import Counts, Linear, Multiplied, Nonlinear
 
 ALIASES = {"minionn": "mini_onn"}
 
@@ -34,7 +34,7 @@ class Workload:
         name: of the network.
         input_shape: of one image, without the batch.
         logits: elements of the result.
-        linear, nonlinear: the layers that cost something.
+        linear, nonlinear, products: the layers that cost something.
         plan: the masked engine's; its scales are those of zero weights.
         unplanned: why there is no plan; None if there is one.
     """
@@ -44,6 +44,7 @@ class Workload:
     logits: int
     linear: tuple[Linear, ...]
     nonlinear: tuple[Nonlinear, ...]
+    products: tuple[Multiplied, ...]
     plan: Plan | None
     unplanned: str | None
 
@@ -108,6 +109,7 @@ def workload(
         logits,
         tuple(counts.linear),
         tuple(counts.nonlinear),
+        tuple(counts.products),
         plan,
         unplanned,
     )

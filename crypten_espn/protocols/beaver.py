@@ -76,6 +76,19 @@ def cost(form: Form, elements: int) -> Cost:
     )
 
 
+def product_cost(first: int, second: int) -> Cost:
+    """Declared cost of CrypTen's own product of two private values for one party.
+
+    Args:
+        first: elements of the product.
+        second: of the other factor, which may have one element for many.
+
+    Both factors are opened under masks in one message; the dealer corrects the product
+    of the masks. What is rounded afterwards each party rounds alone.
+    """
+    return Cost(1, RING_BYTES * (first + second), first)
+
+
 def _stored_words(degree: int) -> int:
     """A triple for each product of the tree; a square's is a pair."""
     if degree < 2:

@@ -60,6 +60,7 @@ class Everything(nn.Module):
         self.act2 = espn.PolynomialActivation(OF_CHANNELS)
         self.line = espn.PolynomialActivation(Polynomial((100, 700), 10, (-4, 4)))
         self.pool = nn.AvgPool2d(2, stride=1, padding=1, count_include_pad=False)
+        self.gate = nn.Conv2d(6, 6, 1)
         self.pad = nn.ZeroPad2d((1, 0, 0, 2))
         self.last = nn.Conv2d(12, 6, 2)
         self.fc = nn.Linear(6, 5)
@@ -68,6 +69,7 @@ class Everything(nn.Module):
         x = self.act1(self.first(x))
         x = self.act2(self.norm(self.depthwise(x)))
         y = self.pool(self.line(x))
+        y = y * self.gate(y.mean((2, 3), keepdim=True)) + y * y.mean(1, keepdim=True)
         x = self.pad(torch.cat([y, y + y], 1))
         x = self.last(x)
         return self.fc(torch.flatten(nn.functional.adaptive_avg_pool2d(x, 1), 1))
@@ -102,7 +104,7 @@ def recorded(network, x):
         if type(module).__name__ == "Parameter":
             drawn.append((module.data.share, False))
     drawn.append((shared.share, False))
-    for name in ("conv2d", "matmul"):
+    for name in ("conv2d", "matmul", "mul"):
         setattr(beaver, name, noting(getattr(beaver, name), lambda y: y.share))
     patched: Any = truncation
     patched.rescaling = noting(rescaling, lambda stack: stack[0])
@@ -118,7 +120,9 @@ def recorded(network, x):
 
 def _noting_products(evaluate, drawn):
     def noted(x, p, form):
+        before = len(drawn)
         result = evaluate(x, p, form)
+        del drawn[before:]  # products within a polynomial
         if form.degree >= 2:
             drawn.append((result.clone(), False))
         return result
