@@ -38,7 +38,9 @@ from .options import add_run_options, finish
 from .plots import plot_dots
 from .rows import Results, ResultsError, Skipped
 
-MODELS = ("minionn", "vgg16", "resnet18", "resnet32", "resnet110", "resnet50")
+MODELS = (
+    "minionn", "vgg16", "resnet18", "seresnet18", "resnet32", "resnet110", "resnet50"
+)  # fmt: skip
 RELU_PROTOCOLS = ("crypten-relu", "crypten-relu-unfolded")
 CHANNELS = ("direct", "gloo")
 DEGREE, FRAC_BITS = 4, 10  # as in the recipes
@@ -69,7 +71,10 @@ def build(model: str) -> tuple[Any, Any]:
     from crypten_espn import Polynomial, replace_activations
     from crypten_espn.pillar import networks
 
-    make = networks.mini_onn if model == "minionn" else getattr(networks, model)
+    from .squeeze import seresnet18
+
+    others = {"minionn": networks.mini_onn, "seresnet18": seresnet18}
+    make = others.get(model) or getattr(networks, model)
     torch.manual_seed(7)
     polynomial = Polynomial.fit(torch.relu, degree=DEGREE, frac_bits=FRAC_BITS)
     network = make(classes=CLASSES.get(model, 10))
