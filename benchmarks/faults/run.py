@@ -26,14 +26,16 @@ import torch
 from crypten_espn.keys import make_keys
 
 from ..hostile.processes import Process, small_network
+from .kinds import faults_of
 from .ledger import Ledger
 from .namespace import HERE, Link
-from .worker import drawn
+from .worker import PREPARED, drawn
 
 # Waits that a call of a client is made of, each at most the time-out: to reach the
 # server and the dealer, for either's answer, and once more after a lost connection.
 WAITS = 6
 _CLIENTS = 2
+_HEAR_S = 300.0
 
 
 @dataclasses.dataclass
@@ -98,7 +100,7 @@ class Run:
         self, folder: Path, *, inferences: int, timeout: float, link: Link | None
     ) -> None:
         self.folder, self.inferences, self.timeout = folder, inferences, timeout
-        self._link = link
+        self.link = link
         self.network = small_network(folder)
         host = "127.0.0.1" if link is None else HERE
         clients = [f"client{number}" for number in range(_CLIENTS)]
@@ -117,7 +119,10 @@ class Run:
         self._stops = dict(zip(clients, stops, strict=True))
         self._starts = dict(self._next)
         self._limits = dict(self._next)
+        self._report = Report(timeout_s=timeout)
         self._answered: set[int] = set()
+        self._doing: set[str] = set()
+        self._part = 0.0
         self.parties = {
             name: Party(name, folder, partial(self._host, name), f"{name}.log")
             for name in ("deal", "serve")
@@ -150,7 +155,7 @@ class Run:
             "stop": self._stops[name],
             "limit": self._limits[name],
         }
-        inside = [] if self._link is None else self._link.command
+        inside = [] if self.link is None else self.link.command
         with open(place / "log", "wb") as log:
             worker = subprocess.Popen(
                 [
@@ -173,52 +178,32 @@ class Run:
                 with suppress(ValueError):  # a line that a kill has cut
                     self._lines.put((name, json.loads(text)))
 
-    def faults(self) -> list[tuple[str, Callable[[], None]]]:
-        """Everything that can go wrong here, in an order that mixes the parties."""
-        longer = self.timeout * 1.5
+    def restart(self, name: str) -> None:
+        """Ask a host to stop, and start it again."""
+        status = self._hosts[name].end()
+        if status != 0:
+            raise RuntimeError(f"{name} ended with status {status}")
+        self.parties[name].start()
 
-        def killed(name: str) -> None:
-            self.parties[name].signal(signal.SIGKILL)
-            self._reap(name)
-            self.parties[name].start()
+    def kill(self, name: str) -> None:
+        """End a party without a word; it is started again apart."""
+        self.parties[name].signal(signal.SIGKILL)
+        self._reap(name)
 
-        def stopped(name: str) -> None:
-            self.parties[name].signal(signal.SIGSTOP)
-            time.sleep(longer)
-            self.parties[name].signal(signal.SIGCONT)
-
-        def restarted(name: str) -> None:
-            status = self._hosts[name].end()
-            if status != 0:
-                raise RuntimeError(f"{name} ended with status {status}")
-            self.parties[name].start()
-
-        def away() -> None:
-            self.parties["deal"].signal(signal.SIGKILL)
-            self._reap("deal")
-            time.sleep(longer)
-            self.parties["deal"].start()
-
-        def cut() -> None:
-            assert self._link is not None
-            self._link.set("down")
-            time.sleep(longer)
-            self._link.set("up")
-
-        found: list[tuple[str, Callable[[], None]]] = [
-            ("kill -9 serve", lambda: killed("serve")),
-            ("SIGSTOP client1", lambda: stopped("client1")),
-            ("dealer gone", away),
-            ("kill -9 client0", lambda: killed("client0")),
-            ("SIGSTOP serve", lambda: stopped("serve")),
-            ("restart serve", lambda: restarted("serve")),
-            ("SIGSTOP deal", lambda: stopped("deal")),
-            ("restart deal", lambda: restarted("deal")),
-            ("kill -9 client1", lambda: killed("client1")),
-        ]
-        if self._link is not None:
-            found.insert(2, ("link down", cut))
-        return found
+    def heard(self, doing: str) -> None:
+        """Wait until a client is about to prepare, or has just prepared."""
+        while not self._lines.empty():
+            self._note(*self._lines.get())
+        self._doing.discard(doing)
+        for _ in range(round(_HEAR_S)):
+            end = time.monotonic() + 1.0
+            while (left := end - time.monotonic()) > 0:
+                with suppress(queue.Empty):
+                    self._note(*self._lines.get(timeout=left))
+                if doing in self._doing:
+                    return
+            self._allow(self._part + PREPARED / self.inferences)
+        raise RuntimeError(f"no client was {doing} within {_HEAR_S:g} s")
 
     def _reap(self, name: str) -> None:
         if name in self._hosts:
@@ -228,21 +213,21 @@ class Run:
 
     def go(self, faults: int, progress: Callable[[str], None]) -> Report:
         """Start everybody, spread the faults over the run, and look at the logs."""
-        report, began = Report(timeout_s=self.timeout), time.monotonic()
+        report, began = self._report, time.monotonic()
         try:
             with ThreadPoolExecutor() as pool:
                 list(pool.map(Party.start, self.parties.values()))
-            planned = itertools.islice(itertools.cycle(self.faults()), faults)
+            planned = itertools.islice(itertools.cycle(faults_of(self)), faults)
             for number, (what, act) in enumerate(planned, start=1):
                 # Half of the answers up to the next fault are still to come.
                 self._allow(number / (faults + 1))
                 answers = int((number - 0.5) * self.inferences / (faults + 1))
-                self._take(report, answers)
+                self._take(answers)
                 progress(f"{report.answers} answers: {what}")
                 report.faults_done.append((report.answers, what))
                 act()
             self._allow(1.0)
-            self._take(report, self.inferences)
+            self._take(self.inferences)
             statuses = {name: host.end() for name, host in self._hosts.items()}
         finally:
             for worker in self._workers.values():
@@ -255,11 +240,12 @@ class Run:
             for name, status in statuses.items()
             if status != 0
         ]
-        self._judge(report)
+        self._judge()
         return report
 
     def _allow(self, part: float) -> None:
         """Let every client ask for this part of its numbers."""
+        self._part = part = min(1.0, max(part, self._part))
         for name, worker in self._workers.items():
             start, stop = self._starts[name], self._stops[name]
             self._limits[name] = start + round(part * (stop - start))
@@ -268,26 +254,33 @@ class Run:
                 worker.stdin.write(f"{self._limits[name]}\n")
                 worker.stdin.flush()
 
-    def _take(self, report: Report, answers: int) -> None:
+    def _take(self, answers: int) -> None:
         """Hear what clients say until so many answers have come."""
-        while report.answers < answers:
-            name, line = self._lines.get(timeout=300 + 20 * self.timeout)
-            if "logits" in line:
-                self._answered.add(line["number"])
-                report.answers = len(self._answered)
-                self._next[name] = line["number"] + 1
-                right = self.network(drawn(line["number"])).flatten()
-                error = (torch.tensor(line["logits"]) - right).abs().max()
-                report.wrong += float(error) > 0.05
-            elif "failed" in line:
-                what = f"{line['failed']}: {line['kind']}"
-                report.failures[what] = report.failures.get(what, 0) + 1
-            if "seconds" in line:
-                doing = line.get("failed", "predict")
-                slowest = max(report.slowest_s.get(doing, 0.0), line["seconds"])
-                report.slowest_s[doing] = slowest
+        while self._report.answers < answers:
+            self._note(*self._lines.get(timeout=_HEAR_S + 20 * self.timeout))
 
-    def _judge(self, report: Report) -> None:
+    def _note(self, name: str, line: dict[str, Any]) -> None:
+        """What one client says."""
+        report = self._report
+        if "doing" in line:
+            self._doing.add(line["doing"])
+        if "logits" in line:
+            self._answered.add(line["number"])
+            report.answers = len(self._answered)
+            self._next[name] = line["number"] + 1
+            right = self.network(drawn(line["number"])).flatten()
+            error = (torch.tensor(line["logits"]) - right).abs().max()
+            report.wrong += float(error) > 0.05
+        elif "failed" in line:
+            what = f"{line['failed']}: {line['kind']}"
+            report.failures[what] = report.failures.get(what, 0) + 1
+        if "seconds" in line:
+            doing = line.get("failed", "predict")
+            slowest = max(report.slowest_s.get(doing, 0.0), line["seconds"])
+            report.slowest_s[doing] = slowest
+
+    def _judge(self) -> None:
+        report = self._report
         clients = [party for name, party in self.parties.items() if "client" in name]
         ledger = Ledger(
             {

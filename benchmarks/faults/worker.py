@@ -61,8 +61,10 @@ def session(server: str, link: Link, numbers: range, allowed: Allowed) -> int:
         while number in numbers:
             allowed.wait(number)
             if client.remaining == 0:
+                say(doing="prepare")
                 doing, began = "prepare", time.monotonic()
                 client.prepare(PREPARED)
+                say(doing="prepared")
             doing, began = "predict", time.monotonic()
             logits = client.predict(drawn(number))
             seconds = time.monotonic() - began
