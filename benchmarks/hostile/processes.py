@@ -87,6 +87,10 @@ class Process:
         """Ask it to stop; its status."""
         if self.alive:
             self._process.send_signal(signal.SIGTERM)
+        return self.wait()
+
+    def wait(self) -> int:
+        """Its status, once it has ended by itself."""
         try:
             return self._process.wait(60)
         finally:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Container, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -204,9 +204,14 @@ class Stock(Generic[T]):
         self.open(folder, session=pairing.session.hex(), floor=pairing.index)
 
     def read_ahead(self) -> None:
-        """Have the next stored material in memory, still unused."""
+        """Have the next stored material in memory, still unused.
+
+        What cannot be read is left to whoever takes it: that uses it up, so that the
+        session goes on behind it.
+        """
         if self._store is not None:
-            self._store.read_ahead()
+            with suppress(MaterialError):
+                self._store.read_ahead()
 
     def batch_of(self, index: int) -> int:
         """Inputs in inference `index`, which is not used by asking.

@@ -13,6 +13,7 @@ import pytest
 from crypten_espn.errors import EspnError, MaterialError, PeerError
 from crypten_espn.masked.model import MaskedModel
 from crypten_espn.masked.preparing import ServerPreparation
+from crypten_espn.masked.store import DATA, open_data
 from crypten_espn.masked.store_writer import MaterialWriter
 from crypten_espn.serving.client import connect
 from crypten_espn.serving.link import Limits, Link
@@ -193,6 +194,31 @@ def test_a_full_disk_is_told_to_the_client(
     assert still_serves(served)
     served.server.close()
     assert os.listdir(tmp_path / "kept") == []  # nothing stays of either session
+
+
+@pytest.mark.parametrize("whose", ["server", "client"])
+def test_a_changed_record_is_named_and_the_session_goes_on_behind_it(
+    whose: str, model: MaskedModel, run: Run, tmp_path: Path
+) -> None:
+    served = serving(model, run, directory=tmp_path / "server")
+    kept = Link(served.dealer.address, tmp_path / "client", timeout=20)
+    x = served.inputs[:1]
+    with connect(served.server.address, link=kept) as client:
+        client.prepare(3)
+    (path,) = (tmp_path / whose).rglob(DATA)
+    with open_data(path.parent) as data:
+        place = data.header.offset(0)
+        byte = os.pread(data.handle, 1, place)
+        os.pwrite(data.handle, bytes([byte[0] ^ 1]), place)
+    with (
+        connect(served.server.address, link=kept) as client,
+        pytest.raises((MaterialError, PeerError), match="record of inference 0 is dam"),
+    ):
+        client.predict(x)
+    with connect(served.server.address, link=kept) as client:
+        assert client.remaining == 2
+        assert served.is_right(x, client.predict(x))
+        assert served.is_right(x, client.predict(x))
 
 
 def test_a_folder_that_cannot_be_written_is_told_to_the_client(
