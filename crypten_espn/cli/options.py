@@ -97,7 +97,12 @@ def configuration() -> OptionInfo:
     def read(context: typer.Context, path: Path | None) -> Path | None:
         if path is not None:
             names = {parameter.name for parameter in context.command.params}
-            context.default_map = _table(path, str(context.info_name), names)
+            table = _table(path, str(context.info_name), names)
+            for parameter in context.command.params:
+                value = table.get(str(parameter.name))
+                if getattr(parameter, "multiple", False) and isinstance(value, str):
+                    table[str(parameter.name)] = [value]  # one stands for a list of it
+            context.default_map = table
         return path
 
     made: OptionInfo = typer.Option(

@@ -72,6 +72,10 @@ _SERVERS = f"names or addresses that clients connect to, {_HOSTS}"
 _DEALERS = f"names or addresses that both parties connect to, {_HOSTS}"
 _CLIENTS = "names of clients, a certificate each"
 
+_DEALER = (
+    "host:port of the dealer; of several, each session has one that server and client "
+    "both name"
+)
 _NETWORK = "a bundle, an .onnx, a trained .safetensors, or a bundled network's name"
 _CALIBRATION = f"{INPUTS}; they bound every layer of a network that is no bundle"
 _PRECISION = "32-bit or 40-bit linear layers of a network that is no bundle"
@@ -80,7 +84,7 @@ Served = Annotated[
     Path, typer.Argument(parser=network_file, metavar="NETWORK", help=_NETWORK)
 ]
 Listen = Annotated[str, argument("host:port to listen on", "ADDRESS")]
-Dealer = Annotated[str, option("host:port of the dealer", "ADDRESS")]
+Dealer = Annotated[list[str], option(_DEALER, "ADDRESS...")]
 Material = Annotated[Path | None, option("folder of prepared randomness", "DIR")]
 LimitList = Annotated[list[str] | None, option(_LIMIT, "NAME=VALUE")]
 Tls = Annotated[tuple[str, str, str] | None, option(*_TLS)]

@@ -35,6 +35,7 @@ from ..masked.plan import Plan
 from ..wire.channel import Channel
 from ..wire.tls import TLS
 from .boundary import session_tag, telling, told
+from .dealers import trusted
 from .events import InferenceBegun, Reconnected, report
 from .events import Prepared as PreparedEvent
 from .link import Limits, Link, one_link
@@ -95,6 +96,8 @@ class Client:
             self.session, self._following = stored_session(self._folder)
         # Inputs that the server still answers today; None for any number.
         self._allowed: int | None = None
+        # As the server calls them, in the order in which it wants them tried.
+        self._dealers: tuple[str, ...] = ()
         heat()  # before anyone's time-out runs
         self._channel = reach(address, link, role="client", peer_role="server")
         with telling(self._channel):
@@ -123,7 +126,7 @@ class Client:
         )
         channel.handshake(digest=(plan or theirs).digest)
         with self._lock:
-            self._allowed = welcome.quota
+            self._allowed, self._dealers = welcome.quota, welcome.dealers
         return theirs, described, welcome.next_index
 
     @property
@@ -166,14 +169,13 @@ class Client:
             MaterialError: a side knows no dealer, or unused material is in the way.
             PeerError: a side is gone, or refuses so many.
         """
-        if self._link.dealer is None:
-            raise MaterialError("No material is left and no dealer is known.")
         self._reach_again()
+        dealers = trusted(self._link.dealers, self._dealers)
+        self._leave_lost_dealer()
         channel, began = self._channel, time.perf_counter()
         fresh = self._dealing is None
         name = secrets.token_hex(16) if self._dealing is None else self._dealing.session
         start = 0 if fresh else self._following
-        order = Prepare(session=name, start=start, count=count, batch=batch)
         sent, received = channel.bytes_sent, channel.bytes_received
         pairing = Pairing(bytes.fromhex(name), start, batch)
         adding = self._stock.adding(pairing, count=count, folder=self._folder)
@@ -181,8 +183,15 @@ class Client:
             if self._dealing is None:
                 # The dealer is shown the certificate that the server was shown.
                 link = replace(self._link, tls=channel.tls)
-                self._dealing = ClientDealing(link, name, self.plan)
+                self._dealing = ClientDealing(dealers, link, name, self.plan)
             dealing = self._dealing
+            order = Prepare(
+                session=name,
+                start=start,
+                count=count,
+                batch=batch,
+                dealer=dealing.dealer,
+            )
             with telling(dealing.channel):
                 tell(channel, order)
                 hear(channel, Accepted)
@@ -207,6 +216,23 @@ class Client:
             left=self.remaining,
         )
         report(log, event)
+
+    def _leave_lost_dealer(self) -> None:
+        """Where the session's dealer is gone, the next preparation begins a session.
+
+        Raises:
+            MaterialError: it is gone, and material of the session is left.
+        """
+        lost = None if self._dealing is None else self._dealing.channel.lost()
+        if self._dealing is None or lost is None:
+            return
+        if self.remaining:
+            raise MaterialError(
+                f"The dealer of this session is gone ({lost}); use up the "
+                f"{self.remaining} prepared inference(s) before more are prepared."
+            )
+        self._dealing.close()
+        self._dealing = None
 
     def predict(self, x: object, *, force: bool = False) -> torch.Tensor:
         """Logits of a batch; the server learns neither input nor logits.
@@ -432,7 +458,7 @@ def connect(
     *,
     plan: Plan | None = None,
     link: Link | None = None,
-    dealer: str | None = None,
+    dealer: str | Sequence[str] | None = None,
     directory: str | os.PathLike[str] | None = None,
     tls: TLS | None = None,
     timeout: float | None = None,
@@ -444,7 +470,7 @@ def connect(
         address: "host:port" of the server.
         plan: the plan the server must have; None accepts the one it sends.
         link: the next five as one object, instead of them.
-        dealer: "host:port" of the dealer.
+        dealer: "host:port" of the dealer, or of several that are trusted.
         directory: where to keep material; in memory if None.
         tls: mutual TLS certificates, or None.
         timeout: seconds the server may be silent.

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 from ..errors import LimitError
 from ..wire.tls import TLS
+from .dealers import DEALERS
 
 TIMEOUT_S = 30.0
 
@@ -16,7 +18,9 @@ class Link:
     """How a party reaches the others and where it keeps what they prepare.
 
     Args:
-        dealer: "host:port" of the dealer; None where none is needed.
+        dealer: "host:port" of the dealer, or of several, of which each session has
+            one: a server names those it works with, a client those it trusts, by the
+            same addresses. None where none is needed.
         directory: folder for prepared material; in memory if None.
         tls: this party's certificates, or None.
         timeout: seconds the other side may be silent while something is under way.
@@ -24,16 +28,29 @@ class Link:
             masked values then travel in the clear.
     """
 
-    dealer: str | None = None
+    dealer: str | Sequence[str] | None = None
     directory: str | os.PathLike[str] | None = None
     tls: TLS | None = None
     timeout: float = TIMEOUT_S
     insecure: bool = False
 
+    def __post_init__(self) -> None:
+        if len(self.dealers) > DEALERS:
+            raise ValueError(
+                f"{len(self.dealers)} dealers were given; at most {DEALERS} are allowed"
+            )
+
+    @property
+    def dealers(self) -> tuple[str, ...]:
+        """The addresses of all dealers."""
+        if self.dealer is None:
+            return ()
+        return (self.dealer,) if isinstance(self.dealer, str) else tuple(self.dealer)
+
 
 def one_link(
     link: Link | None,
-    dealer: str | None,
+    dealer: str | Sequence[str] | None,
     directory: str | os.PathLike[str] | None,
     tls: TLS | None,
     timeout: float | None,

@@ -29,6 +29,7 @@ from ..errors import (
 )
 from ..masked.plan import Plan
 from ..wire.channel import Channel
+from .dealers import DEALERS
 
 # Both sides of a connection send this digest before they know a plan.
 GREETING = bytes(32)
@@ -45,6 +46,8 @@ SeedText = Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{32}\Z")]
 Digest = Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{64}\Z")]
 # The digest of a certificate; empty where there is none, as without TLS.
 Fingerprint = Annotated[str, msgspec.Meta(pattern=r"\A([0-9a-f]{64})?\Z")]
+Address = Annotated[str, msgspec.Meta(max_length=255)]
+Addresses = Annotated[tuple[Address, ...], msgspec.Meta(max_length=DEALERS)]
 Index = Annotated[int, msgspec.Meta(ge=0, lt=INDEX_LIMIT)]
 Positive = Annotated[int, msgspec.Meta(ge=1, lt=INDEX_LIMIT)]
 
@@ -74,20 +77,27 @@ class Welcome(Message, frozen=True, tag="welcome"):
         next_index: the first inference the server has not used.
         description: digest of the description's text.
         quota: inputs that it still answers this client today; None for any number.
+        dealers: those it works with, in the order in which this client should try them.
     """
 
     next_index: Index
     description: Digest
     quota: Index | None = None
+    dealers: Addresses = ()
 
 
 class Prepare(Message, frozen=True, tag="prepare"):
-    """The client wants `count` inferences of `batch` inputs, from `start` on."""
+    """The client wants `count` inferences of `batch` inputs, from `start` on.
+
+    Args:
+        dealer: where the client waits for the server, as the server called it.
+    """
 
     session: SessionName
     start: Index
     count: Positive
     batch: Positive
+    dealer: Address = ""
 
 
 class Accepted(Message, frozen=True, tag="accepted"):

@@ -12,10 +12,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 
-from ..errors import EspnError, MaterialError, PeerError
+from ..errors import EspnError, PeerError
 from ..masked.drivers import over
 from ..masked.material import ClientMaterial, Pairing, ServerMaterial
 from ..masked.plan import Plan
@@ -40,8 +42,14 @@ from .messages import (
 )
 
 
-def reach(address: str, link: Link, *, role: Party, peer_role: str) -> Channel:
-    """A new connection to another party."""
+def reach(
+    address: str, link: Link, *, role: Party, peer_role: str, again: bool = True
+) -> Channel:
+    """A new connection to another party.
+
+    Args:
+        again: try again while nothing listens there.
+    """
     return connect_channel(
         address,
         role=role,
@@ -49,15 +57,20 @@ def reach(address: str, link: Link, *, role: Party, peer_role: str) -> Channel:
         timeout=link.timeout,
         tls=link.tls,
         insecure=link.insecure,
+        again=again,
     )
 
 
-def _join(link: Link, party: Party, session: str, plan: Plan) -> Channel:
-    if link.dealer is None:
-        raise MaterialError(
-            f"No material is left and no dealer is known to the {party}; give dealer=."
-        )
-    channel = reach(link.dealer, link, role=party, peer_role="dealer")
+def _join(
+    address: str,
+    link: Link,
+    party: Party,
+    session: str,
+    plan: Plan,
+    *,
+    again: bool = True,
+) -> Channel:
+    channel = reach(address, link, role=party, peer_role="dealer", again=again)
     with telling(channel):
         channel.handshake(digest=GREETING)
         tell(channel, Join(session=session, digest=plan.digest.hex()))
@@ -79,7 +92,8 @@ class ServerDealing:
     """The server's side of one session at the dealer.
 
     Args:
-        link: how to reach the dealer.
+        dealer: its address.
+        link: how to reach it.
         session: the name the client drew.
         plan, weights: the model.
         client: the connection to the client.
@@ -88,15 +102,20 @@ class ServerDealing:
         channel: to the dealer.
 
     Raises:
-        MaterialError: no dealer is known.
         PeerError: the dealer cannot be reached or refuses, or the client is not there.
     """
 
     def __init__(
-        self, link: Link, session: str, plan: Plan, weights: Weights, client: Channel
+        self,
+        dealer: str,
+        link: Link,
+        session: str,
+        plan: Plan,
+        weights: Weights,
+        client: Channel,
     ) -> None:
         self.session = session
-        self.channel = _join(link, "server", session, plan)
+        self.channel = _join(dealer, link, "server", session, plan)
         with telling(self.channel):
             hear(self.channel, Paired)
             send_plan(self.channel, plan)
@@ -125,28 +144,56 @@ class ServerDealing:
 
 
 class ClientDealing:
-    """The client's side of one session at the dealer.
+    """The client's side of one session at the first dealer that lets it in.
 
     Args:
-        link: how to reach the dealer.
+        dealers: what the server calls each, and its address; see `dealers.trusted`.
+        link: how to reach it.
         session: a name drawn for it.
         plan: the server's.
 
     Attributes:
         channel: to the dealer.
+        dealer: what the server calls it.
 
     Raises:
-        MaterialError: no dealer is known.
-        PeerError: the dealer cannot be reached or refuses.
+        PeerError: no dealer can be reached within the time-out, or each refuses.
     """
 
-    def __init__(self, link: Link, session: str, plan: Plan) -> None:
+    def __init__(
+        self,
+        dealers: Sequence[tuple[str, str]],
+        link: Link,
+        session: str,
+        plan: Plan,
+    ) -> None:
         self.session = session
         self._plan = plan
         self._preparation: ClientPreparation | None = None
-        self.channel = _join(link, "client", session, plan)
-        with telling(self.channel):
-            hear(self.channel, Joined)
+        self.dealer, self.channel = self._first(dealers, link)
+        self.channel.timeout = link.timeout
+
+    def _first(
+        self, dealers: Sequence[tuple[str, str]], link: Link
+    ) -> tuple[str, Channel]:
+        end, failures = time.monotonic() + link.timeout, []
+        for left, (called, address) in zip(
+            range(len(dealers), 0, -1), dealers, strict=True
+        ):
+            # One that holds still takes its share of the time, one that is gone none.
+            share = replace(link, timeout=max(0.1, (end - time.monotonic()) / left))
+            try:
+                channel = _join(
+                    address, share, "client", self.session, self._plan, again=left == 1
+                )
+                with telling(channel):
+                    hear(channel, Joined)
+                return called, channel
+            except PeerError as error:
+                failures.append(error)
+        if len(failures) == 1:
+            raise failures[0]
+        raise PeerError(f"No dealer was found. {' '.join(map(str, failures))}")
 
     def begin(self, server: Channel) -> None:
         """Take the seed, and from the server its weights under a mask."""

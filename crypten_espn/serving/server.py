@@ -6,7 +6,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +26,7 @@ from ..pillar.guarding import in_words
 from ..wire.channel import Channel
 from ..wire.tls import TLS
 from .boundary import telling
+from .dealers import Dealers
 from .events import FolderStays, InferenceBegun, SessionOpened
 from .events import Prepared as PreparedEvent
 from .host import Connection, Host
@@ -65,7 +66,7 @@ class ModelServer(Host):
         address: str,
         *,
         link: Link | None = None,
-        dealer: str | None = None,
+        dealer: str | Sequence[str] | None = None,
         directory: str | os.PathLike[str] | None = None,
         tls: TLS | None = None,
         timeout: float | None = None,
@@ -88,6 +89,7 @@ class ModelServer(Host):
         self._sessions: dict[str, Session] = {}
         self._sessions_lock = threading.RLock()
         self._quota = quota
+        self._dealers = Dealers(self._link.dealers)
         self.metrics.gauge(
             "sessions_open", "Sessions in use", lambda: len(self._sessions)
         )
@@ -108,7 +110,12 @@ class ModelServer(Host):
             described = self.description.digest.hex()
             tell(
                 channel,
-                Welcome(next_index=following, description=described, quota=quota),
+                Welcome(
+                    next_index=following,
+                    description=described,
+                    quota=quota,
+                    dealers=self._dealers.named(),
+                ),
             )
             send_plan(channel, self.model.plan)
             send_description(channel, self.description)
@@ -250,9 +257,14 @@ class ModelServer(Host):
                 plan, weights = self.model.plan, self.model.weights
                 # The dealer is shown the certificate that the client was shown.
                 link = replace(self._link, tls=channel.tls)
-                session.dealing = ServerDealing(
-                    link, order.session, plan, weights, channel
-                )
+                dealer = self._dealers.chosen(order.dealer)
+                try:
+                    session.dealing = ServerDealing(
+                        dealer, link, order.session, plan, weights, channel
+                    )
+                except PeerError:
+                    self._dealers.failed(dealer)
+                    raise
             dealing = session.dealing
             assert dealing is not None
             session.following = start + count
@@ -298,7 +310,7 @@ class ModelServer(Host):
                 "prepared",
             )
         each = material_bytes(self.model.plan, "server", batch)
-        fresh = session.dealing is None
+        fresh = session.dealing is None or order.session != session.name
         with self._sessions_lock:
             # Memory holds all sessions' material; a folder is as large as its disk.
             if self._directory is None:
@@ -308,8 +320,6 @@ class ModelServer(Host):
                 limits.check_bytes(each)
             # Within a dealing: only forwards.
             if not fresh:
-                if order.session != session.name:
-                    raise PeerError("A preparation names another session than its own.")
                 if order.start < session.following:
                     raise MaterialError(
                         f"Inference {order.start} was prepared before, and a mask is "
@@ -318,10 +328,7 @@ class ModelServer(Host):
                     )
                 return False
             # A new dealing: everything of the one before is used up, the name is free.
-            if self._link.dealer is None:
-                raise MaterialError(
-                    "The server knows no dealer; start it with dealer=."
-                )
+            self._dealers.chosen(order.dealer)
             if left:
                 raise MaterialError(
                     f"Material for {left} inferences is left; use it up before a new "
@@ -336,7 +343,7 @@ class ModelServer(Host):
             if self._sessions.get(session.name) is session:
                 del self._sessions[session.name]
             self._tidy(session)
-            session.name = order.session
+            session.begin(order.session)
             self._sessions[order.session] = session
         return True
 
@@ -349,7 +356,7 @@ def serve(
     precision: str | int | None = None,
     headroom: float | None = None,
     link: Link | None = None,
-    dealer: str | None = None,
+    dealer: str | Sequence[str] | None = None,
     directory: str | os.PathLike[str] | None = None,
     tls: TLS | None = None,
     timeout: float | None = None,
@@ -365,7 +372,7 @@ def serve(
         example: calibration inputs, as in `masked_model`; a bundle has its plan.
         precision, headroom: as `masked_model`.
         link: the next five as one object, instead of them.
-        dealer: "host:port" of the dealer.
+        dealer: "host:port" of the dealer, or of several.
         directory: where to keep material, one folder per session; in memory if None.
         tls: mutual TLS certificates, or None.
         timeout: seconds a client may be silent while an inference is under way.

@@ -38,7 +38,13 @@ class Session:
         """What the log calls it; empty before anything is prepared."""
         return session_tag(self.name) if self.name else ""
 
+    def begin(self, name: str) -> None:
+        """Go by another name: everything of the dealing before is used up."""
+        self.close()
+        self.name, self.dealing, self.following = name, None, 0
+
     def close(self) -> None:
+        """Leave the dealer."""
         if self.dealing is not None:
             self.dealing.close()
 

@@ -183,8 +183,9 @@ def connect_channel(
     timeout: float = 30.0,
     tls: TLS | None = None,
     insecure: bool = False,
+    again: bool = True,
 ) -> Channel:
-    """Connect to a listening peer; where nothing listens yet, try again.
+    """Connect to a listening peer.
 
     Args:
         address: "host:port". With TLS the peer's certificate must be for this host.
@@ -193,6 +194,7 @@ def connect_channel(
         timeout: seconds to be connected, and then the channel's.
         tls: certificates for mutual TLS, or None for plain TCP.
         insecure: whether plain TCP may be used beyond this host.
+        again: whether to try again while nothing listens there.
 
     Raises:
         TransportError: the certificate is another role's, or plain TCP would be used
@@ -211,7 +213,7 @@ def connect_channel(
     _check_plaintext(address, found, tls, insecure)
     shown = None if tls is None else _of_role(tls, role).held()
     end = time.monotonic() + timeout
-    sock = _connect(found, address, peer, end, timeout)
+    sock = _connect(found, address, peer, end, timeout, again)
     if shown is not None:
         context = shown.context(server=False)
         sock = secure(sock, context, server=False, end=end, peer=peer)
@@ -269,7 +271,7 @@ def _named(roles: Collection[str]) -> str:
 
 
 def _connect(
-    found: _Found, address: str, peer: str, end: float, timeout: float
+    found: _Found, address: str, peer: str, end: float, timeout: float, again: bool
 ) -> socket.socket:
     while True:
         for family, kind, protocol, _, place in found:
@@ -281,6 +283,8 @@ def _connect(
             except OSError as error:
                 sock.close()
                 failure = error
+        if not again:
+            raise PeerError(f"Cannot reach {peer} at {address}: {failure}.")
         if time.monotonic() + _PAUSE_S > end:
             raise PeerError(
                 f"Cannot reach {peer} at {address} within {timeout:g} s: {failure}."

@@ -97,6 +97,16 @@ def test_predict_takes_its_dealer_from_the_environment(
     assert "no-x.npy" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("dealer", ["'127.0.0.1:1'", "['127.0.0.1:1', 'other:2']"])
+def test_a_file_names_one_dealer_or_several(
+    dealer: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = f"[predict]\naddress = '127.0.0.1:1'\ndealer = {dealer}\n"
+    options = ["--config", config(tmp_path, text), "--input", "no-x.npy"]
+    assert cli.main(["predict", *options]) == 2
+    assert "no-x.npy" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("text", "named"),
     [

@@ -147,7 +147,7 @@ def test_a_side_without_a_dealer_says_so(
     alone = run(ModelServer(model, "127.0.0.1:0", timeout=20))
     with (
         connect(alone.address, link=served.link) as client,
-        pytest.raises(PeerError, match="The server knows no dealer"),
+        pytest.raises(MaterialError, match="The server knows no dealer"),
     ):
         client.prepare()
     with (

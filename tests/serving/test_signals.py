@@ -96,7 +96,7 @@ def test_a_dealer_goes_on_after_sighup_and_burns_on_sigterm_what_is_not_taken(
         os.kill(process.pid, signal.SIGHUP)
         with (
             waiting(process.address, plan, NAME[::-1]) as other,
-            paired(process.address, plan) as (server, client),
+            paired(process.address, plan) as (server, _),
         ):
             say(server, message="order", start=0, count=count, batch=1)
             server.wait(timeout=60, rings=range(1 << 40))  # it has begun to deal
