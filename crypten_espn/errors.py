@@ -93,6 +93,10 @@ class LimitError(PeerError):
         self.limit = limit
 
 
+class IdleError(LimitError):
+    """A connection asked for nothing for too long; connect again."""
+
+
 class QuotaError(PeerError):
     """A client has had as many inferences as the server allows it in a day."""
 

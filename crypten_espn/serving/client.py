@@ -21,6 +21,7 @@ from ..compiled import heat
 from ..cost import Cost
 from ..errors import (
     EspnError,
+    IdleError,
     LimitError,
     MaterialError,
     PeerError,
@@ -274,8 +275,10 @@ class Client:
         try:
             self.prepare(1, batch=batch)
         except PeerError as error:
-            # Whoever went in the middle of it may be back.
-            if isinstance(error, _FINAL) or time.monotonic() > end:
+            # Whoever went in the middle of it may be back, and one that had just
+            # found this side idle takes it again.
+            final = isinstance(error, _FINAL) and not isinstance(error, IdleError)
+            if final or time.monotonic() > end:
                 raise
             self.prepare(1, batch=batch)
 

@@ -18,12 +18,12 @@ from ..masked.kernels import ring_dtype
 from ..masked.plan import Plan
 from ..wire.tls import TLS
 from .boundary import session_tag, told
+from .connection import Connection
 from .events import Dealing as DealingEvent
 from .events import Dealt
-from .host import Connection, Host
+from .host import Host
 from .link import Limits, Link, one_link
 from .messages import (
-    GREETING,
     Goodbye,
     Join,
     Joined,
@@ -34,6 +34,7 @@ from .messages import (
     receive_plan,
     tell,
 )
+from .share import Share
 from .stock import material_bytes
 
 log = logging.getLogger(__name__)
@@ -67,6 +68,7 @@ class DealerServer(Host):
         link: certificates and time-out; or `tls`, `timeout`, `insecure` apart.
         limits: what it puts up with.
         plans: digests of the plans it deals for; any plan if None.
+        share: what it has in common with other processes on this address.
     """
 
     def __init__(
@@ -79,6 +81,7 @@ class DealerServer(Host):
         insecure: bool = False,
         limits: Limits | None = None,
         plans: Collection[bytes] | None = None,
+        share: Share | None = None,
     ) -> None:
         super().__init__(
             address,
@@ -87,6 +90,7 @@ class DealerServer(Host):
             link=one_link(link, None, None, tls, timeout, insecure),
             limits=Limits() if limits is None else limits,
             log=log,
+            share=share,
         )
         self._plans = plans
         self._seats: dict[str, _Seat] = {}
@@ -97,15 +101,22 @@ class DealerServer(Host):
 
     def answer(self, connection: Connection) -> None:
         """Greet a party; a client then waits for its server, a server is dealt to."""
+        join = self.first(connection, Join)
+        if self.is_elsewhere(join.session, join, connection):
+            return
         channel = connection.channel
-        party = channel.handshake(digest=GREETING)
-        join = hear(channel, Join)
+        party = channel.peer_role
         channel.peer = f"the {party}"
-        self.greeted(connection)
-        if party == "client":
-            self._wait(join, connection)
-        else:
-            self._deal_to(join, connection)
+        try:
+            self.greeted(connection)
+            if party == "client":
+                self._wait(join, connection)
+            else:
+                self._deal_to(join, connection)
+        finally:
+            with self._lock:
+                if join.session not in self._seats:
+                    self.leave_place(join.session)
 
     def _wait(self, join: Join, connection: Connection) -> None:
         seat = _Seat(join, connection)

@@ -93,6 +93,16 @@ class Connected(Event):
 
 
 @dataclass(frozen=True)
+class HandedOver(Event):
+    """A peer was handed to the worker that holds its session."""
+
+    connection: int
+    role: str
+    client: str
+    session: str
+
+
+@dataclass(frozen=True)
 class Left(Event):
     """A peer said goodbye."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import socket
 import threading
 import time
 from collections.abc import Collection, Iterator, Mapping
@@ -12,13 +13,14 @@ from types import TracebackType
 
 from ..compiled import heat
 from ..errors import ClosingError, EspnError, LimitError, PeerError
-from ..wire.channel import Channel
 from ..wire.connect import Incoming, Listener
-from .boundary import told, traced
+from .boundary import session_tag, told, traced
+from .connection import Connection
 from .events import (
     Connected,
     Event,
     Failed,
+    HandedOver,
     Left,
     Listening,
     Refused,
@@ -27,88 +29,17 @@ from .events import (
     reason_of,
     report,
 )
+from .handover import Handed, Letter, hand_over
 from .link import Limits, Link
+from .messages import GREETING, M, Message, decode, encode, hear
 from .metrics import Metrics
+from .share import Door, Share
 
 _TICK_S = 0.25
 _LIVE_S = 30.0  # a host that has not looked for connections so long is stuck
 _FAREWELL_S = 5.0
 # Connections that are being told why they end; one more is closed without a word.
 _ENDING = 1024
-
-
-class Connection:
-    """One accepted connection.
-
-    Attributes:
-        number: what the log calls it.
-        since: when it was accepted, monotonic seconds.
-        ended: why this side ends it, if it does.
-        wake: set when it is ended, for a thread that waits for something else.
-        busy: whether something is under way that should not be cut.
-        greeted: whether the peer has said who it is.
-    """
-
-    def __init__(self, incoming: Incoming, number: int) -> None:
-        self.number = number
-        self.since = time.monotonic()
-        self.ended: PeerError | None = None
-        self.wake = threading.Event()
-        self.busy = self.greeted = False
-        self._incoming = incoming
-        self._channel: Channel | None = None
-        self._farewell: threading.Thread | None = None
-
-    @property
-    def channel(self) -> Channel:
-        """To the peer; once `open` has succeeded."""
-        assert self._channel is not None
-        return self._channel
-
-    def open(self, peer_roles: Collection[str], timeout: float) -> Channel:
-        """Do what TLS needs and check the peer's role."""
-        self._channel = self._incoming.open(peer_roles=peer_roles, timeout=timeout)
-        if self.ended is not None:
-            raise self.ended
-        return self._channel
-
-    @property
-    def role(self) -> str:
-        """What the peer is; empty until its greeting, or its certificate, says so."""
-        return "" if self._channel is None else self._channel.peer_role
-
-    @property
-    def client(self) -> str:
-        """The name in the peer's certificate; empty without one."""
-        return "" if self._channel is None else self._channel.peer_name
-
-    def end(self, reason: PeerError) -> None:
-        """Give the peer this reason and make the connection's own thread stop."""
-        if self.ended is not None:
-            return
-        self.ended = reason
-        if self._channel is not None:
-            # The peer has seconds to read it, and nobody should wait for that here.
-            farewell = threading.Thread(
-                target=self._channel.abort, args=(told(reason),), daemon=True
-            )
-            farewell.start()
-            self._farewell = farewell
-        self.wake.set()
-
-    def tell(self, reason: str) -> None:
-        """Give the peer the reason and close; nothing before it is open."""
-        if self._channel is not None:
-            self._channel.abort(reason)
-
-    def close(self) -> None:
-        """Close the socket, once the peer has had time to read why."""
-        if self._farewell is not None:
-            self._farewell.join()
-        if self._channel is None:
-            self._incoming.close()
-        else:
-            self._channel.close()
 
 
 class Host:
@@ -124,6 +55,7 @@ class Host:
         link: certificates, the time-out, and whether plaintext may leave the machine.
         limits: what is put up with.
         log: where refusals and failures are written.
+        share: what it has in common with other processes that answer on this address.
 
     Raises:
         TransportError: the address cannot be used, or the certificates cannot.
@@ -138,14 +70,20 @@ class Host:
         link: Link,
         limits: Limits,
         log: logging.Logger,
+        share: Share | None = None,
     ) -> None:
         self.limits, self.role = limits, role
         self.metrics = Metrics(role, connections=lambda: len(self._greeted))
         self._peer_roles, self._link, self._log = peer_roles, link, log
         heat()  # before anyone's time-out runs
         self._listener = Listener(
-            address, role=role, tls=link.tls, insecure=link.insecure
+            address,
+            role=role,
+            tls=link.tls,
+            insecure=link.insecure,
+            shared=None if share is None else share.sock,
         )
+        self._places = None if share is None else share.places
         self.address = self._listener.address
         self._lock = threading.Lock()
         self._numbers = itertools.count(1)
@@ -153,11 +91,13 @@ class Host:
         self._greeting: dict[Connection, threading.Thread] = {}
         self._greeted: dict[Connection, threading.Thread] = {}
         self._ending: dict[Connection, threading.Thread] = {}
+        self._relayed: dict[Connection, threading.Thread] = {}
         # Told to stop; not running any more; said how it ended.
         self._closed = threading.Event()
         self._reloading = threading.Event()
         self._over = False
         self._ticked = 0.0
+        self._door: Door | None = None
 
     @property
     def ready(self) -> bool:
@@ -181,6 +121,8 @@ class Host:
     def run(self) -> None:
         """Accept connections until `stop` or `close` is called."""
         self.report(Listening(self.role, self.address))
+        if self._places is not None:
+            self._door = Door(self._places, self._take_over)
         while not self._closed.is_set():
             self._ticked = time.monotonic()
             self._end_slow()
@@ -215,9 +157,13 @@ class Host:
             over, self._over = self._over, True
             everybody = {**self._greeting, **self._greeted, **self._ending}
             busy = {c: thread for c, thread in everybody.items() if c.busy}
+            relayed = dict(self._relayed)
         if over:
             return
         self._listener.close()
+        if self._door is not None:
+            self._door.close()
+        end = time.monotonic() + self.limits.grace_s + _FAREWELL_S
         grace = self.limits.grace_s
         self.report(Stopping(self.role, self.address, len(busy), grace))
         for connection in everybody:
@@ -228,7 +174,9 @@ class Host:
         for connection in busy:
             connection.end(_closing())
         self._join(everybody, _FAREWELL_S)
-        for connection in everybody:
+        # Those who answer them stop in the same time.
+        self._join(relayed, end - time.monotonic())
+        for connection in (*everybody, *relayed):
             connection.close()
         self.report(Stopped(self.role, self.address, burnt))
 
@@ -289,7 +237,67 @@ class Host:
             )
         )
 
-    def _begin(self, incoming: Incoming) -> None:
+    def first(self, connection: Connection, kind: type[M]) -> M:
+        """A peer's greeting and its first message, here or where it was handed over.
+
+        Raises:
+            PeerError: it is none, or none of this kind.
+        """
+        channel = connection.channel
+        if connection.said is not None:
+            return decode(connection.said, kind)
+        channel.handshake(digest=GREETING)
+        return hear(channel, kind)
+
+    def is_elsewhere(self, session: str, said: Message, connection: Connection) -> bool:
+        """Whether another process of this host has answered the peer of a session.
+
+        If not, the session is this one's until `leave_place`.
+
+        Args:
+            session: its name.
+            said: the peer's first message, which names it.
+            connection: to the peer; over when this returns True.
+        """
+        if self._places is None:
+            return False
+        gone = None
+        while True:
+            holder = self._places.hold(session, instead_of=gone)
+            if holder == self._places.name:
+                return False
+            try:
+                self._hand_over(connection, session, said, holder)
+                return True
+            except (ConnectionRefusedError, FileNotFoundError):
+                gone = holder
+
+    def _hand_over(
+        self, connection: Connection, session: str, said: Message, holder: str
+    ) -> None:
+        assert self._places is not None
+        door, channel = self._places.door(holder), connection.channel
+        number, role, client = connection.number, connection.role, connection.client
+        relay = hand_over(channel, encode(said), door, timeout=self.limits.handshake_s)
+        connection.handed_over = True
+        self.report(HandedOver(number, role, client, session_tag(session)))
+        with self._lock:
+            thread = self._greeting.pop(connection, None)
+            if relay is not None and thread is not None:
+                self._relayed[connection] = thread
+        if relay is not None:
+            connection.becomes(relay)
+            relay.run()
+
+    def _take_over(self, sock: socket.socket, letter: Letter) -> None:
+        self._begin(Handed(sock, letter, self.role, self._listener.tls))
+
+    def leave_place(self, session: str) -> None:
+        """Another process may hold a session from now on."""
+        if self._places is not None:
+            self._places.leave(session)
+
+    def _begin(self, incoming: Incoming | Handed) -> None:
         connection = Connection(incoming, next(self._numbers))
         thread = threading.Thread(target=self._run, args=(connection,), daemon=True)
         oldest = None
@@ -342,7 +350,8 @@ class Host:
         try:
             connection.open(self._peer_roles, self.limits.handshake_s)
             self.answer(connection)
-            self.report(Left(number, connection.role, connection.client))
+            if not connection.handed_over:
+                self.report(Left(number, connection.role, connection.client))
         except BaseException as error:
             reason = error if connection.ended is None else connection.ended
             late = time.monotonic() - connection.since >= self.limits.handshake_s
@@ -365,7 +374,12 @@ class Host:
     def _forget(self, connection: Connection) -> None:
         connection.close()
         with self._lock:
-            for group in (self._greeting, self._greeted, self._ending):
+            for group in (
+                self._greeting,
+                self._greeted,
+                self._ending,
+                self._relayed,
+            ):
                 group.pop(connection, None)
 
     def __enter__(self) -> Host:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,24 +13,22 @@ import torch
 
 from ..bundle import Bundle
 from ..convert import PrivateNetwork
-from ..errors import EspnError, LimitError, MaterialError, PeerError
+from ..errors import LimitError, MaterialError, PeerError
 from ..masked.drivers import over
 from ..masked.inference import server as inference
 from ..masked.material import Pairing
 from ..masked.model import MaskedModel
 from ..masked.planning import masked_model
-from ..masked.store_writer import remove_used_up
 from ..pillar.guarding import in_words
-from ..wire.channel import Channel
 from ..wire.tls import TLS
 from .boundary import telling
+from .connection import Connection
 from .dealers import Dealers
-from .events import FolderStays, InferenceBegun, SessionOpened
+from .events import InferenceBegun, SessionOpened
 from .events import Prepared as PreparedEvent
-from .host import Connection, Host
+from .host import Host
 from .link import Limits, Link, one_link
 from .messages import (
-    GREETING,
     Accepted,
     Goodbye,
     Hello,
@@ -47,7 +43,9 @@ from .messages import (
 from .preparing import ServerDealing
 from .quota import Quota
 from .reporting import reported
-from .session import OWNER, Session, read_owner, write_owner
+from .session import Session, write_owner
+from .sessions import Sessions
+from .share import Share
 from .stock import material_bytes
 
 log = logging.getLogger(__name__)
@@ -73,6 +71,7 @@ class ModelServer(Host):
         insecure: bool = False,
         limits: Limits | None = None,
         quota: Quota | None = None,
+        share: Share | None = None,
     ) -> None:
         super().__init__(
             address,
@@ -81,31 +80,36 @@ class ModelServer(Host):
             link=one_link(link, dealer, directory, tls, timeout, insecure),
             limits=Limits() if limits is None else limits,
             log=log,
+            share=share,
         )
         bundle = model if isinstance(model, Bundle) else Bundle(model)
         self.model, self.description = bundle.model, bundle.description
         folder = self._link.directory
         self._directory = None if folder is None else Path(folder)
-        self._sessions: dict[str, Session] = {}
-        self._sessions_lock = threading.RLock()
+        self._sessions = Sessions(
+            self.model, self._directory, report=self.report, places=self._places
+        )
         self._quota = quota
         self._dealers = Dealers(self._link.dealers)
         self.metrics.gauge(
-            "sessions_open", "Sessions in use", lambda: len(self._sessions)
+            "sessions_open", "Sessions in use", lambda: self._sessions.count
         )
         self.metrics.gauge(
-            "material_left", "Inferences prepared, of sessions in use", self._left
+            "material_left",
+            "Inferences prepared, of sessions in use",
+            lambda: self._sessions.left,
         )
 
     def answer(self, connection: Connection) -> None:
         """Greet a client, then answer it until it leaves."""
         channel = connection.channel
-        channel.handshake(digest=GREETING)
-        hello = hear(channel, Hello)
+        hello = self.first(connection, Hello)
+        if hello.session and self.is_elsewhere(hello.session, hello, connection):
+            return
         self.greeted(connection)
         channel.pace()
         quota = None if self._quota is None else self._quota.check(connection.client)
-        with self._using(hello, channel) as session:
+        with self._sessions.using(hello, channel.peer_name) as session:
             following = session.stock.next_index
             described = self.description.digest.hex()
             tell(
@@ -125,80 +129,6 @@ class ModelServer(Host):
             self.report(SessionOpened(number, client, session.tag, left))
             while self._answer_one(session, connection):
                 pass
-
-    # -- sessions
-
-    @contextmanager
-    def _using(self, hello: Hello, channel: Channel) -> Iterator[Session]:
-        """The client's session; it is forgotten when its last connection ends."""
-        with self._sessions_lock:
-            session = self._enter(hello, channel.peer_name)
-            session.users += 1
-        try:
-            yield session
-        finally:
-            with self._sessions_lock:
-                session.users -= 1
-                last = session.users == 0
-                if last and self._sessions.get(session.name) is session:
-                    del self._sessions[session.name]
-            if last:
-                session.close()
-                self._tidy(session)
-
-    def _enter(self, hello: Hello, owner: str) -> Session:
-        """The session that a client names: one in use, one on disk, or a new one."""
-        if hello.session is None:
-            return Session(self.model, owner)
-        session = self._sessions.get(hello.session)
-        if session is None:
-            session = self._stored(hello.session, hello.next_index)
-            self._sessions[hello.session] = session
-        if session.owner != owner:
-            if session.users == 0:
-                del self._sessions[hello.session]
-            raise PeerError(
-                "This session belongs to another certificate's name than the one that "
-                "was shown. Prepare material again."
-            )
-        return session
-
-    def _stored(self, name: str, client_next: int) -> Session:
-        if self._directory is None or not (self._directory / name).is_dir():
-            kept = "" if self._directory else ", and keeps none without a folder for it"
-            raise MaterialError(
-                f"The server has no material of the session that the client names{kept}"
-                ". Delete the client's and prepare material together again."
-            )
-        folder = self._directory / name
-        session = Session(self.model, read_owner(folder))
-        session.name = name
-        session.stock.open(folder, session=name, floor=client_next)
-        session.stock.compare(client_next)
-        return session
-
-    def _tidy(self, session: Session) -> None:
-        """Remove the folder of a session that is used up."""
-        if self._directory is None or not session.name:
-            return
-        folder = self._directory / session.name
-        try:
-            if folder.is_dir() and session.stock.remaining == 0:
-                (folder / OWNER).unlink(missing_ok=True)
-                remove_used_up(folder)
-        except (EspnError, OSError) as error:
-            self.report(FolderStays(session.tag, type(error).__name__))
-
-    def _left(self) -> int:
-        """Inferences prepared and not used, of the sessions that are in use."""
-        with self._sessions_lock:
-            sessions = list(self._sessions.values())
-        left = 0
-        for session in sessions:
-            # Used up, and removed, meanwhile.
-            with suppress(EspnError, OSError):
-                left += session.stock.remaining
-        return left
 
     # -- requests
 
@@ -311,40 +241,25 @@ class ModelServer(Host):
             )
         each = material_bytes(self.model.plan, "server", batch)
         fresh = session.dealing is None or order.session != session.name
-        with self._sessions_lock:
-            # Memory holds all sessions' material; a folder is as large as its disk.
-            if self._directory is None:
-                others = {id(s): s for s in self._sessions.values()}.values()
-                limits.check_bytes(count * each, held=sum(s.stock.held for s in others))
-            else:
-                limits.check_bytes(each)
-            # Within a dealing: only forwards.
-            if not fresh:
-                if order.start < session.following:
-                    raise MaterialError(
-                        f"Inference {order.start} was prepared before, and a mask is "
-                        f"used once; go on from {session.following}, or start a new "
-                        "session."
-                    )
-                return False
-            # A new dealing: everything of the one before is used up, the name is free.
-            self._dealers.chosen(order.dealer)
-            if left:
+        # Memory holds all sessions' material; a folder is as large as its disk.
+        held = 0 if self._directory else self._sessions.held
+        limits.check_bytes(each if self._directory else count * each, held=held)
+        # Within a dealing: only forwards.
+        if not fresh:
+            if order.start < session.following:
                 raise MaterialError(
-                    f"Material for {left} inferences is left; use it up before a new "
-                    "session is prepared."
+                    f"Inference {order.start} was prepared before, and a mask is used "
+                    f"once; go on from {session.following}, or start a new session."
                 )
-            taken = order.session in self._sessions or (
-                self._directory is not None
-                and (self._directory / order.session).exists()
+            return False
+        # A new dealing: everything of the one before is used up, the name is free.
+        self._dealers.chosen(order.dealer)
+        if left:
+            raise MaterialError(
+                f"Material for {left} inferences is left; use it up before a new "
+                "session is prepared."
             )
-            if taken:
-                raise PeerError("A new session has a name that is already taken.")
-            if self._sessions.get(session.name) is session:
-                del self._sessions[session.name]
-            self._tidy(session)
-            session.begin(order.session)
-            self._sessions[order.session] = session
+        self._sessions.rename(session, order.session)
         return True
 
 

@@ -39,8 +39,7 @@ class Session:
         return session_tag(self.name) if self.name else ""
 
     def begin(self, name: str) -> None:
-        """Go by another name: everything of the dealing before is used up."""
-        self.close()
+        """Go by another name; the dealing before is used up, and was closed."""
         self.name, self.dealing, self.following = name, None, 0
 
     def close(self) -> None:

@@ -18,6 +18,7 @@ import numpy as np
 
 from ..errors import (
     ClosingError,
+    IdleError,
     LimitError,
     PeerError,
     PlanMismatchError,
@@ -44,7 +45,8 @@ from .tls import TLS, common_name
 
 # What a peer may refuse with; raised here as what it was there.
 _REFUSALS = {
-    kind.__name__: kind for kind in (LimitError, QuotaError, RevokedError, ClosingError)
+    kind.__name__: kind
+    for kind in (LimitError, IdleError, QuotaError, RevokedError, ClosingError)
 }
 
 _LAST_WORD_S = 1.0  # for a peer's reason of which the beginning is there
@@ -118,6 +120,40 @@ class Channel:
         """SHA-256 of the peer's certificate, in hex; empty without TLS."""
         shown = self._certificate
         return "" if shown is None else hashlib.sha256(shown).hexdigest()
+
+    @property
+    def shown(self) -> bytes | None:
+        """The peer's certificate, in DER; None without TLS."""
+        return self._certificate
+
+    def release(self) -> tuple[socket.socket, bytes]:
+        """Give the socket to another process of this host, between two messages.
+
+        Returns: the socket, and what had arrived on it; the channel is closed.
+        """
+        assert self._header is None
+        return self._stream.release()
+
+    def vouch(
+        self,
+        role: str,
+        name: str,
+        certificate: bytes | None,
+        tls: TLS | None,
+        arrived: bytes,
+    ) -> None:
+        """Take over what `release` gave elsewhere, of a peer that was greeted there.
+
+        Args:
+            role, name: of the peer.
+            certificate: that it has shown, in DER.
+            tls: what it was shown.
+            arrived: as released.
+        """
+        self.peer_role, self.peer_name = role, name
+        self._certificate, self.tls = certificate, tls
+        self.certificate_role = None if certificate is None else role
+        self._stream.refill(arrived)
 
     @property
     def seconds_waited(self) -> float:

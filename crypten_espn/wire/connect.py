@@ -83,6 +83,7 @@ class Listener:
         role: what this side is: "server", "client" or "dealer".
         tls: certificates for mutual TLS, or None for plain TCP.
         insecure: whether plain TCP may be offered beyond this host.
+        shared: a socket that listens on the address, in other processes too.
 
     Raises:
         TransportError: the certificate is another role's, or plain TCP would be
@@ -97,22 +98,16 @@ class Listener:
         role: str,
         tls: TLS | None = None,
         insecure: bool = False,
+        shared: socket.socket | None = None,
     ) -> None:
         host, port = parse_address(address)
         found = _resolve(host, port, "The address to listen on")
         _check_plaintext(address, found, tls, insecure)
         self._role = role
         self._tls = None if tls is None else Rotating(_of_role(tls, role))
-        family, kind, protocol, _, place = found[0]
-        self._sock = socket.socket(family, kind, protocol)
-        self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._shared = shared is not None
+        self._sock = _listen(address, found) if shared is None else shared
         self._sock.setblocking(False)
-        try:
-            self._sock.bind(place)
-            self._sock.listen(BACKLOG)
-        except OSError as error:
-            self._sock.close()
-            raise PeerError(f"Cannot listen on {address}: {error.strerror}.") from None
         name = self._sock.getsockname()
         self.address = host_port(host, name[1])
         self._accepting = threading.Lock()
@@ -138,8 +133,7 @@ class Listener:
                 left = None if end is None else end - time.monotonic()
                 try:
                     sock, _ = self._sock.accept()
-                    tls = None if self._tls is None else self._tls.current()
-                    return Incoming(sock, self._role, tls)
+                    return Incoming(sock, self._role, self.tls)
                 except BlockingIOError:
                     if left is not None and left <= 0:
                         raise PeerError(
@@ -155,6 +149,11 @@ class Listener:
                 poller.register(self._sock, select.POLLIN)
                 poller.poll(None if left is None else left * 1000)
 
+    @property
+    def tls(self) -> TLS | None:
+        """The certificates that a peer who connects now is shown."""
+        return None if self._tls is None else self._tls.current()
+
     def reload(self) -> None:
         """Read the certificates again, whether their files changed or not."""
         if self._tls is not None:
@@ -163,8 +162,9 @@ class Listener:
     def close(self) -> None:
         """Stop listening, from any thread; `accept` ends."""
         self._closed = True
-        with contextlib.suppress(OSError):
-            self._sock.shutdown(socket.SHUT_RDWR)
+        if not self._shared:  # a shutdown would end it for the others too
+            with contextlib.suppress(OSError):
+                self._sock.shutdown(socket.SHUT_RDWR)
         with self._accepting:
             self._sock.close()
 
@@ -236,6 +236,28 @@ def _resolve(host: str, port: int, what: str) -> _Found:
         raise PeerError(
             f"{what}, {host_port(host, port)}, cannot be resolved: {detail}."
         ) from None
+
+
+def listen(address: str) -> socket.socket:
+    """A listening socket, for several processes; `Listener` checks and shares it.
+
+    Raises:
+        PeerError: the address cannot be listened on.
+    """
+    return _listen(address, _resolve(*parse_address(address), "The address to listen"))
+
+
+def _listen(address: str, found: _Found) -> socket.socket:
+    family, kind, protocol, _, place = found[0]
+    sock = socket.socket(family, kind, protocol)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        sock.bind(place)
+        sock.listen(BACKLOG)
+    except OSError as error:
+        sock.close()
+        raise PeerError(f"Cannot listen on {address}: {error.strerror}.") from None
+    return sock
 
 
 def _check_plaintext(

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from typing import Generic, TypeVar
 
-from ..errors import LimitError, PeerError
+from ..errors import IdleError, PeerError
 from .tls import describe
 
 MINIMUM_RATE = 1 << 16  # bytes a second; a slower peer is dropped
@@ -74,7 +74,7 @@ class Deadline:
         silent = now - self._last
         limit = self.timeout if self.moved else self.idle
         if silent >= limit and not self.moved and self.idle != self.timeout:
-            return LimitError(
+            return IdleError(
                 f"{peer} was silent for {limit:g} s, and asked for nothing. Connect "
                 "again when there is something to ask.",
                 "idle_s",
@@ -195,6 +195,19 @@ class Stream:
             # Else the thread that uses the socket wakes up and closes it.
             self._sock.close()
             self._busy.release()
+
+    def release(self) -> tuple[socket.socket, bytes]:
+        """The socket, still open, and what arrived on it; this is closed without it."""
+        with self._alone():
+            sock, arrived = self._sock, bytes(self._inbox)
+            self._inbox.clear()
+            self._sock = socket.socket(socket.AF_UNIX)
+            self._closed = True
+        return sock, arrived
+
+    def refill(self, arrived: bytes) -> None:
+        """Have this before anything that is read from the socket."""
+        self._inbox[:0] = arrived
 
     # -- inside
 

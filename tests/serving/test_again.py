@@ -47,7 +47,9 @@ def test_a_client_that_was_idle_too_long_connects_again(
         assert refused.reason == "idle_s"
         served.server.limits = Limits()  # from here on nobody is too slow
         assert served.is_right(x, client.predict(x))
-        assert "was silent for 0.1 s" in heard.of("client", Reconnected)[0].reason
+        # Told before it asked, or in the middle of it.
+        reason = heard.of("client", Reconnected)[0].reason
+        assert "was silent for 0.1 s" in reason or "is closed" in reason
 
 
 @pytest.mark.parametrize("stored", [False, True])
