@@ -9,21 +9,17 @@ from typing import Annotated
 
 import typer
 
-from ..bundle import Bundle, load
-from ..bundle.sealed import is_bundle
-from ..errors import EspnError
 from ..masked.store import material_info
 from ..pillar.storage import network_file
 from ..serving.admin import Admin
-from ..serving.dealer import DealerServer
-from ..serving.events import log_to_stderr
+from ..serving.crew import Crew
 from ..serving.host import Host
-from ..serving.link import TIMEOUT_S, Limits, Link
+from ..serving.link import TIMEOUT_S, Limits
 from ..serving.messages import INDEX_LIMIT
 from ..serving.quota import Quota
-from ..serving.server import ModelServer
+from ..wire.connect import check_plaintext
 from ..wire.tls import TLS
-from .networks import planned
+from .hosts import Common, Dealing, Network, Serving
 from .options import (
     INPUTS,
     GuardFile,
@@ -33,6 +29,7 @@ from .options import (
     configuration,
     option,
     positive,
+    whole,
 )
 
 _LIMITS = asdict(Limits())
@@ -48,6 +45,7 @@ _REVOKED = (
     "certificates that are refused, a serial number or SHA-256 fingerprint a line; "
     "read again when it changes"
 )
+_WORKERS = "processes that share the address; limits hold for each of them"
 _ADMIN = "HTTP for /health and /metrics; a port alone is of 127.0.0.1"
 _LOG_JSON = "log every event to standard error, as a JSON object a line"
 _TIMEOUT = "seconds another party may be silent while something is under way"
@@ -90,6 +88,7 @@ LimitList = Annotated[list[str] | None, option(_LIMIT, "NAME=VALUE")]
 Tls = Annotated[tuple[str, str, str] | None, option(*_TLS)]
 Insecure = Annotated[bool, option(_INSECURE, None, "--insecure")]
 Verbose = Annotated[bool, option(_VERBOSE, None, "-v", "--verbose")]
+Workers = Annotated[int, whole(_WORKERS)]
 LogJson = Annotated[bool, option(_LOG_JSON, None, "--log-json")]
 Timeout = Annotated[float, positive(_TIMEOUT)]
 Revoked = Annotated[Path | None, option(_REVOKED, "FILE")]
@@ -105,6 +104,7 @@ def serve(
     precision: Annotated[str | None, choice(_PRECISION, "fast", "high")] = None,
     guard: GuardFile = None,
     material: Material = None,
+    workers: Workers = 1,
     limit: LimitList = None,
     quota: Annotated[int | None, _DAILY] = None,
     quota_file: Annotated[Path | None, option(_QUOTA_FILE, "FILE")] = None,
@@ -125,19 +125,25 @@ def serve(
       crypten-espn serve network.safetensors 127.0.0.1:29500 \\
         --dealer 127.0.0.1:29501 --calibration images.npy
     """
-    limits = _limits(limit)
-    log_to_stderr(verbose=verbose, as_json=log_json)
-    link = Link(dealer, material, certificates(tls, revoked), timeout, insecure)
+    common = _common(address, limit, tls, revoked, timeout, insecure, verbose, log_json)
     counted = _quota(quota, quota_file, material)
-    bundle = _bundle(network, calibration, precision, guard)
+    told = Network(network, calibration, precision, guard)
+    make = Serving(common, told, dealer, material, counted)
+    common.log()
+    if counted is not None:
+        Quota(*counted)
+    bundle = told.read()
     print(bundle.model)
-    server = ModelServer(bundle, address, link=link, limits=limits, quota=counted)
-    return _until_stopped(server, "listening on", admin)
+    if workers == 1:
+        return _until_stopped(make(bundle=bundle), "listening on", admin)
+    del bundle
+    return _until_stopped(_crew(make, "server", workers), "listening on", admin)
 
 
 def deal(
     address: Listen,
     plan_digest: Annotated[list[bytes] | None, _DIGESTS] = None,
+    workers: Workers = 1,
     limit: LimitList = None,
     tls: Tls = None,
     revoked: Revoked = None,
@@ -153,11 +159,11 @@ def deal(
     examples:
       crypten-espn deal 0.0.0.0:29501 --tls dealer.pem dealer.key authority.pem
     """
-    limits = _limits(limit)
-    log_to_stderr(verbose=verbose, as_json=log_json)
-    link = Link(tls=certificates(tls, revoked), timeout=timeout, insecure=insecure)
-    server = DealerServer(address, link=link, limits=limits, plans=plan_digest)
-    return _until_stopped(server, "dealing on", admin)
+    common = _common(address, limit, tls, revoked, timeout, insecure, verbose, log_json)
+    make = Dealing(common, plan_digest)
+    common.log()
+    host = make() if workers == 1 else _crew(make, "dealer", workers)
+    return _until_stopped(host, "dealing on", admin)
 
 
 def material(
@@ -200,34 +206,33 @@ def keys(
     return 0
 
 
-def _bundle(
-    network: Path, calibration: Path | None, precision: str | None, guard: Path | None
-) -> Bundle:
-    """The bundle in a file, or a network planned on the inputs in another.
-
-    Raises:
-        EspnError: as `load` or `planned`; calibration for a bundle, or none for another
-            network.
-    """
-    if is_bundle(network):
-        if (calibration, precision, guard) != (None, None, None):
-            raise EspnError(
-                f"{network} is a bundle, which has its plan; leave out --calibration, "
-                "--precision and --guard"
-            )
-        return load(network)
-    if calibration is None:
-        raise EspnError(
-            f"{network} is no bundle and needs --calibration, an .npy of inputs; or "
-            "make a bundle of it with `crypten-espn bundle`"
-        )
-    return Bundle(planned(network, calibration, precision or "fast", guard))
+def _common(
+    address: str,
+    limit: list[str] | None,
+    tls: tuple[str, str, str] | None,
+    revoked: Path | None,
+    timeout: float,
+    insecure: bool,
+    verbose: bool,
+    log_json: bool,
+) -> Common:
+    limits = _limits(limit)
+    certificates(tls, revoked)  # read before anything else
+    return Common(address, tls, revoked, timeout, insecure, limits, verbose, log_json)
 
 
-def _until_stopped(server: Host, doing: str, admin: str | None) -> int:
+def _crew(make: Serving | Dealing, role: str, workers: int) -> Crew:
+    """Several processes that are one host."""
+    told = make.common
+    check_plaintext(told.address, told.certificates, told.insecure)
+    grace = told.limits.grace_s
+    return Crew(make, told.address, role=role, workers=workers, grace_s=grace)
+
+
+def _until_stopped(server: Host | Crew, doing: str, admin: str | None) -> int:
     """Run until SIGTERM or SIGINT, finish what is under way, and end well.
 
-    SIGHUP reads the certificates again.
+    SIGHUP reads the certificates and the bundle again.
     """
     handlers = {
         signal.SIGTERM: server.stop,
@@ -269,19 +274,21 @@ def certificates(
     return None
 
 
-def _quota(daily: int | None, file: Path | None, material: Path | None) -> Quota | None:
+def _quota(
+    daily: int | None, file: Path | None, material: Path | None
+) -> tuple[int, Path] | None:
     if daily is None:
         if file is not None:
             raise typer.BadParameter("it needs --quota", param_hint="'--quota-file'")
         return None
     if file is not None:
-        return Quota(daily, file)
+        return daily, file
     if material is None:
         raise typer.BadParameter(
             "it needs --quota-file, or --material, to be kept across restarts",
             param_hint="'--quota'",
         )
-    return Quota(daily, material / "quota.json")
+    return daily, material / "quota.json"
 
 
 def _limits(given: list[str] | None) -> Limits:

@@ -15,14 +15,41 @@ import json
 import socket
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Protocol
 
 from ..errors import TransportError
 from ..wire.connect import host_port, parse_address
-from .host import Host
 
 LOOPBACK = "127.0.0.1"
 _TEXT = "text/plain; version=0.0.4; charset=utf-8"
 _JSON = "application/json"
+
+
+class Counts(Protocol):
+    """What `/metrics` shows."""
+
+    def text(self) -> bytes:
+        """In Prometheus' text format."""
+
+
+class Watched(Protocol):
+    """A host, or the processes that are one."""
+
+    @property
+    def role(self) -> str:
+        """What it is."""
+
+    @property
+    def live(self) -> bool:
+        """Whether it works."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether it accepts connections."""
+
+    @property
+    def metrics(self) -> Counts:
+        """What it has counted."""
 
 
 class Admin:
@@ -39,7 +66,7 @@ class Admin:
         TransportError: the address cannot be listened on.
     """
 
-    def __init__(self, host: Host, address: str) -> None:
+    def __init__(self, host: Watched, address: str) -> None:
         name, port = parse_address(
             f"{LOOPBACK}:{address}" if address.isdigit() else address
         )
@@ -68,7 +95,7 @@ class _Server(ThreadingHTTPServer):
     block_on_close = False
 
     def __init__(
-        self, host: Host, family: socket.AddressFamily, place: tuple[str, int]
+        self, host: Watched, family: socket.AddressFamily, place: tuple[str, int]
     ) -> None:
         self.address_family = family
         self.host = host

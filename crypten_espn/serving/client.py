@@ -25,6 +25,7 @@ from ..errors import (
     LimitError,
     MaterialError,
     PeerError,
+    PlanMismatchError,
     QuotaError,
     RevokedError,
 )
@@ -73,7 +74,8 @@ class Client:
     Args:
         address: "host:port" of the server.
         link: how to reach it and the dealer, and where material is kept.
-        plan: the plan the server must have; None accepts the one it sends.
+        plan: the plan the server must have; None accepts the one it sends, and after a
+            lost connection another one of the same shapes.
 
     Attributes:
         plan: the public plan, received from the server.
@@ -87,6 +89,7 @@ class Client:
         self.online = self.offline = Cost()
         self._address, self._link = address, link
         self._folder = None if link.directory is None else Path(link.directory)
+        self._pinned = plan
         self._others: list[Channel] = []
         self._lock = threading.Lock()
         self._dealing: ClientDealing | None = None
@@ -262,8 +265,11 @@ class Client:
                 sent, it is connected to again first.
             QuotaError: the server answers this client no more today; nothing was used.
         """
-        encoded = self.plan.encode(x, force=force)
+        plan = self.plan
+        encoded = plan.encode(x, force=force)
         self._prepare_for(len(encoded))
+        if self.plan is not plan:  # the server had another one when it was back
+            encoded = self.plan.encode(x, force=force)
         return self._predict(self._channel, encoded)
 
     def _prepare_for(self, batch: int) -> None:
@@ -401,7 +407,15 @@ class Client:
         except PeerError as error:
             raise type(error)(f"{error} The last connection was lost: {lost}") from None
         with telling(channel):
-            _, described, following = self._greet(channel, self.plan)
+            plan, described, following = self._greet(channel, self._pinned)
+            old = self.plan.input.shape, self.plan.logits_shape
+            if (plan.input.shape, plan.logits_shape) != old:
+                raise PlanMismatchError(
+                    "The server has another network by now, of other shapes: "
+                    f"{plan.input.shape} to {plan.logits_shape}, before it was "
+                    f"{old[0]} to {old[1]}. Connect anew."
+                )
+            self.plan = plan
             stock = self._open_stock(following)
         self._channel, self._stock = channel, stock
         self.description = described
@@ -471,7 +485,8 @@ def connect(
 
     Args:
         address: "host:port" of the server.
-        plan: the plan the server must have; None accepts the one it sends.
+        plan: the plan the server must have; None accepts the one it sends, and after a
+            lost connection another one of the same shapes.
         link: the next five as one object, instead of them.
         dealer: "host:port" of the dealer, or of several that are trusted.
         directory: where to keep material; in memory if None.

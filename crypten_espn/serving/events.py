@@ -93,6 +93,16 @@ class Connected(Event):
 
 
 @dataclass(frozen=True)
+class WorkerGone(Event):
+    """A worker ended without being told to; another one takes its place."""
+
+    level = logging.ERROR
+
+    worker: str
+    status: int
+
+
+@dataclass(frozen=True)
 class HandedOver(Event):
     """A peer was handed to the worker that holds its session."""
 
@@ -220,6 +230,13 @@ class FolderStays(Event):
 
     session: str
     reason: str
+
+
+@dataclass(frozen=True)
+class Replaced(Event):
+    """New sessions are served another bundle than before; `plan` is its digest's."""
+
+    plan: str
 
 
 @dataclass(frozen=True)

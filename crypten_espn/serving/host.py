@@ -128,7 +128,7 @@ class Host:
             self._end_slow()
             if self._reloading.is_set():
                 self._reloading.clear()
-                self._listener.reload()
+                self.read_again()
             try:
                 incoming = self._listener.accept(timeout=_TICK_S)
             except PeerError:
@@ -145,6 +145,10 @@ class Host:
         Without it they are read again when their files change.
         """
         self._reloading.set()
+
+    def read_again(self) -> None:
+        """Read files again, in the thread of `run`."""
+        self._listener.reload()
 
     def close(self) -> None:
         """Stop accepting, finish what is under way, and give every peer the reason.

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import singledispatchmethod
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import generate_latest
+from prometheus_client.metrics_core import Metric
+from prometheus_client.parser import text_string_to_metric_families
 
 from .events import (
     Burnt,
@@ -123,3 +125,49 @@ class Metrics:
     @count.register
     def _(self, event: Burnt) -> None:
         self._burnt.inc()
+
+
+class _Summed:
+    """A collector of several pages, added up."""
+
+    def __init__(self, pages: Sequence[bytes], gone: Sequence[bytes]) -> None:
+        self._families: dict[str, Metric] = {}
+        self._values: dict[str, dict[tuple[str, tuple[tuple[str, str], ...]], float]]
+        self._values = {}
+        for text in pages:
+            self._add(text, gauges=True)
+        for text in gone:
+            self._add(text, gauges=False)
+
+    def _add(self, text: bytes, *, gauges: bool) -> None:
+        for family in text_string_to_metric_families(text.decode()):
+            made = family.name.endswith("_created")
+            if family.type == "gauge" and not (gauges or made):
+                continue
+            self._families.setdefault(family.name, family)
+            values = self._values.setdefault(family.name, {})
+            for sample in family.samples:
+                key = sample.name, tuple(sorted(sample.labels.items()))
+                if made:  # since when: the first is
+                    values[key] = min(values.get(key, sample.value), sample.value)
+                else:
+                    values[key] = values.get(key, 0.0) + sample.value
+
+    def collect(self) -> Iterator[Metric]:
+        for name, family in self._families.items():
+            total = Metric(name, family.documentation, family.type)
+            for (sample, labels), value in self._values[name].items():
+                total.add_sample(sample, dict(labels), value)
+            yield total
+
+
+def summed(pages: Sequence[bytes], *, gone: Sequence[bytes] = ()) -> bytes:
+    """The metrics of several processes as one page.
+
+    Args:
+        pages: of those that run.
+        gone: the last ones of those that do not, of which only counts remain.
+    """
+    registry = CollectorRegistry()
+    registry.register(_Summed(pages, gone))
+    return generate_latest(registry)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import torch
 
 from ..bundle import Bundle
 from ..convert import PrivateNetwork
-from ..errors import LimitError, MaterialError, PeerError
+from ..errors import EspnError, LimitError, MaterialError, PeerError
 from ..masked.drivers import over
 from ..masked.inference import server as inference
 from ..masked.material import Pairing
@@ -24,7 +25,7 @@ from ..wire.tls import TLS
 from .boundary import telling
 from .connection import Connection
 from .dealers import Dealers
-from .events import InferenceBegun, SessionOpened
+from .events import InferenceBegun, Replaced, SessionOpened
 from .events import Prepared as PreparedEvent
 from .host import Host
 from .link import Limits, Link, one_link
@@ -54,8 +55,8 @@ log = logging.getLogger(__name__)
 class ModelServer(Host):
     """Answers clients, one thread each; see `serve`.
 
-    Attributes:
-        description: what clients are told beside the plan; empty for a bare model.
+    Args:
+        again: reads what is served once more, for `reload`.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class ModelServer(Host):
         limits: Limits | None = None,
         quota: Quota | None = None,
         share: Share | None = None,
+        again: Callable[[], Bundle] | None = None,
     ) -> None:
         super().__init__(
             address,
@@ -83,11 +85,11 @@ class ModelServer(Host):
             share=share,
         )
         bundle = model if isinstance(model, Bundle) else Bundle(model)
-        self.model, self.description = bundle.model, bundle.description
+        self._again = again
         folder = self._link.directory
         self._directory = None if folder is None else Path(folder)
         self._sessions = Sessions(
-            self.model, self._directory, report=self.report, places=self._places
+            bundle, self._directory, report=self.report, places=self._places
         )
         self._quota = quota
         self._dealers = Dealers(self._link.dealers)
@@ -100,6 +102,30 @@ class ModelServer(Host):
             lambda: self._sessions.left,
         )
 
+    @property
+    def bundle(self) -> Bundle:
+        """What new sessions are served."""
+        return self._sessions.bundle
+
+    def read_again(self) -> None:
+        """Read certificates again, and what is served, if this host knows how.
+
+        Sessions in use go on with what they began with.
+        """
+        super().read_again()
+        if self._again is not None:
+            threading.Thread(target=self._replace, daemon=True).start()
+
+    def _replace(self) -> None:
+        assert self._again is not None
+        try:
+            bundle = self._again()
+        except (EspnError, OSError) as error:
+            log.warning("what is served stays as it is: %s", error)
+            return
+        self._sessions.bundle = bundle
+        self.report(Replaced(bundle.model.plan.digest.hex()[:16]))
+
     def answer(self, connection: Connection) -> None:
         """Greet a client, then answer it until it leaves."""
         channel = connection.channel
@@ -111,7 +137,8 @@ class ModelServer(Host):
         quota = None if self._quota is None else self._quota.check(connection.client)
         with self._sessions.using(hello, channel.peer_name) as session:
             following = session.stock.next_index
-            described = self.description.digest.hex()
+            bundle = session.bundle
+            described = bundle.description.digest.hex()
             tell(
                 channel,
                 Welcome(
@@ -121,9 +148,9 @@ class ModelServer(Host):
                     dealers=self._dealers.named(),
                 ),
             )
-            send_plan(channel, self.model.plan)
-            send_description(channel, self.description)
-            channel.handshake(digest=self.model.plan.digest)
+            send_plan(channel, bundle.model.plan)
+            send_description(channel, bundle.description)
+            channel.handshake(digest=bundle.model.plan.digest)
             number, client = connection.number, connection.client
             left = session.stock.remaining
             self.report(SessionOpened(number, client, session.tag, left))
@@ -169,7 +196,8 @@ class ModelServer(Host):
             left=lambda: session.stock.remaining,
         ):
             channel.pace()
-            part = inference(self.model.plan, self.model.weights, material)
+            model = session.bundle.model
+            part = inference(model.plan, model.weights, material)
             over(part, {"client": channel}, tag=index)
 
     def _prepare(
@@ -184,7 +212,8 @@ class ModelServer(Host):
         pairing = Pairing(bytes.fromhex(order.session), start, batch)
         with session.stock.adding(pairing, count=count, folder=folder) as adding:
             if fresh:
-                plan, weights = self.model.plan, self.model.weights
+                model = session.bundle.model
+                plan, weights = model.plan, model.weights
                 # The dealer is shown the certificate that the client was shown.
                 link = replace(self._link, tls=channel.tls)
                 dealer = self._dealers.chosen(order.dealer)
@@ -239,7 +268,7 @@ class ModelServer(Host):
                 f"at most {limits.prepared} of a session may be.",
                 "prepared",
             )
-        each = material_bytes(self.model.plan, "server", batch)
+        each = material_bytes(session.bundle.model.plan, "server", batch)
         fresh = session.dealing is None or order.session != session.name
         # Memory holds all sessions' material; a folder is as large as its disk.
         held = 0 if self._directory else self._sessions.held

@@ -5,8 +5,8 @@ from __future__ import annotations
 import threading
 from pathlib import Path
 
+from ..bundle import Bundle
 from ..masked.material import ServerMaterial
-from ..masked.model import MaskedModel
 from .boundary import session_tag
 from .preparing import ServerDealing
 from .stock import Stock
@@ -19,12 +19,15 @@ class Session:
     """What the server holds for one client, over all of its connections.
 
     Attributes:
+        bundle: what it is served, to its end.
         name: as both parties and the dealer call it; empty before anything is prepared.
         owner: the name in the client's certificate; empty without TLS.
         users: its connections.
     """
 
-    def __init__(self, model: MaskedModel, owner: str) -> None:
+    def __init__(self, bundle: Bundle, owner: str) -> None:
+        model = bundle.model
+        self.bundle = bundle
         self.name = ""
         self.owner = owner
         self.users = 0

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from ..bundle import Bundle
 from ..errors import EspnError, MaterialError, PeerError
-from ..masked.model import MaskedModel
 from ..masked.store_writer import remove_used_up
 from .events import Event, FolderStays
 from .messages import Hello
@@ -20,7 +20,7 @@ class Sessions:
     """Finds the session that a client names, and forgets it after its last connection.
 
     Args:
-        model: what new sessions are for.
+        bundle: what new sessions are served.
         directory: where material is kept, a folder for each; None for memory.
         report: takes events.
         places: where other processes are told which sessions are here.
@@ -28,13 +28,13 @@ class Sessions:
 
     def __init__(
         self,
-        model: MaskedModel,
+        bundle: Bundle,
         directory: Path | None,
         *,
         report: Callable[[Event], None],
         places: Places | None,
     ) -> None:
-        self.model = model
+        self.bundle = bundle
         self._directory, self._report, self._places = directory, report, places
         self._found: dict[str, Session] = {}
         self._lock = threading.RLock()
@@ -112,7 +112,7 @@ class Sessions:
     def _enter(self, hello: Hello, owner: str) -> Session:
         """The session that a client names: one in use, one on disk, or a new one."""
         if hello.session is None:
-            return Session(self.model, owner)
+            return Session(self.bundle, owner)
         if not self._is_ours(hello.session):
             raise PeerError("This session has just moved to another process; go on.")
         session = self._found.get(hello.session)
@@ -135,7 +135,7 @@ class Sessions:
                 ". Delete the client's and prepare material together again."
             )
         folder = self._directory / name
-        session = Session(self.model, read_owner(folder))
+        session = Session(self.bundle, read_owner(folder))
         session.name = name
         session.stock.open(folder, session=name, floor=client_next)
         session.stock.compare(client_next)

@@ -260,6 +260,16 @@ def _listen(address: str, found: _Found) -> socket.socket:
     return sock
 
 
+def check_plaintext(address: str, tls: TLS | None, insecure: bool) -> None:
+    """Refuse what `Listener` would refuse, before there is one.
+
+    Raises:
+        TransportError: plain TCP would be offered beyond this host.
+    """
+    found = _resolve(*parse_address(address), "The address to listen on")
+    _check_plaintext(address, found, tls, insecure)
+
+
 def _check_plaintext(
     address: str, found: _Found, tls: TLS | None, insecure: bool
 ) -> None:

@@ -87,15 +87,22 @@ def test_material_that_the_restarted_server_has_not_is_refused_by_name(
             client.predict(served.inputs[:1])
 
 
-def test_another_plan_after_a_restart_is_refused_before_anything_is_sent(
-    served: Served, model: MaskedModel, run: Run, heard: Heard
+@pytest.mark.parametrize("pinned", [True, False])
+def test_another_plan_after_a_restart_is_followed_unless_one_was_asked_for(
+    pinned: bool, served: Served, model: MaskedModel, run: Run, heard: Heard
 ) -> None:
     other = planned(*residual(), precision="high")
-    with connect(served.server.address, link=served.link) as client:
+    plan, x = model.plan if pinned else None, served.inputs[:1]
+    with connect(served.server.address, link=served.link, plan=plan) as client:
+        client.predict(x)
         restarted(served, other, run)
-        with pytest.raises(PlanMismatchError):
-            client.predict(served.inputs[:1])
-    assert used(heard) == []
+        if pinned:
+            with pytest.raises(PlanMismatchError):
+                client.predict(x)
+        else:
+            assert served.is_right(x, client.predict(x))
+            assert client.plan.digest == other.plan.digest
+    assert len(used(heard)) == (1 if pinned else 2)
 
 
 def test_an_inference_cut_in_the_middle_is_an_error_and_the_next_one_goes_on(
