@@ -58,7 +58,13 @@ class Process:
         name: serve or deal.
         arguments: after the name.
         folder: where its log goes.
+
+    Attributes:
+        address: where it listens.
+        admin: where it tells its health; empty if it does not.
     """
+
+    admin = ""
 
     def __init__(self, name: str, arguments: Sequence[str], folder: Path) -> None:
         self.name, self.log = name, folder / f"{name}.log"
@@ -75,6 +81,8 @@ class Process:
     def _await_address(self) -> str:
         assert self._process.stdout is not None
         for line in self._process.stdout:
+            if "http://" in line:
+                self.admin = line.split("http://")[1].strip()
             if "; Ctrl-C ends" in line:
                 return line.split(";")[0].split()[-1]
         raise RuntimeError(f"{self.name} did not start: {self.log.read_text()[-2000:]}")

@@ -85,18 +85,17 @@ class Serving:
     dealers: Sequence[str]
     material: Path | None
     quota: tuple[int, Path] | None
+    bundle: Bundle | None = None
 
-    def __call__(
-        self, share: Share | None = None, *, bundle: Bundle | None = None
-    ) -> ModelServer:
-        """Read what is served, unless it is given, and listen."""
+    def __call__(self, share: Share | None = None) -> ModelServer:
+        """Read what is served, unless that was done, and listen."""
         told = self.common
         told.log()
         link = Link(
             self.dealers, self.material, told.certificates, told.timeout, told.insecure
         )
         return ModelServer(
-            bundle or self.network.read(),
+            self.bundle or self.network.read(),
             told.address,
             link=link,
             limits=told.limits,

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from ..bundle.sealed import is_bundle
 from ..masked.store import material_info
 from ..pillar.storage import network_file
 from ..serving.admin import Admin
@@ -71,8 +72,8 @@ _DEALERS = f"names or addresses that both parties connect to, {_HOSTS}"
 _CLIENTS = "names of clients, a certificate each"
 
 _DEALER = (
-    "host:port of the dealer; of several, each session has one that server and client "
-    "both name"
+    "host:port of the dealer; may be repeated: each session then has one that server "
+    "and client both name"
 )
 _NETWORK = "a bundle, an .onnx, a trained .safetensors, or a bundled network's name"
 _CALIBRATION = f"{INPUTS}; they bound every layer of a network that is no bundle"
@@ -82,7 +83,7 @@ Served = Annotated[
     Path, typer.Argument(parser=network_file, metavar="NETWORK", help=_NETWORK)
 ]
 Listen = Annotated[str, argument("host:port to listen on", "ADDRESS")]
-Dealer = Annotated[list[str], option(_DEALER, "ADDRESS...")]
+Dealer = Annotated[list[str], option(_DEALER, "ADDRESS")]
 Material = Annotated[Path | None, option("folder of prepared randomness", "DIR")]
 LimitList = Annotated[list[str] | None, option(_LIMIT, "NAME=VALUE")]
 Tls = Annotated[tuple[str, str, str] | None, option(*_TLS)]
@@ -128,16 +129,16 @@ def serve(
     common = _common(address, limit, tls, revoked, timeout, insecure, verbose, log_json)
     counted = _quota(quota, quota_file, material)
     told = Network(network, calibration, precision, guard)
-    make = Serving(common, told, dealer, material, counted)
     common.log()
     if counted is not None:
         Quota(*counted)
     bundle = told.read()
     print(bundle.model)
-    if workers == 1:
-        return _until_stopped(make(bundle=bundle), "listening on", admin)
-    del bundle
-    return _until_stopped(_crew(make, "server", workers), "listening on", admin)
+    # Every worker reads a bundle for itself; what took planning is given to it.
+    given = None if workers > 1 and is_bundle(network) else bundle
+    make = Serving(common, told, dealer, material, counted, given)
+    host = make() if workers == 1 else _crew(make, "server", workers)
+    return _until_stopped(host, "listening on", admin)
 
 
 def deal(

@@ -49,12 +49,23 @@ class _Worker:
 
     def __init__(self, name: str, process: BaseProcess, pipe: connection.Connection):
         self.name, self.process, self.pipe = name, process, pipe
-        self.lock = threading.Lock()
+        self._lock = threading.Lock()
+        self._started = False
         self.text = b""
+
+    def await_ready(self) -> bool:
+        """Wait until it listens; False if it ended instead."""
+        with self._lock, contextlib.suppress(OSError, EOFError):
+            self._started = self.pipe.recv_bytes() == _READY
+        return self._started
 
     def look(self) -> dict[str, bool]:
         """How it is; its metrics are kept in `text`."""
-        with self.lock, contextlib.suppress(OSError, EOFError):
+        with self._lock, contextlib.suppress(OSError, EOFError):
+            if not self._started:
+                self._started = self.pipe.poll() and self.pipe.recv_bytes() == _READY
+            if not self._started:
+                return {"live": False, "ready": False}
             self.pipe.send_bytes(_ASK)
             if self.pipe.poll(_ANSWER_S):
                 state = json.loads(self.pipe.recv_bytes())
@@ -86,6 +97,9 @@ class Crew:
         host, _ = parse_address(address)
         self.address = host_port(host, self._sock.getsockname()[1])
         self._folder = Path(tempfile.mkdtemp(prefix="crypten-espn-"))
+        # A process that has imported all this once, and nothing else, is their parent.
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload([make.__module__, __name__])
         self._workers: list[_Worker] = []
         self._gone: list[bytes] = []
         self._made = 0
@@ -97,7 +111,12 @@ class Crew:
         try:
             self._workers = [self._start() for _ in range(self._count)]
             for worker in self._workers:
-                self._await_ready(worker)
+                if not worker.await_ready():
+                    worker.process.join()
+                    raise EspnError(
+                        f"A worker did not start (status {worker.process.exitcode}); "
+                        "what it wrote says why."
+                    )
         except BaseException:
             self.close()
             raise
@@ -176,28 +195,15 @@ class Crew:
     def _start(self) -> _Worker:
         self._made += 1
         name = f"worker-{self._made}"
-        context = multiprocessing.get_context("spawn")
-        ours, theirs = context.Pipe()
+        ours, theirs = self._context.Pipe()
         share = Share(self._sock, self._folder, name)
         threads = max(1, (os.cpu_count() or 1) // self._count)
-        process = context.Process(
+        process = self._context.Process(
             target=_work, args=(self._make, share, theirs, threads), name=name
         )
         process.start()
         theirs.close()
         return _Worker(name, process, ours)
-
-    def _await_ready(self, worker: _Worker) -> None:
-        try:
-            if worker.pipe.recv_bytes() == _READY:
-                return
-        except (EOFError, OSError):
-            pass
-        worker.process.join()
-        raise EspnError(
-            f"A worker did not start (status {worker.process.exitcode}); what it wrote "
-            "says why."
-        )
 
 
 def _work(make: Make, share: Share, pipe: connection.Connection, threads: int) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from crypten_espn import cli
 from crypten_espn.cli import sessions
+from crypten_espn.serving.crew import Crew
 from crypten_espn.serving.host import Host
 
 
@@ -105,6 +106,17 @@ def test_a_file_names_one_dealer_or_several(
     options = ["--config", config(tmp_path, text), "--input", "no-x.npy"]
     assert cli.main(["predict", *options]) == 2
     assert "no-x.npy" in capsys.readouterr().err
+
+
+def test_several_workers_listen_on_the_one_address(
+    started: list[tuple[Host, str | None]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Crew, "__enter__", lambda crew: crew)  # none is started
+    assert cli.main(["deal", "127.0.0.1:0", "--workers", "3"]) == 0
+    ((crew, _),) = started
+    assert isinstance(crew, Crew) and crew.role == "dealer"
+    assert crew.address.startswith("127.0.0.1:")
+    assert cli.main(["deal", "0.0.0.0:0", "--workers", "3"]) == 2  # in the clear
 
 
 @pytest.mark.parametrize(
