@@ -293,7 +293,8 @@ class Client:
     ) -> list[torch.Tensor]:
         """`predict` for each input, several at once over as many connections.
 
-        A waiting link then does not idle either processor.
+        A waiting link then does not idle either processor. Where the server lets fewer
+        connections in, those are used.
 
         Args:
             inputs: each (batch, *input_shape), the same batch.
@@ -317,8 +318,14 @@ class Client:
         missing = len(inputs) - self.remaining
         if missing > 0:
             self.prepare(missing, batch=len(inputs[0]))
-        while len(self._others) < min(in_flight, len(inputs)) - 1:
-            self._others.append(self._another())
+        try:
+            while len(self._others) < min(in_flight, len(inputs)) - 1:
+                self._others.append(self._another())
+        except PeerError as error:
+            # All are taken, or a balancer leads elsewhere: those there are will do.
+            if isinstance(error, QuotaError | RevokedError):
+                raise
+            log.warning("no further connection to %s: %s", self._address, error)
         return self._over(inputs, [self._channel, *self._others][:in_flight], force)
 
     def _over(

@@ -19,7 +19,7 @@ from crypten_espn.errors import (
 )
 from crypten_espn.masked.model import MaskedModel
 from crypten_espn.serving.client import connect
-from crypten_espn.serving.link import Link
+from crypten_espn.serving.link import Limits, Link
 from crypten_espn.serving.server import ModelServer
 from crypten_espn.serving.stock import Stock
 from crypten_espn.wire.channel import Channel
@@ -103,6 +103,17 @@ def test_many_in_flight(
             client.predict_many([x[0], torch.zeros(1, 3, 9, 9)])
         with pytest.raises(ValueError, match="1 to 64"):
             client.predict_many(x, in_flight=65)
+
+
+def test_many_in_flight_use_the_connections_that_are_let_in(
+    model: MaskedModel, run: Run, caplog: pytest.LogCaptureFixture
+) -> None:
+    served = serving(model, run, limits=Limits(connections=2))
+    x = [served.inputs[i : i + 1] for i in range(4)]
+    with connect(served.server.address, link=served.link) as client:
+        logits = client.predict_many(x, in_flight=4)
+    assert all(map(served.is_right, x, logits))
+    assert "no further connection" in caplog.text
 
 
 def test_no_weight_reaches_the_client(
