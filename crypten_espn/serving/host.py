@@ -31,6 +31,7 @@ from .events import (
 )
 from .handover import Handed, Letter, hand_over
 from .link import Limits, Link
+from .memory import give_back
 from .messages import GREETING, M, Message, decode, encode, hear
 from .metrics import Metrics
 from .share import Door, Share
@@ -38,6 +39,7 @@ from .share import Door, Share
 _TICK_S = 0.25
 _LIVE_S = 30.0  # a host that has not looked for connections so long is stuck
 _FAREWELL_S = 5.0
+_TIDY_S = 5.0
 # Connections that are being told why they end; one more is closed without a word.
 _ENDING = 1024
 
@@ -98,6 +100,8 @@ class Host:
         self._over = False
         self._ticked = 0.0
         self._door: Door | None = None
+        # Somebody has left since memory was given back, and when that was.
+        self._left, self._tidied = False, 0.0
 
     @property
     def ready(self) -> bool:
@@ -132,6 +136,7 @@ class Host:
             try:
                 incoming = self._listener.accept(timeout=_TICK_S)
             except PeerError:
+                self._tidy()
                 continue
             self._begin(incoming)
 
@@ -332,6 +337,13 @@ class Host:
             self.report(Failed(connection.number, "no thread is left for it"))
             self._forget(connection)
 
+    def _tidy(self) -> None:
+        """Give memory back now and then, once somebody has left."""
+        now = time.monotonic()
+        if self._left and now - self._tidied > _TIDY_S:
+            self._left, self._tidied = False, now
+            give_back()
+
     def _end_slow(self) -> None:
         """End connections that take too long to say who they are."""
         limit = self.limits.handshake_s
@@ -377,6 +389,7 @@ class Host:
 
     def _forget(self, connection: Connection) -> None:
         connection.close()
+        self._left = True
         with self._lock:
             for group in (
                 self._greeting,

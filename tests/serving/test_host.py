@@ -17,6 +17,7 @@ from crypten_espn.serving.boundary import told, traced
 from crypten_espn.serving.client import connect
 from crypten_espn.serving.dealer import DealerServer
 from crypten_espn.serving.link import Limits, Link
+from crypten_espn.serving.memory import give_back
 from crypten_espn.serving.messages import Seed, hear
 from crypten_espn.serving.server import ModelServer
 from crypten_espn.wire.connect import parse_address
@@ -117,6 +118,17 @@ def test_the_oldest_of_too_many_silent_connections_makes_room(
         with connect(served.server.address, link=served.link) as client:
             x = served.inputs[:1]
             assert served.is_right(x, client.predict(x))
+
+
+def test_memory_is_given_back_when_somebody_has_left(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = threading.Event()
+    monkeypatch.setattr("crypten_espn.serving.host.give_back", given.set)
+    with connect(served.server.address, link=served.link):
+        pass
+    assert given.wait(60)
+    give_back()  # what it does is the C library's, and never fails
 
 
 @pytest.mark.parametrize("role", ["server", "dealer"])
