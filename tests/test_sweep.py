@@ -98,10 +98,10 @@ def test_the_command_writes_a_network_that_answers_alike(tmp_path, capsys):
     options += [str(tmp_path / "images.npy"), "--out", str(out), "--degree", "8"]
     assert cli.main(options) == 0
     text = capsys.readouterr().out
-    assert "stages.2.0.relu2" in text and "degree 8, margin 2, 24 images" in text
+    assert "stages.2.0.relu2" in text and "degree 8, margin 1.5, 24 images" in text
     found, relu = load_network(out), bundled("fashion-resnet-relu")
     assert found.normalization == relu.normalization
-    assert found.notes and found.notes["calibrated"] == {"degree": 8, "margin": 2.0}
+    assert found.notes and found.notes["calibrated"] == {"degree": 8, "margin": 1.5}
     with torch.no_grad():
         same = found(given).argmax(1) == relu(given).argmax(1)
     assert int(same.sum()) >= 22

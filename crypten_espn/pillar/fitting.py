@@ -16,16 +16,18 @@ from ..polynomial import ChannelPolynomials, Polynomial
 from ..polynomial.channel_fit import cells, fit_channels
 from ..table import aligned
 from .activation import PolynomialActivation
-from .histogram import ChannelHistogram
+from .histogram import CellMeans, ChannelHistogram
 from .surgery import activations
 
 # |input| that this percentage of a channel's values does not exceed.
 PERCENT = 99.95
 # Of the weight of an error; the rest follows what the channel saw. More costs accuracy,
-# less lets tails escape at degree 4.
-_UNIFORM = 0.002
-# Room of the intervals, beyond the largest seen, for images to come.
-SLACK = 1.25
+# less leaves the polynomials of rare inputs to chance.
+_UNIFORM = 0.005
+# How far beyond the largest seen a polynomial is fitted; and how much longer than that
+# its interval is, for images to come: a fit spread over all of it would be coarser.
+_FITTED = 1.2
+_ROOM = 1.25
 _CELLS = 512
 # A channel's interval is at least the layer's widest over this: in the ring, channels
 # share a unit. Where all is zero, it is the next number.
@@ -111,9 +113,15 @@ class Fitting:
             for name, module in activations(network).items()
             if module.polynomial is IDENTITY
         }
-        # The function that was at each place; not called, for surgery lets it share
-        # its successor's hooks.
+        # The network as it was; what its activations get is what was meant.
+        self.original = copy.deepcopy(network)
+        # The function that was at each place, there and in the network itself; not
+        # called, for surgery lets it share its successor's hooks.
         self.functions = {module: module._replaced[0] for module in self.open}
+        for name in self.open.values():
+            module = self._meant_by(name)
+            self.functions[module] = module._replaced[0]
+            module.register_forward_hook(self._stand_in)
         self.calls: dict[nn.Module, int] = {}
 
     def run(self, batch_norm: bool) -> tuple[Fits, list[str]]:
@@ -145,6 +153,12 @@ class Fitting:
         images = sum(map(len, self.batches))
         return Fits(tuple(layers), images, self.degree, self.margin), notes
 
+    def _meant_by(self, name: str) -> PolynomialActivation:
+        """The activation of this name in the network as it was."""
+        module = self.original.get_submodule(name)
+        assert isinstance(module, PolynomialActivation)
+        return module
+
     def _stand_in(
         self,
         module: PolynomialActivation,
@@ -172,11 +186,12 @@ class Fitting:
                 order.append(module)
 
         norms = [m for m in self.network.modules() if isinstance(m, _BatchNorm)]
-        self._pass([*self.open, *norms], note, self.batches[:1])
+        self._pass(self.network, [*self.open, *norms], note, self.batches[:1])
         return order
 
     def _pass(
         self,
+        network: nn.Module,
         modules: Sequence[nn.Module],
         hook: Callable[[nn.Module, tuple[Tensor, ...]], None],
         batches: list[Tensor],
@@ -186,7 +201,7 @@ class Fitting:
             with torch.no_grad():
                 for batch in batches:
                     try:
-                        self.network(batch.clone())
+                        network(batch.clone())
                     except _ReachedError:
                         continue
         finally:
@@ -195,17 +210,20 @@ class Fitting:
 
     def _inputs(
         self,
+        network: nn.Module,
         module: nn.Module,
         name: str,
         take: Callable[[Tensor], None],
         batches: list[Tensor],
     ) -> None:
-        """Hand over what a module gets, batch by batch; nothing after it is computed.
+        """Hand over what a network's module gets, batch by batch.
+
+        Nothing after its last call is computed.
 
         Raises:
             RangeError: values that are not finite.
         """
-        left = 0
+        left, calls = 0, self.calls[module]
 
         def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             nonlocal left
@@ -217,32 +235,37 @@ class Fitting:
                     "a larger margin, or degree 4"
                 )
             take(x)
-            left = (left or self.calls[module]) - 1
+            left = (left or calls) - 1
             if not left:
                 raise _ReachedError
 
-        self._pass([module], hook, batches)
+        self._pass(network, [module], hook, batches)
 
     def _fit(self, module: PolynomialActivation) -> tuple[ChannelPolynomials, LayerFit]:
         name = self.open[module]
         seen, beside = ChannelHistogram(), ChannelHistogram()
-        self._inputs(module, name, seen.add, self.batches)
+        self._inputs(self.network, module, name, seen.add, self.batches)
         largest = seen.largest
         if self.beside:
-            self._inputs(module, name, beside.add, self.beside)
+            self._inputs(self.network, module, name, beside.add, self.beside)
             largest = np.maximum(largest, beside.largest)
-        reach = np.maximum(self.margin * seen.percentile(PERCENT), SLACK * largest)
+        reach = np.maximum(self.margin * seen.percentile(PERCENT), _FITTED * largest)
         radii = np.maximum(reach, reach.max() / _NARROWEST or _NOTHING_SEEN)
-        shares = seen.shares(radii, _CELLS)
         values = _values(self.functions[module], radii)
-        weights = (1 - _UNIFORM) * shares + _UNIFORM / _CELLS
-        fit = fit_channels(values, weights, radii, self.degree)
+        met = self._met(module, name, radii)
+        shares = met.shares()
+        weights = (1 - _UNIFORM) * shares, np.full_like(shares, _UNIFORM / _CELLS)
+        # By what was meant where inputs fell, by the function itself everywhere.
+        aims = met.means(values), values
+        aim = sum(w * y for w, y in zip(weights, aims, strict=True)) / sum(weights)
+        fit = fit_channels(aim, sum(weights), radii, self.degree)
         x = torch.from_numpy((radii[:, None] * cells(_CELLS)).T.copy())
         off = fit(x).numpy().T - values
         silent = [
             c for c, row in enumerate(values) if np.ptp(row[shares[c] > 0]) == 0.0
         ]
         signal = float((shares * values**2).sum())
+        radii, fit = _ROOM * radii, fit.widened([_ROOM] * len(radii))
         layer = LayerFit(
             name or "(model)",
             type(self.functions[module]).__name__,
@@ -253,6 +276,25 @@ class Fitting:
             tuple(silent),
         )
         return fit, layer
+
+    def _met(
+        self, module: PolynomialActivation, name: str, radii: np.ndarray
+    ) -> CellMeans:
+        """Where a module's inputs fall, and what the original network has there."""
+        met = CellMeans(radii, _CELLS)
+        original, function = self._meant_by(name), self.functions[module]
+        meant: list[Tensor] = []
+
+        def note(x: Tensor) -> None:
+            meant.append(function.forward(x.clone()))
+
+        self.calls[original] = self.calls[module]
+        for batch in self.batches:
+            self._inputs(self.original, original, name, note, [batch])
+            self._inputs(
+                self.network, module, name, lambda x: met.add(x, meant.pop(0)), [batch]
+            )
+        return met
 
     def _estimate(self, module: _BatchNorm) -> None:
         """Set a batch-norm's statistics to those of what it gets now."""
@@ -268,7 +310,7 @@ class Fitting:
             total = total + flat.sum(1)
             square = square + flat.square().sum(1)
 
-        self._inputs(module, "a batch-norm", take, self.batches)
+        self._inputs(self.network, module, "a batch-norm", take, self.batches)
         mean = total / count
         variance = (square / count - mean**2).clamp_min(0) * count / max(count - 1, 1)
         module.running_mean.copy_(mean)

@@ -66,24 +66,48 @@ class ChannelHistogram:
         index = torch.searchsorted(running, rank).squeeze(1).numpy()
         return np.asarray(np.minimum(_edges()[index + 1], self.largest))
 
-    def shares(self, radii: np.ndarray, count: int) -> np.ndarray:
-        """(channels, count) float64: the share of values in each cell of [-R, R].
 
-        What lies outside counts in the cell at that end.
+class CellMeans:
+    """What a function was meant to give where a channel's input fell, cell by cell.
+
+    Args:
+        radii: (channels,) float64, R of every channel; its cells divide [-R, R].
+        cells: how many.
+    """
+
+    def __init__(self, radii: np.ndarray, cells: int) -> None:
+        self.radii, self.cells = radii, cells
+        self._counts = torch.zeros(len(radii) * cells, dtype=torch.float64)
+        self._sums = self._counts.clone()
+
+    def add(self, x: Tensor, meant: Tensor) -> None:
+        """Count inputs (batch, channels, ...) and what was meant there, that shape.
+
+        What lies outside [-R, R] counts in the cell at that end.
         """
-        edges = _edges()
-        middle = (edges[:-1] + edges[1:]) / 2
-        counts = self.counts.numpy()
-        result = np.zeros((self.channels, count))
-        for c, radius in enumerate(radii):
-            for side, sign in enumerate((1.0, -1.0)):
-                used = np.flatnonzero(counts[c, side])
-                place = (sign * middle[used] / radius + 1.0) * (count / 2)
-                place = np.clip(place.astype(np.int64), 0, count - 1)
-                np.add.at(result[c], place, counts[c, side, used])
-        total = result.sum(1, keepdims=True)
-        shares: np.ndarray = result / np.maximum(total, 1.0)
-        return shares
+        radii = torch.from_numpy(self.radii).to(x.device, torch.float32)
+        flat = x.detach().float().transpose(0, 1).flatten(1) / radii.unsqueeze(1)
+        cell = flat.add_(1).mul_(self.cells / 2).long().clamp_(0, self.cells - 1)
+        cell += torch.arange(len(radii), device=x.device).unsqueeze(1) * self.cells
+        index, size = cell.flatten(), len(self._counts)
+        values = meant.detach().double().transpose(0, 1).flatten()
+        self._counts += torch.bincount(index, minlength=size).cpu()
+        self._sums += torch.bincount(index, values, minlength=size).cpu()
+
+    def shares(self) -> np.ndarray:
+        """(channels, cells) float64: the share of a channel's inputs in each cell."""
+        counts = self._counts.view(-1, self.cells)
+        return np.asarray((counts / counts.sum(1, keepdim=True).clamp_min(1)).numpy())
+
+    def means(self, otherwise: np.ndarray) -> np.ndarray:
+        """(channels, cells) float64: the mean of what was meant in each cell.
+
+        Args:
+            otherwise: the same shape, for cells where no input fell.
+        """
+        counts, sums = (t.view(-1, self.cells) for t in (self._counts, self._sums))
+        means = torch.where(counts > 0, sums / counts, torch.from_numpy(otherwise))
+        return np.asarray(means.numpy())
 
 
 def _edges() -> np.ndarray:

@@ -30,7 +30,8 @@ LEAST_SCALE = 12
 LEAST_WEIGHT_BITS = 3
 # A public multiplier is rounded to a whole number; further off than this it is refused.
 _MULTIPLIER_ERROR = 2.0**-7
-# How far beyond a polynomial's interval its input may go at least.
+# How far beyond what calibration reached a polynomial's input may go at least; its
+# interval holds it too.
 _BEYOND = 1.25
 # What room for more may cost: mean squares of errors, by factor.
 _ROOM = 1.5
@@ -301,7 +302,7 @@ class Scales:
         reaches = self.reaches[self.source_of[name] - 1]
         if name.endswith(RESCALED):
             return _largest(layer, reaches)
-        near = _BEYOND * np.maximum(layer.reach, radii_of(layer.rows))
+        near = np.maximum(_BEYOND * layer.reach, radii_of(layer.rows))
         return _largest(layer, np.minimum(reaches, near))
 
     def _roomy(self, name: str) -> float:
