@@ -73,6 +73,10 @@ def test_a_constant_that_no_layer_expresses_is_refused_by_name():
     assert "inputs of a batch" in refusal(Function(lambda x: x + rows), vector())
     zero = torch.zeros(6)
     assert "divide by zero" in refusal(Function(lambda x: x / zero), vector())
+    stack = torch.ones(3, 6, 2)
+    found = refusal(Function(lambda x: x[:, None] @ stack), vector())
+    assert "a constant of 3 axes" in found
+    assert "all inputs of a batch" in refusal(Function(torch.mean), image())
     many = torch.randn(1, 2, 200, 200)
     found = refusal(Function(lambda x: x + many), torch.randn(1, 2, 200, 200))
     assert "80000 constants that differ" in found

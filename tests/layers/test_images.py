@@ -54,6 +54,8 @@ def cases() -> dict[str, tuple[nn.Module, Tensor]]:
             sequence,
         ),
         "matrix on the left": (Written(lambda x: torch.ones(2, 4) @ x), sequence),
+        "vector on the right": (Written(lambda x: x @ torch.arange(9.0)), sequence),
+        "vector on the left": (Written(lambda x: torch.arange(4.0) @ x), sequence),
         "mixer": (
             Written(
                 lambda x, a, b: a(x) + b(x.mT).mT, nn.Linear(4, 4), nn.Linear(6, 6)

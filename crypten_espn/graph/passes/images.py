@@ -133,11 +133,17 @@ def _linear(graph: NetworkGraph, node: Node) -> None:
     while weight.ndim > 2 and len(weight) == 1:
         weight = weight[0]
     out = graph.shapes.get(node.output, ())
-    if len(shape) < 3 or weight.ndim != 2 or len(out) != len(shape):
+    if weight.ndim > 2:
+        node.problem = (
+            f"a product with a constant of {weight.ndim} axes; a matrix is supported, "
+            "alike for all inputs and rows"
+        )
+        return
+    if len(shape) < 3 or not out:
         return
     axis = len(shape) - 2 if constant[1] else len(shape) - 3
-    if axis < 0 or (axis == len(shape) - 3 and len(shape) < 3):
-        return
+    if weight.ndim == 1:
+        weight = weight[:, None] if constant[1] else weight[None]
     if constant[1]:
         weight = weight.T
     index = np.moveaxis(counted(shape[1:]), axis, 0)
@@ -156,7 +162,8 @@ def _linear(graph: NetworkGraph, node: Node) -> None:
     back = counted((len(weight), pixels)).reshape(len(weight), *rest)
     node.op, node.attributes = "Conv", dict(_ONE_PIXEL)
     set_weights(graph, node, weight[:, :, None, None], bias)
-    move_after(graph, node, (len(weight), pixels, 1), np.moveaxis(back, 0, axis))
+    back = np.moveaxis(back, 0, axis).reshape(graph.shapes[node.output][1:])
+    move_after(graph, node, (len(weight), pixels, 1), back)
 
 
 def _axes(graph: NetworkGraph, node: Node, rank: int) -> list[int] | None:
@@ -172,10 +179,10 @@ def _reduced(graph: NetworkGraph, node: Node) -> None:
     source = node.inputs[0]
     shape = graph.shapes.get(source, ())
     out = graph.shapes.get(node.output, ())
-    axes = _axes(graph, node, max(len(shape), 1))
-    if not axes or not out:
+    if not shape:
         return
-    if axes[0] == 0:
+    axes = _axes(graph, node, len(shape))
+    if not axes or axes[0] == 0 or not out:
         node.problem = "it takes all inputs of a batch together"
         return
     image = axes == [2, 3] and len(shape) == 4
