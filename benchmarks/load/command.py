@@ -31,7 +31,7 @@ from . import __doc__ as about
 
 SILENT = 1000
 _SETTLE_S = 60.0
-_GROWTH = 48 << 20  # bytes between the end of the first part and the end
+_GROWTH = 48 << 20  # bytes above the most of the first part
 
 
 @dataclasses.dataclass
@@ -45,8 +45,8 @@ class Report:
         wrong: of them, not the network's.
         refused: failures of clients, by what they were told.
         percentiles_s: of connect, prepare and predict: median, 90 %, 99 %, most.
-        usage: of server and dealer: before, after the first part, at the end, after
-            all have left.
+        usage: of server and dealer: before, the most in the first part (a minute or a
+            third) and in the rest, and after all have left.
         silent_s: what a client beside silent connections waited to be connected, and
             for its first answer.
         problems: why it does not hold.
@@ -69,7 +69,7 @@ def show(report: Report) -> str:
     waits = [["", "median", "90 %", "99 %", "most"]]
     for what, found in report.percentiles_s.items():
         waits.append([what, *(f"{1e3 * value:.0f} ms" for value in found)])
-    usage = [["", "", "before", "first part", "end", "after"]]
+    usage = [["", "", "before", "first part", "rest", "after"]]
     for name, looks in report.usage.items():
         usage.append([name, "memory", *(f"{u.memory / 1e6:.0f} MB" for u in looks)])
         usage.append(["", "threads", *(str(u.threads) for u in looks)])
@@ -115,6 +115,20 @@ class Service:
     def link(self) -> Link:
         return Link(self.dealer.address, tls=TLS(*self.files), timeout=120)
 
+    def most(self, seconds: float) -> dict[str, Usage]:
+        """The most that each process holds within these seconds."""
+        found, end = self.usage(), time.monotonic() + seconds
+        while (left := end - time.monotonic()) > 0:
+            time.sleep(min(1.0, left))
+            for name, usage in self.usage().items():
+                old = found[name]
+                found[name] = Usage(
+                    max(old.memory, usage.memory),
+                    max(old.descriptors, usage.descriptors),
+                    max(old.threads, usage.threads),
+                )
+        return found
+
     def usage(self) -> dict[str, Usage]:
         return {p.name: Usage.of(p.pid) for p in (self.server, self.dealer)}
 
@@ -146,10 +160,8 @@ def load(
         process.stdin.write("go\n")
         process.stdin.flush()
         first = min(60.0, report.seconds / 3)
-        time.sleep(first)
-        looks = [before, service.usage()]
-        time.sleep(report.seconds - first)
-        looks.append(service.usage())
+        most = [service.most(seconds) for seconds in (first, report.seconds - first)]
+        looks = [before, *most]
         found = json.loads(process.stdout.readline())
     end = time.monotonic() + _SETTLE_S
     after = service.usage()
@@ -192,9 +204,9 @@ def judge(report: Report) -> None:
     for text, count in report.refused.items():
         if not text.startswith(stated):
             report.problems.append(f"{count} times {text}")
-    for name, (before, first, end, after) in report.usage.items():
-        if end.memory > first.memory + _GROWTH or end.threads > first.threads + 8:
-            report.problems.append(f"{name} grew from {first} to {end}")
+    for name, (before, first, rest, after) in report.usage.items():
+        if rest.memory > first.memory + _GROWTH or rest.threads > first.threads + 8:
+            report.problems.append(f"{name} grew from {first} to {rest}")
         if not after.near(before):
             report.problems.append(f"{name} kept {after}, it began with {before}")
     if report.silent_s and report.silent_s[0] > 1.0:

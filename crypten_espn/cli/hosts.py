@@ -12,6 +12,7 @@ from ..errors import EspnError
 from ..serving.dealer import DealerServer
 from ..serving.events import log_to_stderr
 from ..serving.link import Limits, Link
+from ..serving.memory import keep_together
 from ..serving.quota import Quota
 from ..serving.server import ModelServer
 from ..serving.share import Share
@@ -32,9 +33,10 @@ class Common:
     verbose: bool
     log_json: bool
 
-    def log(self) -> None:
-        """Write this process's log to standard error."""
+    def begin(self) -> None:
+        """Set up this process: its log goes to standard error."""
         log_to_stderr(verbose=self.verbose, as_json=self.log_json)
+        keep_together()
 
     @property
     def certificates(self) -> TLS | None:
@@ -90,7 +92,7 @@ class Serving:
     def __call__(self, share: Share | None = None) -> ModelServer:
         """Read what is served, unless that was done, and listen."""
         told = self.common
-        told.log()
+        told.begin()
         link = Link(
             self.dealers, self.material, told.certificates, told.timeout, told.insecure
         )
@@ -115,7 +117,7 @@ class Dealing:
     def __call__(self, share: Share | None = None) -> DealerServer:
         """Listen."""
         told = self.common
-        told.log()
+        told.begin()
         link = Link(tls=told.certificates, timeout=told.timeout, insecure=told.insecure)
         return DealerServer(
             told.address, link=link, limits=told.limits, plans=self.plans, share=share

@@ -129,7 +129,7 @@ def serve(
     common = _common(address, limit, tls, revoked, timeout, insecure, verbose, log_json)
     counted = _quota(quota, quota_file, material)
     told = Network(network, calibration, precision, guard)
-    common.log()
+    common.begin()
     if counted is not None:
         Quota(*counted)
     bundle = told.read()
@@ -162,7 +162,7 @@ def deal(
     """
     common = _common(address, limit, tls, revoked, timeout, insecure, verbose, log_json)
     make = Dealing(common, plan_digest)
-    common.log()
+    common.begin()
     host = make() if workers == 1 else _crew(make, "dealer", workers)
     return _until_stopped(host, "dealing on", admin)
 

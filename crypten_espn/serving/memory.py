@@ -1,7 +1,7 @@
 """Giving memory back to the system.
 
 Every thread of a busy host leaves free memory behind in the allocator's arenas, which
-keep it: a gigabyte after fifty clients.
+keep it: a gigabyte after fifty clients. Two arenas are emptied whole, many are not.
 """
 
 from __future__ import annotations
@@ -10,14 +10,23 @@ import ctypes
 import sys
 from collections.abc import Callable
 
+_ARENA_MAX = -8  # of glibc's malloc.h
+_ARENAS = 2
 
-def _trim() -> Callable[[int], int] | None:
+
+def _found(name: str) -> Callable[..., int] | None:
     if not sys.platform.startswith("linux"):
         return None
-    return getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it
+    return getattr(ctypes.CDLL(None), name, None)  # glibc has it
 
 
-_malloc_trim = _trim()
+_malloc_trim, _mallopt = _found("malloc_trim"), _found("mallopt")
+
+
+def keep_together() -> None:
+    """Have all threads of this process share two arenas, for a process that serves."""
+    if _mallopt is not None:
+        _mallopt(_ARENA_MAX, _ARENAS)
 
 
 def give_back() -> None:

@@ -300,10 +300,21 @@ class Stream:
 
     def _read(self, reader: _Reader[T]) -> int:
         if reader.target is not None:
-            return self._sock.recv_into(reader.target)
+            return self._fill(reader.target)
         data = self._sock.recv(min(_CHUNK, INBOX_BYTES - len(self._inbox)))
         self._inbox += data
         return len(data)
+
+    def _fill(self, target: memoryview) -> int:
+        got = self._sock.recv_into(target)
+        if not isinstance(self._sock, ssl.SSLSocket):
+            return got
+        # TLS gives a record at a time: take those that are there before looking up.
+        end = min(len(target), _CHUNK)
+        with contextlib.suppress(OSError):  # the next call meets it again
+            while 0 < got < end and (more := self._sock.recv_into(target[got:])):
+                got += more
+        return got
 
     def _arrived(self, reader: _Reader[T], got: int) -> None:
         if reader.target is None:
