@@ -32,7 +32,7 @@ def run(capsys, *arguments):
 
 COMMANDS = (
     "demo", "doctor", "check", "estimate", "explain", "plan", "bundle", "serve",
-    "predict", "prepare", "deal", "material", "keys", "train", "finetune", "calibrate",
+    "predict", "prepare", "sidecar", "deal", "material", "keys", "train", "finetune", "calibrate",
 )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ harmless: a few bytes can announce more pixels than memory holds.
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -76,7 +77,27 @@ def load_images(
     if not paths:
         raise DataError("no image file was given; give at least one")
     preprocessing.check(shape)
-    pixels = np.stack([_pixels(Path(path), preprocessing, shape) for path in paths])
+    found = [_pixels(Path(path), str(path), preprocessing, shape) for path in paths]
+    return _normalised(found, preprocessing)
+
+
+def decode_image(
+    data: bytes, *, preprocessing: Preprocessing, shape: tuple[int, ...]
+) -> torch.Tensor:
+    """The bytes of an image file as an input, as `load_images` has it.
+
+    Returns: float32 (1, *shape).
+
+    Raises:
+        DataError, ShapeError: as `load_images`.
+    """
+    preprocessing.check(shape)
+    pixels = _pixels(io.BytesIO(data), "the image", preprocessing, shape)
+    return _normalised([pixels], preprocessing)
+
+
+def _normalised(found: list[np.ndarray], preprocessing: Preprocessing) -> torch.Tensor:
+    pixels = np.stack(found)
     images = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous().float()
     mean = torch.tensor(preprocessing.mean, dtype=torch.float32).view(1, -1, 1, 1)
     std = torch.tensor(preprocessing.std, dtype=torch.float32).view(1, -1, 1, 1)
@@ -84,49 +105,52 @@ def load_images(
 
 
 def _pixels(
-    path: Path, preprocessing: Preprocessing, shape: tuple[int, ...]
+    source: Path | io.BytesIO,
+    name: str,
+    preprocessing: Preprocessing,
+    shape: tuple[int, ...],
 ) -> np.ndarray:
     """One image at its final size: uint8 (height, width, channels)."""
     from PIL import Image, ImageOps
 
     channels, height, width = shape
     try:
-        with Image.open(path, formats=_FORMATS) as file:
-            _check(file, path)
+        with Image.open(source, formats=_FORMATS) as file:
+            _check(file, name)
             whole = ImageOps.exif_transpose(file)
-            made = _fitted(_in_mode(whole, channels), path, preprocessing, shape)
+            made = _fitted(_in_mode(whole, channels), name, preprocessing, shape)
     except DataError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise DataError(_too_large(path, "more pixels than Pillow opens")) from None
+        raise DataError(_too_large(name, "more pixels than Pillow opens")) from None
     except FileNotFoundError:
-        raise DataError(f"{path} is not there; name an image file") from None
+        raise DataError(f"{name} is not there; name an image file") from None
     except Image.UnidentifiedImageError:
         raise DataError(
-            f"{path} is no JPEG or PNG image; convert it to one of them"
+            f"{name} is no JPEG or PNG image; convert it to one of them"
         ) from None
     except Exception as error:  # decoders raise many kinds
         raise DataError(
-            f"{path} cannot be read as an image ({ascii(str(error))[1:-1][:120]}); "
+            f"{name} cannot be read as an image ({ascii(str(error))[1:-1][:120]}); "
             "save it again"
         ) from None
     return np.asarray(made, dtype=np.uint8).reshape(height, width, channels)
 
 
-def _check(file: Image, path: Path) -> None:
+def _check(file: Image, name: str) -> None:
     if file.width * file.height > MAX_PIXELS:
-        raise DataError(_too_large(path, f"{file.width}x{file.height} pixels"))
+        raise DataError(_too_large(name, f"{file.width}x{file.height} pixels"))
     if file.mode not in _MODES:
         raise DataError(
-            f"{path} has pixels of kind {file.mode!r}, more than 8 bits a channel; "
+            f"{name} has pixels of kind {file.mode!r}, more than 8 bits a channel; "
             "save it with 8"
         )
     if getattr(file, "n_frames", 1) > 1 and file.format == "PNG":
-        raise DataError(f"{path} is an animation; save the frame that is meant")
+        raise DataError(f"{name} is an animation; save the frame that is meant")
 
 
-def _too_large(path: Path, what: str) -> str:
-    return f"{path} has {what}; {MAX_PIXELS:,} are the most: scale it down first"
+def _too_large(name: str, what: str) -> str:
+    return f"{name} has {what}; {MAX_PIXELS:,} are the most: scale it down first"
 
 
 def _in_mode(image: Image, channels: int) -> Image:
@@ -142,7 +166,7 @@ def _in_mode(image: Image, channels: int) -> Image:
 
 def _fitted(
     image: Image,
-    path: Path,
+    name: str,
     preprocessing: Preprocessing,
     shape: tuple[int, ...],
 ) -> Image:
@@ -165,7 +189,7 @@ def _fitted(
             size = (max(width, height * image.width // image.height), height)
     if size[0] * size[1] > MAX_PIXELS:
         raise DataError(
-            f"{path} has {image.width}x{image.height} pixels, {size[0]}x{size[1]} "
+            f"{name} has {image.width}x{image.height} pixels, {size[0]}x{size[1]} "
             "resized; cut its long side first"
         )
     image = image.resize((size[0], size[1]), pillow.Resampling.BILINEAR)

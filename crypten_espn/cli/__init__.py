@@ -15,6 +15,7 @@ import typer
 
 from .. import __version__
 from ..errors import EspnError
+from .applications import sidecar
 from .bundles import bundle
 from .calibration import calibrate
 from .clients import predict, prepare
@@ -51,8 +52,8 @@ def doctor() -> int:
 
 
 _COMMANDS = (
-    demo, doctor, check, estimate, explain, plan, bundle, serve, predict, prepare, deal,
-    material, keys, train, finetune, calibrate,
+    demo, doctor, check, estimate, explain, plan, bundle, serve, predict, prepare,
+    sidecar, deal, material, keys, train, finetune, calibrate,
 )  # fmt: skip
 
 

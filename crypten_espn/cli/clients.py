@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from ..bundle.images import SUFFIXES, existing
 from ..errors import DataError, EspnError, RangeError, ShapeError
 from ..serving.client import Client, connect
 from ..serving.events import log_to_stderr
+from ..serving.filling import answers
 from ..serving.link import TIMEOUT_S, Link
 from .options import argument, choice, option, whole
 from .sessions import (
@@ -107,10 +109,17 @@ def predict(
                 one.check(server, force)
                 advance(len(one.rows()))
             size = batch if input is None else len(rows)
-            for part, found in _answers(server, rows, size, force):
+
+            def load(start: int, end: int) -> torch.Tensor:
+                return torch.cat([row.inputs(server) for row in rows[start:end]])
+
+            names = (row.name for row in rows)
+            for answer in answers(server, len(rows), load, size=size, force=force):
+                found = answer.logits
                 logits.append(found)
+                part = list(itertools.islice(names, len(found)))
                 if write is not None:
-                    write([row.name for row in part], found)
+                    write(part, found)
                 advance(len(part))
     if out is not None:
         np.save(out, torch.cat(logits).numpy())
@@ -186,26 +195,6 @@ def _read(path: Path) -> _Given:
     if path.suffix.lower() in SUFFIXES:
         return _Given(str(path), path)
     return _Given(str(path), load_array(path))
-
-
-def _answers(
-    server: Client, rows: Sequence[_Given], size: int, force: bool
-) -> Iterator[tuple[Sequence[_Given], torch.Tensor]]:
-    """Batches of inputs with their logits.
-
-    Of the size asked for, but where prepared material is for another: a last batch that
-    is shorter than its material is filled up with its last input.
-    """
-    start = 0
-    while start < len(rows):
-        prepared = server.next_batch
-        part = rows[start : start + (prepared or size)]
-        x = torch.cat([row.inputs(server) for row in part])
-        missing = (prepared or len(x)) - len(x)
-        if missing:
-            x = torch.cat([x, x[-1:].expand(missing, *x.shape[1:])])
-        yield part, server.predict(x, force=force)[: len(part)]
-        start += len(part)
 
 
 _Write = Callable[[list[str], torch.Tensor], None]

@@ -1,13 +1,16 @@
 """`crypten-espn serve`, `deal`, `material` and `keys`."""
 
+from __future__ import annotations
+
 import signal
 import threading
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
+from typer.models import OptionInfo
 
 from ..bundle.sealed import is_bundle
 from ..masked.store import material_info
@@ -33,9 +36,19 @@ from .options import (
     whole,
 )
 
-_LIMITS = asdict(Limits())
-_DEFAULTS = ", ".join(f"{name}={value:g}" for name, value in _LIMITS.items())
-_LIMIT = f"what is put up with; may be repeated (defaults: {_DEFAULTS})"
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+L = TypeVar("L", bound="DataclassInstance")
+
+
+def limit_option(defaults: DataclassInstance) -> OptionInfo:
+    """`--limit NAME=VALUE` for these limits."""
+    shown = ", ".join(f"{name}={value:g}" for name, value in asdict(defaults).items())
+    about = f"what is put up with; may be repeated (defaults: {shown})"
+    return option(about, "NAME=VALUE")
+
+
 _TLS = "PEM files for mutual TLS", "CERTIFICATE KEY AUTHORITY"
 _VERBOSE = "log every session to standard error, not only what was refused"
 _INSECURE = (
@@ -85,7 +98,7 @@ Served = Annotated[
 Listen = Annotated[str, argument("host:port to listen on", "ADDRESS")]
 Dealer = Annotated[list[str], option(_DEALER, "ADDRESS")]
 Material = Annotated[Path | None, option("folder of prepared randomness", "DIR")]
-LimitList = Annotated[list[str] | None, option(_LIMIT, "NAME=VALUE")]
+LimitList = Annotated[list[str] | None, limit_option(Limits())]
 Tls = Annotated[tuple[str, str, str] | None, option(*_TLS)]
 Insecure = Annotated[bool, option(_INSECURE, None, "--insecure")]
 Verbose = Annotated[bool, option(_VERBOSE, None, "-v", "--verbose")]
@@ -217,7 +230,7 @@ def _common(
     verbose: bool,
     log_json: bool,
 ) -> Common:
-    limits = _limits(limit)
+    limits = limits_of(Limits(), limit)
     certificates(tls, revoked)  # read before anything else
     return Common(address, tls, revoked, timeout, insecure, limits, verbose, log_json)
 
@@ -292,16 +305,21 @@ def _quota(
     return daily, material / "quota.json"
 
 
-def _limits(given: list[str] | None) -> Limits:
-    limits = Limits()
+def limits_of(defaults: L, given: list[str] | None) -> L:
+    """These limits with what was given in their place.
+
+    Raises:
+        BadParameter: one is no limit, or no positive number.
+    """
+    limits, known = defaults, asdict(defaults)
     for text in given or ():
         name, _, value = text.partition("=")
         try:
-            limits = replace(limits, **{name: type(_LIMITS[name])(value)})
+            limits = replace(limits, **{name: type(known[name])(value)})
         except (KeyError, ValueError):
             raise typer.BadParameter(
                 f"{text!r} is no limit; give NAME=VALUE with a positive number and one "
-                f"of {', '.join(_LIMITS)}",
+                f"of {', '.join(known)}",
                 param_hint="'--limit'",
             ) from None
     return limits

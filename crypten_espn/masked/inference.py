@@ -195,8 +195,7 @@ def client(plan: Plan, material: ClientMaterial, x: np.ndarray) -> Protocol[np.n
             f"The material was made for batches of {batch}; the input has {len(x)}. "
             "Prepare material for this batch size."
         )
-    masked = x.astype(kernels.ring_dtype(first.ring)) - material.input_mask
-    yield send(SERVER, masked, first.ring)
+    yield send(SERVER, masked_input(plan, material, x), first.ring)
     share = yield from client_layers(plan, material)
     digest = material.pairing.digest(plan)
     yield Tell(SERVER, digest)
@@ -204,6 +203,16 @@ def client(plan: Plan, material: ClientMaterial, x: np.ndarray) -> Protocol[np.n
     (theirs,) = yield receive(SERVER, share.size, plan.output.ring)
     logits: np.ndarray = theirs.reshape(share.shape) + share
     return logits
+
+
+def masked_input(plan: Plan, material: ClientMaterial, x: np.ndarray) -> np.ndarray:
+    """D = x - t: all that the server receives of an input.
+
+    Returns: (batch, *sources[0].shape); the lower `sources[0].ring` bits count.
+    """
+    dtype = kernels.ring_dtype(plan.sources[INPUT].ring)
+    masked: np.ndarray = x.astype(dtype) - material.input_mask
+    return masked
 
 
 def client_layers(plan: Plan, material: ClientMaterial) -> Protocol[np.ndarray]:

@@ -30,12 +30,13 @@ from ..errors import (
     RevokedError,
 )
 from ..masked.drivers import over
-from ..masked.inference import chunks
+from ..masked.inference import chunks, masked_input
 from ..masked.inference import client as inference
 from ..masked.material import ClientMaterial, Pairing
 from ..masked.plan import Plan
 from ..wire.channel import Channel
 from ..wire.tls import TLS
+from .answer import Answer
 from .boundary import session_tag, telling, told
 from .dealers import trusted
 from .events import InferenceBegun, Reconnected, report
@@ -265,12 +266,31 @@ class Client:
                 sent, it is connected to again first.
             QuotaError: the server answers this client no more today; nothing was used.
         """
+        return self.ask(x, force=force).logits
+
+    def ask(self, x: object, *, force: bool = False, show: bool = False) -> Answer:
+        """`predict`, and what it took.
+
+        Args:
+            x, force: as `predict`.
+            show: keep what the server received of the input.
+
+        Cost, Error, Raises: as `predict`.
+        """
         plan = self.plan
         encoded = plan.encode(x, force=force)
         self._prepare_for(len(encoded))
         if self.plan is not plan:  # the server had another one when it was back
             encoded = self.plan.encode(x, force=force)
-        return self._predict(self._channel, encoded)
+        return self._predict(self._channel, encoded, show=show)
+
+    def keep(self) -> None:
+        """Connect again if the connection was lost; nothing else is sent.
+
+        Raises:
+            PeerError: the server cannot be reached, or does not want this client.
+        """
+        self._reach_again()
 
     def _prepare_for(self, batch: int) -> None:
         """Be connected to a server that answers so many inputs, with material."""
@@ -344,7 +364,7 @@ class Client:
                     if number is None:
                         return
                     encoded = self.plan.encode(inputs[number], force=force)
-                    results[number] = self._predict(channel, encoded)
+                    results[number] = self._predict(channel, encoded).logits
             except BaseException as error:
                 failures.append(error)
 
@@ -429,10 +449,13 @@ class Client:
         tag = "" if self.session is None else session_tag(self.session)
         report(log, Reconnected(tag, told(lost)))
 
-    def _predict(self, channel: Channel, encoded: np.ndarray) -> torch.Tensor:
+    def _predict(
+        self, channel: Channel, encoded: np.ndarray, *, show: bool = False
+    ) -> Answer:
         batch, start = len(encoded), time.perf_counter()
         material = self._stock.take_next(batch=batch)
         index, tag = material.pairing.index, session_tag(material.pairing.session.hex())
+        masked = masked_input(self.plan, material, encoded) if show else None
         begun = InferenceBegun("", tag, index, batch)
         with reported(
             begun,
@@ -442,7 +465,8 @@ class Client:
             left=lambda: self.remaining,
         ):
             sent, messages = channel.bytes_sent, channel.messages_sent
-            heard, began = channel.messages_received, time.perf_counter()
+            received, heard = channel.bytes_received, channel.messages_received
+            began = time.perf_counter()
             with self._lock:
                 if self._allowed is not None:
                     self._allowed -= batch
@@ -455,9 +479,10 @@ class Client:
         # compare what was used. The chunks of a large batch travel at once.
         layers = channel.messages_sent - messages + channel.messages_received - heard
         rounds = 2 + (layers - 4) // len(chunks(batch))
+        sent, received = channel.bytes_sent - sent, channel.bytes_received - received
         with self._lock:
-            self.online += Cost(rounds, channel.bytes_sent - sent, 0, seconds)
-        return self.plan.decode(z)
+            self.online += Cost(rounds, sent, 0, seconds)
+        return Answer(self.plan.decode(z), seconds, sent, received, masked)
 
     def close(self) -> None:
         """Say goodbye and disconnect."""

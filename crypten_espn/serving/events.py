@@ -248,6 +248,56 @@ class Reconnected(Event):
 
 
 @dataclass(frozen=True)
+class TopUpFailed(Event):
+    """Preparing in the background failed.
+
+    Args:
+        attempt, attempts: how many in a row, and after how many it is given up.
+        wait_s: until the next one; 0 where it is given up until the next input.
+        reason: what went wrong.
+    """
+
+    level = logging.WARNING
+
+    attempt: int
+    attempts: int
+    wait_s: float
+    reason: str
+
+
+@dataclass(frozen=True)
+class Repeated(Event):
+    """A sidecar asks for inputs once more, with new material; `reason` is why."""
+
+    level = logging.WARNING
+
+    inputs: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Reachable(Event):
+    """A sidecar reaches its server again, after it did not."""
+
+
+@dataclass(frozen=True)
+class Unreachable(Event):
+    """A sidecar does not reach its server, or is not welcome there."""
+
+    level = logging.WARNING
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class RequestRefused(Event):
+    """A sidecar refused or failed an HTTP request; its text may tell of the input."""
+
+    status: int
+    reason: str
+
+
+@dataclass(frozen=True)
 class Dealing(Event):
     """A dealer has paired a server and a client."""
 

@@ -270,6 +270,12 @@ def check_plaintext(address: str, tls: TLS | None, insecure: bool) -> None:
     _check_plaintext(address, found, tls, insecure)
 
 
+def is_loopback(address: str) -> bool:
+    """Whether only this host reaches an IP address, as getaddrinfo gives it."""
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    return (getattr(ip, "ipv4_mapped", None) or ip).is_loopback
+
+
 def _check_plaintext(
     address: str, found: _Found, tls: TLS | None, insecure: bool
 ) -> None:
@@ -277,9 +283,8 @@ def _check_plaintext(
     if tls is not None or insecure:
         return
     for *_, place in found:
-        ip = ipaddress.ip_address(str(place[0]).partition("%")[0])
-        ip = getattr(ip, "ipv4_mapped", None) or ip
-        if not ip.is_loopback:
+        ip = str(place[0])
+        if not is_loopback(ip):
             raise TransportError(
                 f"{address} is beyond this host ({ip}), and without TLS everybody on "
                 "the way reads the seeds. Give certificates with --tls (tls=); "

@@ -1,0 +1,217 @@
+"""Requests of any number of threads, asked one after the other of one server."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from concurrent.futures import Future
+from dataclasses import replace
+from typing import Protocol
+
+import torch
+
+from ..errors import (
+    ClosingError,
+    EspnError,
+    LimitError,
+    PeerError,
+    PlanMismatchError,
+    QuotaError,
+    RevokedError,
+)
+from ..serving.answer import Answer
+from ..serving.boundary import told, traced
+from ..serving.events import Reachable, Repeated, Unreachable, report
+from ..serving.filling import Asks, answers
+
+log = logging.getLogger(__name__)
+
+_TICK_S = 1.0
+# Whoever says so would say it again.
+_REFUSALS = (LimitError, QuotaError)
+_FINAL = (*_REFUSALS, RevokedError, PlanMismatchError)
+
+
+class Keeps(Asks, Protocol):
+    """What answers, and connects again: a `Client`, or a `Supply`."""
+
+    def keep(self) -> None:
+        """Connect again if the connection was lost."""
+
+
+class _Job:
+    def __init__(self, x: torch.Tensor, show: bool) -> None:
+        self.x, self.show = x, show
+        self.future: Future[Answer] = Future()
+
+
+class Queue:
+    """Asks for what threads put into it, in their order, by a thread of its own.
+
+    Inputs of several requests that wait make one batch. A request whose connection
+    broke is asked for once more: with new material and under new masks, so that the
+    server learns nothing from it. While nothing is asked for, a lost connection is made
+    again.
+
+    Args:
+        client: who is asked; used by this thread alone from now on.
+        size: inputs of one inference, where no material for another number is there.
+        waiting: requests that may wait.
+    """
+
+    def __init__(self, client: Keeps, *, size: int, waiting: int) -> None:
+        self._client, self._size, self._waiting = client, size, waiting
+        self._jobs: deque[_Job] = deque()
+        self._change = threading.Condition()
+        self._closing = False
+        self._reachable = True
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    @property
+    def ready(self) -> bool:
+        """Whether the server was reachable when it was last asked."""
+        return self._reachable and not self._closing
+
+    def put(self, x: torch.Tensor, *, show: bool = False) -> Future[Answer]:
+        """Ask for a batch of inputs that are known to be good.
+
+        Args:
+            x: (batch, *input_shape).
+            show: keep what the server received of it.
+
+        Returns: the answer to come, or what `Client.predict` raises.
+
+        Raises:
+            LimitError: too many wait.
+            ClosingError: it is closed.
+        """
+        job = _Job(x, show)
+        with self._change:
+            if self._closing:
+                raise _closing()
+            if len(self._jobs) >= self._waiting:
+                raise LimitError(
+                    f"{self._waiting} requests wait already; try again later.",
+                    "waiting",
+                )
+            self._jobs.append(job)
+            self._change.notify()
+        return job.future
+
+    def close(self) -> None:
+        """Finish what is under way; what waits is refused."""
+        with self._change:
+            self._closing = True
+            left = list(self._jobs)
+            self._jobs.clear()
+            self._change.notify()
+        for job in left:
+            if job.future.set_running_or_notify_cancel():
+                job.future.set_exception(_closing())
+        self._thread.join()
+
+    # -- the asking thread
+
+    def _run(self) -> None:
+        while True:
+            with self._change:
+                self._change.wait_for(lambda: self._jobs or self._closing, _TICK_S)
+                jobs = self._next()
+                if not jobs and self._closing:
+                    return
+            if jobs:
+                self._do(jobs)
+            else:
+                self._keep()
+
+    def _next(self) -> list[_Job]:
+        """The oldest job, and those behind it that one inference takes too."""
+        jobs: list[_Job] = []
+        room = self._size
+        while self._jobs and (not jobs or len(self._jobs[0].x) <= room):
+            if jobs and (self._jobs[0].show or jobs[0].show):
+                break
+            job = self._jobs.popleft()
+            if job.future.set_running_or_notify_cancel():
+                jobs.append(job)
+                room -= len(job.x)
+        return jobs
+
+    def _do(self, jobs: list[_Job]) -> None:
+        x = torch.cat([job.x for job in jobs])
+        try:
+            found = self._ask(x, jobs[0].show)
+        except BaseException as error:
+            for job in jobs:
+                job.future.set_exception(error)
+            return
+        start = 0
+        for job in jobs:
+            logits = found.logits[start : start + len(job.x)]
+            job.future.set_result(replace(found, logits=logits))
+            start += len(job.x)
+
+    def _ask(self, x: torch.Tensor, show: bool) -> Answer:
+        """The answer to all inputs together."""
+        try:
+            return self._once(x, show)
+        except PeerError as error:
+            if isinstance(error, _FINAL):
+                self._note(error)
+                raise
+            report(log, Repeated(len(x), told(error)))
+        try:
+            return self._once(x, show)
+        except EspnError as error:
+            self._note(error)
+            raise
+
+    def _once(self, x: torch.Tensor, show: bool) -> Answer:
+        parts = list(
+            answers(
+                self._client,
+                len(x),
+                lambda start, end: x[start:end],
+                size=self._size,
+                show=show,
+            )
+        )
+        self._note(None)
+        return Answer(
+            torch.cat([part.logits for part in parts]),
+            sum(part.seconds for part in parts),
+            sum(part.sent for part in parts),
+            sum(part.received for part in parts),
+            parts[0].masked,
+        )
+
+    def _keep(self) -> None:
+        try:
+            self._client.keep()
+        except EspnError as error:
+            self._note(error)
+        except Exception as error:
+            log.error("cannot look after the connection: %s", traced(error))
+        else:
+            self._note(None)
+
+    def _note(self, error: EspnError | None) -> None:
+        """Remember whether the server is there, and log a change."""
+        there = not isinstance(error, PeerError) or isinstance(error, _REFUSALS)
+        before, self._reachable = self._reachable, there
+        if before and error is not None and not there:
+            report(log, Unreachable(told(error)))
+        elif there and not before:
+            report(log, Reachable())
+
+    def __enter__(self) -> Queue:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def _closing() -> ClosingError:
+    return ClosingError("The sidecar is shutting down.")

@@ -1,0 +1,123 @@
+"""A sidecar's process: where it listens, and how it begins and ends."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Collection
+
+import uvicorn
+
+from ..errors import TransportError
+from ..wire.connect import host_port, is_loopback, parse_address
+from .app import App
+from .asking import Keeps, Queue
+from .limits import SidecarLimits
+from .tensors import Model
+
+_LOOPBACK = ("127.0.0.1", "::1", "localhost")
+_HEADERS_BYTES = 1 << 14
+_IDLE_S = 10
+
+
+class Sidecar:
+    """Listens once it is made, and answers while `run` runs.
+
+    Args:
+        client: who answers.
+        address: "host:port" to listen on; port 0 lets the system choose.
+        model: how the protocol calls the model and its tensors.
+        names: what a host beyond this one may call it; without names it listens on
+            loopback addresses alone.
+        size: inputs of one inference, where no material for another number is there.
+        limits: what it puts up with.
+
+    Attributes:
+        address: where it listens.
+
+    Raises:
+        TransportError: the address cannot be listened on, or is beyond this host and
+            has no names.
+    """
+
+    def __init__(
+        self,
+        client: Keeps,
+        address: str,
+        *,
+        model: Model,
+        names: Collection[str] = (),
+        size: int = 1,
+        limits: SidecarLimits,
+    ) -> None:
+        self._socket = _listening(address, bool(names))
+        host, _ = parse_address(address)
+        self.address = host_port(host, self._socket.getsockname()[1])
+        self._queue = Queue(client, size=size, waiting=limits.waiting)
+        app = App(model, self._queue, names=(*_LOOPBACK, *names), limits=limits)
+        # What uvicorn would log may hold what was asked; ours is logged here.
+        self._server = uvicorn.Server(
+            uvicorn.Config(
+                app.asgi,
+                http="h11",
+                ws="none",
+                loop="asyncio",
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                proxy_headers=False,
+                server_header=False,
+                limit_concurrency=limits.connections,
+                h11_max_incomplete_event_size=_HEADERS_BYTES,
+                timeout_keep_alive=_IDLE_S,
+                timeout_graceful_shutdown=int(limits.grace_s),
+            )
+        )
+
+    def run(self) -> None:
+        """Answer until `stop` is called, or the process is told to end."""
+        self._server.run(sockets=[self._socket])
+
+    def stop(self) -> None:
+        """Make `run` return once what is under way is finished, from any thread."""
+        self._server.should_exit = True
+
+    def close(self) -> None:
+        """Ask no more; a second call does nothing."""
+        self._socket.close()
+        self._queue.close()
+
+    def __enter__(self) -> Sidecar:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def _listening(address: str, exposed: bool) -> socket.socket:
+    host, port = parse_address(address)
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        family, kind, protocol, _, place = found[0]
+        if not exposed and not all(is_loopback(str(one[4][0])) for one in found):
+            raise TransportError(
+                f"{address} is beyond this host, and applications send their inputs "
+                "here in the clear. Listen on 127.0.0.1; or name what others may call "
+                "this sidecar with --expose, on a network that nobody else can reach."
+            )
+        made = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise _cannot(address, error) from None
+    try:
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        made.bind(place)
+        made.listen(128)
+    except OSError as error:
+        made.close()
+        raise _cannot(address, error) from None
+    return made
+
+
+def _cannot(address: str, error: OSError) -> TransportError:
+    return TransportError(
+        f"Cannot listen on {address} for --listen: {error.strerror or error}."
+    )
