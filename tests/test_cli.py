@@ -32,7 +32,8 @@ def run(capsys, *arguments):
 
 COMMANDS = (
     "demo", "doctor", "check", "estimate", "explain", "plan", "bundle", "serve",
-    "predict", "prepare", "sidecar", "deal", "material", "keys", "train", "finetune", "calibrate",
+    "predict", "prepare", "sidecar", "deal", "material", "keys", "train", "finetune",
+    "calibrate",
 )  # fmt: skip
 
 

@@ -235,7 +235,10 @@ class App:
         )
 
     def _read(self, body: bytes, header: int | None) -> tuple[Asked, torch.Tensor]:
-        asked = self._model.read(body, header)
+        try:
+            asked = self._model.read(body, header)
+        except LimitError as error:  # another try would be as large
+            raise Refusal(413, told(error)) from None
         return asked, self._checked(asked.x)
 
     def _checked(self, x: object) -> torch.Tensor:

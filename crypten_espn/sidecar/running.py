@@ -63,6 +63,7 @@ class Sidecar:
                 loop="asyncio",
                 lifespan="off",
                 log_config=None,
+                log_level="warning",
                 access_log=False,
                 proxy_headers=False,
                 server_header=False,

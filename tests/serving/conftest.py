@@ -101,7 +101,7 @@ class Heard(logging.Handler):
 
 @pytest.fixture
 def heard() -> Iterator[Heard]:
-    handler, logger = Heard(), logging.getLogger("crypten_espn.serving")
+    handler, logger = Heard(), logging.getLogger("crypten_espn")
     level = logger.level
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
