@@ -83,8 +83,11 @@ class Browser:
         self._do("POST", "/actions", {"actions": actions})
 
     def size(self, width: int, height: int) -> None:
-        """The window's."""
-        self._do("POST", "/window/rect", {"width": width, "height": height})
+        """The page's, in pixels; no window is as narrow as a telephone."""
+        screen = {"width": width, "height": height, "deviceScaleFactor": 1}
+        asked = {"cmd": "Emulation.setDeviceMetricsOverride"}
+        params = {**screen, "mobile": False}
+        self._do("POST", "/goog/cdp/execute", {**asked, "params": params})
 
     def wait(self, script: str) -> Any:
         """What a script returns, once that is something true."""
