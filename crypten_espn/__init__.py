@@ -42,6 +42,7 @@ from .serving.dealer import deal  # noqa: E402
 from .serving.link import Limits, Link  # noqa: E402
 from .serving.quota import Quota  # noqa: E402
 from .serving.server import serve  # noqa: E402
+from .serving.supply import Supply  # noqa: E402
 from .simulate import simulate  # noqa: E402
 from .sweep import sweep  # noqa: E402
 from .wire.crypten import use_direct_channel  # noqa: E402
@@ -62,6 +63,7 @@ __all__ = [
     "Preprocessing",
     "PrivateNetwork",
     "Quota",
+    "Supply",
     "TailReplay",
     "attach_guard",
     "boundary_penalty",

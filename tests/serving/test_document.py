@@ -12,6 +12,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -93,7 +94,9 @@ class Hosts:
                 if said:
                     break
             assert said, f"{words} ended without listening"
-            address = next(w for w in words if re.fullmatch(r"[\w.]+:\d+", w))
+            # Of a sidecar's addresses the first is its server's.
+            after = words.index("--listen") if "--listen" in words else 0
+            address = next(w for w in words[after:] if re.fullmatch(r"[\w.]+:\d+", w))
             before = dict(self.ports)
             self.ports[address.rpartition(":")[2]] = said[1]
             yield
@@ -111,6 +114,13 @@ def answered(line: str) -> list[str]:
     scores = [float(score) for _, score in ranked]
     assert scores == sorted(scores, reverse=True) and abs(sum(scores) - 1) < 1e-3
     return [name for name, _ in ranked]
+
+
+def from_page(port: str) -> str:
+    """The class that the sidecar's page shows for the photograph."""
+    image = Path("cat.jpg").read_bytes()
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/image", image) as answer:
+        return str(json.load(answer)["classes"][0]["name"])
 
 
 def from_python(text: str) -> torch.nn.Module:
@@ -143,7 +153,7 @@ def test_who_follows_the_document_learns_the_class_of_a_photograph(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = DOCUMENT.read_text()
-    bundle, keys, deal, serve, predict, prepare, again = commands(text)
+    bundle, keys, deal, serve, predict, prepare, again, beside = commands(text)
     monkeypatch.chdir(tmp_path)
     hosts = Hosts()
     assert cli.main(hosts.here(keys)) == 0
@@ -165,10 +175,13 @@ def test_who_follows_the_document_learns_the_class_of_a_photograph(
                 assert cli.main(hosts.here([*again, "--format", "jsonl"])) == 0
                 (second,) = capsys.readouterr().out.splitlines()
                 assert json.loads(second)["classes"][0]["class"] == wanted
+                with hosts.running(beside):
+                    assert from_page(hosts.ports["8000"]) == wanted
             for folder in ("kept", "prepared"):
                 shutil.rmtree(folder)  # of the other network's bundle
 
 
 def test_every_command_of_the_document_is_followed() -> None:
     names = [words[1] for words in commands(DOCUMENT.read_text())]
-    assert names == ["bundle", "keys", "deal", "serve", "predict", "prepare", "predict"]
+    offline = ["bundle", "keys", "deal", "serve", "predict", "prepare"]
+    assert names == [*offline, "predict", "sidecar"]

@@ -62,6 +62,8 @@ class Browser:
         return value
 
     def open(self, url: str) -> None:
+        """Show a page; what was complained about before is forgotten."""
+        self.complaints()
         self._do("POST", "/url", {"url": url})
 
     def run(self, script: str) -> Any:

@@ -88,6 +88,8 @@ def test_tritonclient_gets_the_right_class_through_a_sidecar(
         assert np.abs(found.as_numpy("logits") - logits).max() < 0.02
         wild = triton.InferInput("pixels", list(x.shape), "FP32")
         wild.set_data_from_numpy(np.full_like(x, np.nan))
-        with pytest.raises(Exception, match="RangeError: .*NaN or infinite") as refused:
+        with pytest.raises(
+            Exception, match=r"RangeError: .*NaN or infinite"
+        ) as refused:
             client.infer("resnet", [wild])
         assert type(refused.value).__name__ == "InferenceServerException"
