@@ -35,6 +35,19 @@ def test_only_the_package_and_the_doctor_import_patches():
                 assert path.name in ("__init__.py", "doctor.py"), path
 
 
+def test_what_is_received_is_decoded_by_decoders_made_at_import():
+    """Two threads that decode a type for the first time crash msgspec."""
+    for path in sorted((ROOT / "crypten_espn").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Call):
+                continue
+            called = ast.unparse(node.func)
+            if called.startswith("msgspec.") and called.endswith(".decode"):
+                # Messages' types are decoded at import, and then together.
+                named = {keyword.arg for keyword in node.keywords}
+                assert "type" not in named or path.name == "messages.py", path
+
+
 def test_no_file_is_a_drawer():
     drawers = {"utils", "util", "common", "helpers", "helper", "core", "misc"}
     for folder in ("crypten_espn", "patches", "benchmarks", "tests"):

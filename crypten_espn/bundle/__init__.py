@@ -20,8 +20,9 @@ import numpy as np
 import torch
 from msgspec import Meta
 
-from ..errors import CheckpointError, DataError, EspnError
+from ..errors import CheckpointError, DataError, EspnError, PlanError
 from ..masked import kernels
+from ..masked.checks import PLAN_BYTES
 from ..masked.model import MaskedModel, PartReport, PlanReport
 from ..masked.plan import Plan
 from ..masked.weights import Quantisation, Weights
@@ -68,6 +69,7 @@ class Bundle:
 
     Raises:
         ShapeError: the description does not belong to the plan.
+        PlanError: the plan is longer than clients and dealers take.
     """
 
     model: MaskedModel = field(repr=False)
@@ -75,6 +77,14 @@ class Bundle:
 
     def __post_init__(self) -> None:
         self.description.check(self.model.plan)
+        size = len(self.model.plan.to_json().encode())
+        if size > PLAN_BYTES:
+            raise PlanError(
+                f"The plan takes {size:,} bytes; clients and dealers take "
+                f"{PLAN_BYTES:,}. Polynomials of each channel take most of it: "
+                "calibrate with a lower degree, or train with one polynomial a layer "
+                "(replace_activations)."
+            )
 
     def read_images(self, *paths: str | os.PathLike[str]) -> torch.Tensor:
         """Image files as this network's inputs; see `images.load_images`.
@@ -200,7 +210,7 @@ def _report(text: str, plan: Plan) -> PlanReport:
         DataError: it is none, or of another plan.
     """
     try:
-        given = msgspec.json.decode(text, type=_Report)
+        given = _DECODER.decode(text)
     except (msgspec.MsgspecError, RecursionError) as error:
         raise DataError(f"its report is damaged ({str(error)[:200]})") from None
     counts = len(given.parts), len(given.weights)
@@ -216,3 +226,7 @@ def _report(text: str, plan: Plan) -> PlanReport:
         given.coins_error,
         given.inputs,
     )
+
+
+# Made here once: two threads that decode a type for the first time crash msgspec.
+_DECODER = msgspec.json.Decoder(_Report)

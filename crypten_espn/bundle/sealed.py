@@ -156,7 +156,7 @@ class _Header(msgspec.Struct):
 def _metadata(header: bytes) -> dict[str, str] | None:
     """What a bundle's header says; None if it is not a bundle's."""
     try:
-        texts = msgspec.json.decode(header, type=_Header).metadata
+        texts = _DECODER.decode(header).metadata
     except (msgspec.MsgspecError, RecursionError, UnicodeError):
         return None
     return texts if texts.get("format", "").startswith(FORMAT) else None
@@ -173,3 +173,7 @@ def _digest(data: bytes, seal: str) -> str:
     digest = hashlib.sha256(data[:head].replace(_entry(seal), _entry(_ZEROS), 1))
     digest.update(memoryview(data)[head:])
     return digest.hexdigest()
+
+
+# Made here once: two threads that decode a type for the first time crash msgspec.
+_DECODER = msgspec.json.Decoder(_Header)

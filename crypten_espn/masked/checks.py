@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 VERSION = 5
 MAX_TEXT = 1 << 24
+PLAN_BYTES = 4 << 20  # of a plan's text, as parties take it from another
 MAX_DEPTH = 100
 MAX_OPERATIONS = 1 << 16
 MAX_VALUE = 1 << 26  # elements of one value of one input, pads included

@@ -100,6 +100,11 @@ class Header(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         """Where a record begins."""
         return 2 * PAGE + (index - self.identity.first) * self.record
 
+    @staticmethod
+    def from_text(text: bytes) -> Header:
+        """The inverse of `text`; whatever is out of range is a msgspec error."""
+        return _DECODER.decode(text)
+
     @classmethod
     def from_page(cls, page: bytes, path: Path) -> Header:
         """Undo `page`.
@@ -116,7 +121,7 @@ class Header(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         start = len(_MAGIC) + _LENGTH.size
         try:
             (length,) = _LENGTH.unpack_from(page, len(_MAGIC))
-            header = _DECODER.decode(page[start : start + length])
+            header = cls.from_text(page[start : start + length])
         except (msgspec.DecodeError, UnicodeDecodeError, struct.error):
             header = None
         # Equal to what we would write: no spelling but one, and its MAC is right.

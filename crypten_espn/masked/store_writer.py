@@ -60,7 +60,7 @@ class MaterialWriter:
             key=secrets.token_bytes(journal.KEY_BYTES),
         )
         try:
-            self._header = msgspec.msgpack.decode(header.text, type=Header)
+            self._header = Header.from_text(header.text)
         except (msgspec.ValidationError, OverflowError) as error:
             raise MaterialError(f"no material can be kept for this: {error}") from None
         self._name = f"{_PREFIX}{secrets.token_hex(8)}{_SUFFIX}"

@@ -88,13 +88,9 @@ class Description:
                 sizes it must have.
         """
         try:
-            built = msgspec.json.decode(metadata["architecture"], type=_Architecture)
-            polynomials = msgspec.json.decode(
-                metadata["polynomials"], type=dict[str, msgspec.Raw]
-            )
-            given = msgspec.json.decode(
-                metadata["normalization"], type=_Normalization | None
-            )
+            built = _ARCHITECTURE.decode(metadata["architecture"])
+            polynomials = _POLYNOMIALS.decode(metadata["polynomials"])
+            given = _NORMALIZATION.decode(metadata["normalization"])
             notes = json.loads(metadata["notes"])
             if not isinstance(notes, dict):
                 raise TypeError(f"the notes are a {type(notes).__name__}")
@@ -143,3 +139,9 @@ class Description:
                 raise CheckpointError(
                     f"has a polynomial for {name[:80]!r}; no activation is called that"
                 )
+
+
+# Made here once: two threads that decode a type for the first time crash msgspec.
+_ARCHITECTURE = msgspec.json.Decoder(_Architecture)
+_POLYNOMIALS = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_NORMALIZATION = msgspec.json.Decoder(_Normalization | None)

@@ -200,7 +200,7 @@ class InputGuard:
             DataError: not a JSON object of exactly these fields, types and bounds.
         """
         try:
-            stored = msgspec.json.decode(text, type=_Stored)
+            stored = _DECODER.decode(text)
         except (ValueError, msgspec.MsgspecError, RecursionError) as error:
             raise DataError(
                 f"{text[:80]!r} is not a stored guard ({error}); InputGuard.to_json "
@@ -267,3 +267,7 @@ def _is_allowed(bound: float) -> bool:
         return math.copysign(1.0, bound) > 0
     fraction, exponent = math.frexp(bound)
     return fraction == 0.5 and -39 <= exponent <= 41
+
+
+# Made here once: two threads that decode a type for the first time crash msgspec.
+_DECODER = msgspec.json.Decoder(_Stored)

@@ -192,7 +192,7 @@ def polynomial_from_json(text: str) -> AnyPolynomial:
         PolynomialError: not a JSON object of the expected fields and types.
     """
     try:
-        rows = msgspec.json.decode(text, type=_Stored).channels
+        rows = _DECODER.decode(text).channels
     except (msgspec.MsgspecError, ValueError, RecursionError):
         return Polynomial.from_json(text)
     if len(rows) > MAX_CHANNELS:
@@ -202,3 +202,7 @@ def polynomial_from_json(text: str) -> AnyPolynomial:
     return ChannelPolynomials(
         tuple(Polynomial.from_json(bytes(row).decode()) for row in rows)
     )
+
+
+# Made here once: two threads that decode a type for the first time crash msgspec.
+_DECODER = msgspec.json.Decoder(_Stored)

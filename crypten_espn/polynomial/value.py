@@ -330,7 +330,7 @@ class Polynomial:
             PolynomialError: not a JSON object of the expected fields and types.
         """
         try:
-            fields = msgspec.json.decode(text, type=_Stored)
+            fields = _DECODER.decode(text)
             return cls(
                 fields.numerators,
                 fields.frac_bits,
@@ -379,3 +379,7 @@ def check_headroom(form: RingForm, where: str = "") -> None:
             f"out_bits={form.out_bits} needs {-form.headroom_bits:.1f} bits more than "
             f"the ring's {RING_BITS}; lower out_bits or the coefficients"
         )
+
+
+# Made here once: two threads that decode a type for the first time crash msgspec.
+_DECODER = msgspec.json.Decoder(_Stored)

@@ -29,6 +29,7 @@ from ..errors import (
     QuotaError,
     RevokedError,
 )
+from ..masked.checks import PLAN_BYTES
 from ..masked.drivers import over
 from ..masked.inference import chunks, masked_input
 from ..masked.inference import client as inference
@@ -41,7 +42,7 @@ from .boundary import session_tag, telling, told
 from .dealers import trusted
 from .events import InferenceBegun, Reconnected, report
 from .events import Prepared as PreparedEvent
-from .link import Limits, Link, one_link
+from .link import Link, one_link
 from .messages import (
     GREETING,
     Accepted,
@@ -103,6 +104,8 @@ class Client:
         self._allowed: int | None = None
         # As the server calls them, in the order in which it wants them tried.
         self._dealers: tuple[str, ...] = ()
+        # Whether it keeps material when this client leaves.
+        self._kept = False
         heat()  # before anyone's time-out runs
         self._channel = reach(address, link, role="client", peer_role="server")
         with telling(self._channel):
@@ -125,13 +128,14 @@ class Client:
         channel.handshake(digest=GREETING)
         tell(channel, Hello(session=self.session, next_index=self._following))
         welcome = hear(channel, Welcome)
-        theirs = receive_plan(channel, limit=Limits().plan_bytes)
+        theirs = receive_plan(channel, limit=PLAN_BYTES)
         described = receive_description(
             channel, digest=welcome.description, plan=theirs
         )
         channel.handshake(digest=(plan or theirs).digest)
         with self._lock:
             self._allowed, self._dealers = welcome.quota, welcome.dealers
+            self._kept = welcome.keeps
         return theirs, described, welcome.next_index
 
     @property
@@ -171,9 +175,28 @@ class Client:
             one ring element per weight, once a session.
 
         Raises:
-            MaterialError: a side knows no dealer, or unused material is in the way.
+            MaterialError: a side knows no dealer, unused material is in the way, or
+                this side keeps material in a folder and the server does not.
             PeerError: a side is gone, or refuses so many.
         """
+        self._reach_again()
+        self.check_kept()
+        self._prepare(count, batch=batch)
+
+    def check_kept(self) -> None:
+        """Refuse a folder of which the server would not have the other half later.
+
+        Raises:
+            MaterialError: this side has a folder for material, the server has none.
+        """
+        if self._folder is not None and not self._kept:
+            raise MaterialError(
+                f"The server keeps no material once a client leaves, so what is "
+                f"prepared into {self._folder} could not be used later. Start it with "
+                "--material (directory=), or prepare without a folder."
+            )
+
+    def _prepare(self, count: int, *, batch: int) -> None:
         self._reach_again()
         dealers = trusted(self._link.dealers, self._dealers)
         self._leave_lost_dealer()
@@ -299,14 +322,14 @@ class Client:
         if self.remaining:
             return
         try:
-            self.prepare(1, batch=batch)
+            self._prepare(1, batch=batch)
         except PeerError as error:
             # Whoever went in the middle of it may be back, and one that had just
             # found this side idle takes it again.
             final = isinstance(error, _FINAL) and not isinstance(error, IdleError)
             if final or time.monotonic() > end:
                 raise
-            self.prepare(1, batch=batch)
+            self._prepare(1, batch=batch)
 
     def predict_many(
         self, inputs: Sequence[Sized], *, in_flight: int = 8, force: bool = False
@@ -337,7 +360,7 @@ class Client:
         self._reach_again(inputs=sum(map(len, inputs)))
         missing = len(inputs) - self.remaining
         if missing > 0:
-            self.prepare(missing, batch=len(inputs[0]))
+            self._prepare(missing, batch=len(inputs[0]))
         try:
             while len(self._others) < min(in_flight, len(inputs)) - 1:
                 self._others.append(self._another())

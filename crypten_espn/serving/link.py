@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 from ..errors import LimitError
+from ..masked.checks import PLAN_BYTES
 from ..wire.tls import TLS
 from .dealers import DEALERS
 
@@ -102,7 +103,7 @@ class Limits:
     batch: int = 1024
     prepared: int = 16384
     material_bytes: int = 8 << 30
-    plan_bytes: int = 4 << 20
+    plan_bytes: int = PLAN_BYTES
     message_bytes: int = 4096
     grace_s: float = 30.0
 

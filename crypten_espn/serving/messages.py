@@ -76,12 +76,14 @@ class Welcome(Message, frozen=True, tag="welcome"):
     Args:
         next_index: the first inference the server has not used.
         description: digest of the description's text.
+        keeps: whether it keeps what is prepared when the client leaves.
         quota: inputs that it still answers this client today; None for any number.
         dealers: those it works with, in the order in which this client should try them.
     """
 
     next_index: Index
     description: Digest
+    keeps: bool
     quota: Index | None = None
     dealers: Addresses = ()
 

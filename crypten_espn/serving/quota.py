@@ -134,7 +134,7 @@ class Quota:
         today = self.today().isoformat()
         try:
             with open(self.path, "rb") as file:
-                found = msgspec.json.decode(file.read(_LIMIT), type=_Day)
+                found = _DECODER.decode(file.read(_LIMIT))
         except FileNotFoundError:
             return _Day(1, today, {})
         except OSError as error:
@@ -160,3 +160,7 @@ class Quota:
                 f"The server cannot note what is used ({error.strerror}), so nothing "
                 "is answered."
             ) from None
+
+
+# Made here once: two threads that decode a type for the first time crash msgspec.
+_DECODER = msgspec.json.Decoder(_Day)

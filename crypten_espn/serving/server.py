@@ -75,6 +75,7 @@ class ModelServer(Host):
         share: Share | None = None,
         again: Callable[[], Bundle] | None = None,
     ) -> None:
+        bundle = model if isinstance(model, Bundle) else Bundle(model)
         super().__init__(
             address,
             role="server",
@@ -84,7 +85,6 @@ class ModelServer(Host):
             log=log,
             share=share,
         )
-        bundle = model if isinstance(model, Bundle) else Bundle(model)
         self._again = again
         folder = self._link.directory
         self._directory = None if folder is None else Path(folder)
@@ -144,6 +144,7 @@ class ModelServer(Host):
                 Welcome(
                     next_index=following,
                     description=described,
+                    keeps=self._directory is not None,
                     quota=quota,
                     dealers=self._dealers.named(),
                 ),

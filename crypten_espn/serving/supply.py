@@ -77,6 +77,7 @@ class Supply:
         self._asking = threading.Lock()
         self._front = self._connect(0)
         try:
+            self._front.check_kept()
             self._back = self._connect(1)
         except BaseException:
             self._front.close()

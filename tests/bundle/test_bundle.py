@@ -19,7 +19,9 @@ from crypten_espn.bundle import Bundle, Description, Preprocessing, load
 from crypten_espn.bundle.sealed import is_bundle, read, write
 from crypten_espn.errors import CheckpointError, DataError, PlanError, ShapeError
 from crypten_espn.graph import export
+from crypten_espn.masked.checks import PLAN_BYTES
 from crypten_espn.masked.model import MaskedModel
+from crypten_espn.serving.link import Limits
 
 from ..masked.cases import QUARTIC, Pair, residual
 
@@ -72,6 +74,19 @@ def test_a_loaded_network_answers_what_the_saved_one_does(
             Pair(MaskedModel(quiet, model.weights, model.report)).infer(inputs[:2])[0]
         )
     assert np.array_equal(*results)
+
+
+def test_a_plan_that_no_client_takes_is_refused_before_it_is_saved_or_served(
+    model: MaskedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = len(model.plan.to_json())
+    monkeypatch.setattr("crypten_espn.bundle.PLAN_BYTES", size)
+    Bundle(model)
+    monkeypatch.setattr("crypten_espn.bundle.PLAN_BYTES", size - 1)
+    for use in (Bundle, lambda model: espn.serve(model, "127.0.0.1:0")):
+        with pytest.raises(PlanError, match=f"takes {size:,} bytes; clients and dea"):
+            use(model)
+    assert Limits().plan_bytes == PLAN_BYTES
 
 
 def test_only_its_owner_can_read_a_bundle(bundle: Bundle, tmp_path: Path) -> None:

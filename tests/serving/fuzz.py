@@ -13,7 +13,7 @@ NAME, DIGEST = "0123456789abcdef" * 2, "0123456789abcdef" * 4
 EXAMPLES: tuple[Message, ...] = (
     messages.Hello(session=None, next_index=0),
     messages.Hello(session=NAME, next_index=7),
-    messages.Welcome(next_index=3, description=DIGEST),
+    messages.Welcome(next_index=3, description=DIGEST, keeps=True),
     messages.Prepare(session=NAME, start=0, count=4, batch=2),
     messages.Accepted(),
     messages.Prepared(),

@@ -78,7 +78,7 @@ def test_a_server_restarted_between_prepare_and_predict_is_gone_on_with(
 def test_material_that_the_restarted_server_has_not_is_refused_by_name(
     model: MaskedModel, run: Run, tmp_path: Path
 ) -> None:
-    served = serving(model, run)
+    served = serving(model, run, directory=tmp_path / "server")
     link = Link(served.dealer.address, tmp_path / "client", timeout=20)
     with connect(served.server.address, link=link) as client:
         client.prepare(2)

@@ -8,10 +8,14 @@ import numpy as np
 import pytest
 
 from crypten_espn import cli
+from crypten_espn.errors import MaterialError
 from crypten_espn.graph import export
 from crypten_espn.pillar.guard import InputGuard
+from crypten_espn.serving.link import Link
+from crypten_espn.serving.supply import Supply
 
 from ..masked.cases import residual
+from .conftest import Served
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -96,6 +100,30 @@ def test_plan_takes_an_onnx_file_and_prints_the_digest_that_deal_takes(
     assert status == 0 and len(bytes.fromhex(digest)) == 32
     assert digest[:16] in "".join(out.splitlines()[:-1])
     assert "input guard: none" in out
+
+
+def test_what_a_server_would_not_keep_is_not_prepared(
+    capsys: pytest.CaptureFixture[str], served: Served, tmp_path: Path
+) -> None:
+    folder = tmp_path / "client"
+    status, out, err = run(
+        capsys,
+        *("prepare", served.server.address, "--dealer", served.dealer.address),
+        *("--material", str(folder), "--count", "2"),
+    )
+    assert status == 2 and out == "" and not folder.exists()
+    assert "MaterialError: The server keeps no material" in err
+    # What is used at once may pass through the folder.
+    np.save(tmp_path / "x.npy", served.inputs[:1].numpy())
+    status, _, _ = run(
+        capsys,
+        *("predict", served.server.address, "--dealer", served.dealer.address),
+        *("--material", str(folder), "--input", str(tmp_path / "x.npy")),
+    )
+    assert status == 0
+    link = Link(served.dealer.address, folder, timeout=20)
+    with pytest.raises(MaterialError, match="keeps no material"):
+        Supply(served.server.address, link, ahead=2, low=1)
 
 
 def test_plan_takes_a_guard_from_a_file_and_its_digest_is_another(

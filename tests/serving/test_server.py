@@ -236,7 +236,7 @@ def test_a_folder_that_cannot_be_written_is_told_to_the_client(
 def test_a_folder_of_another_servers_session_is_refused_by_both(
     model: MaskedModel, run: Run, tmp_path: Path
 ) -> None:
-    served = serving(model, run)
+    served = serving(model, run, directory=tmp_path / "server")
     kept = Link(served.dealer.address, tmp_path / "client", timeout=20)
     with connect(served.server.address, link=kept) as client:
         client.prepare(2)
@@ -286,7 +286,7 @@ def test_a_restored_copy_of_the_clients_folder_is_refused(
 def test_two_clients_that_prepare_into_one_folder_are_told_so(
     model: MaskedModel, run: Run, tmp_path: Path
 ) -> None:
-    served = serving(model, run)
+    served = serving(model, run, directory=tmp_path / "server")
     kept = Link(served.dealer.address, tmp_path / "client", timeout=20)
     with (
         connect(served.server.address, link=kept) as first,
