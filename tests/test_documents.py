@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -45,6 +46,23 @@ def test_code_blocks_print_what_the_document_says(name: str, tmp_path: Path) -> 
     printed = done.stdout.split(MARK + "\n")
     for (code, expected), actual in zip(blocks, printed, strict=False):
         assert actual == expected, code
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_notebook_prints_what_it_shows(tmp_path: Path) -> None:
+    cells = json.loads((ROOT / "docs" / "notebook.ipynb").read_text())["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    shown = ["".join(out["text"]) for cell in code for out in cell["outputs"]]
+    assert len(shown) == len(code) > 3
+    script = tmp_path / "notebook.py"
+    sources = ["".join(cell["source"]) for cell in code]
+    script.write_text("".join(f"{s}\nprint({MARK!r}, flush=True)\n" for s in sources))
+    done = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.split(MARK + "\n") == [*shown, ""]
 
 
 @documents
