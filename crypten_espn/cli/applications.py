@@ -86,7 +86,7 @@ def sidecar(
       crypten-espn sidecar 127.0.0.1:29500 --dealer 127.0.0.1:29501 --ahead 16
     """
     from ..sidecar.running import Sidecar
-    from ..sidecar.tensors import Model
+    from ..sidecar.tensors import Names
 
     limits = limits_of(SidecarLimits(), limit)
     log_to_stderr(verbose=verbose, as_json=log_json)
@@ -96,20 +96,21 @@ def sidecar(
         raise typer.BadParameter(
             f"{mark} was given, above --ahead {ahead}", param_hint="'--low'"
         )
-    client: Client | Supply
-    if ahead:
-        client = Supply(address, link, ahead=ahead, low=mark, batch=batch)
-    else:
-        client = connect(address, link=link)
-    with client:
-        described = client.description
-        model = Model(
-            client.plan, described, name, input_name, output_name, limits.batch
-        )
-        with Sidecar(
-            client, listen, model=model, names=expose or (), size=batch, limits=limits
-        ) as running:
-            _until_stopped(running)
+
+    def reach() -> Client | Supply:
+        if ahead:
+            return Supply(address, link, ahead=ahead, low=mark, batch=batch)
+        return connect(address, link=link)
+
+    with Sidecar(
+        reach,
+        listen,
+        names=Names(name, input_name, output_name),
+        expose=expose or (),
+        size=batch,
+        limits=limits,
+    ) as running:
+        _until_stopped(running)
     print(f"stopped listening on {running.address}", flush=True)
     return 0
 

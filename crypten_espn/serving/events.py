@@ -276,6 +276,16 @@ class Repeated(Event):
 
 
 @dataclass(frozen=True)
+class PlanChanged(Event):
+    """A sidecar's server has another plan than before; requests are checked by it."""
+
+    level = logging.WARNING
+
+    before: str
+    now: str
+
+
+@dataclass(frozen=True)
 class Reachable(Event):
     """A sidecar reaches its server again, after it did not."""
 

@@ -50,7 +50,7 @@ from ..serving.events import RequestRefused, report
 from .asking import Queue
 from .limits import SidecarLimits
 from .picture import picture
-from .tensors import EXTENSIONS, VERSION, Asked, Model
+from .tensors import EXTENSIONS, VERSION, Asked, Model, Names
 
 log = logging.getLogger(__name__)
 
@@ -80,22 +80,22 @@ class App:
     """Answers applications and the page.
 
     Args:
-        model: what is served.
-        queue: who answers.
-        names: hosts' names by which it may be called.
+        names: of the model and its tensors.
+        queue: who answers, and says what is served.
+        hosts: names by which it may be called.
         limits: what is put up with.
     """
 
     def __init__(
         self,
-        model: Model,
+        names: Names,
         queue: Queue,
         *,
-        names: Collection[str],
+        hosts: Collection[str],
         limits: SidecarLimits,
     ) -> None:
-        self._model, self._queue, self._limits = model, queue, limits
-        self._names = {name.lower() for name in names}
+        self._names, self._queue, self._limits = names, queue, limits
+        self._hosts = {host.lower() for host in hosts}
         self._held = 0
         page = files(__package__).joinpath("page.html").read_text(encoding="utf-8")
         self._page, self._policy = page, _policy(page)
@@ -118,6 +118,12 @@ class App:
         self.asgi = Starlette(
             routes=routes, exception_handlers={HTTPException: self._nowhere}
         )
+
+    @property
+    def _model(self) -> Model:
+        """What is served now."""
+        plan, description = self._queue.served
+        return Model(plan, description, self._names, self._limits.batch)
 
     def _route(self, path: str, handler: _Handler, method: str = "GET") -> Route:
         async def answer(request: Request) -> Response:
@@ -145,8 +151,8 @@ class App:
         """
         host = request.headers.get("host", "")
         name = re.sub(r":\d*$", "", host).strip("[]").lower()
-        if name not in self._names:
-            known = ", ".join(sorted(self._names))
+        if name not in self._hosts:
+            known = ", ".join(sorted(self._hosts))
             raise Refusal(
                 403, f"this sidecar is not called {name[:80]!a}; it is {known}"
             )
@@ -160,13 +166,14 @@ class App:
         Raises:
             Refusal: it is not served here.
         """
-        name = request.path_params.get("name", self._model.name)
+        known = self._names.model
+        name = request.path_params.get("name", known)
         version = request.path_params.get("version", VERSION)
-        if (name, version) != (self._model.name, VERSION):
+        if (name, version) != (known, VERSION):
             raise Refusal(
                 404,
                 f"model {name[:80]!a} of version {version[:20]!a} is not served here; "
-                f"{self._model.name!r} of version {VERSION} is",
+                f"{known!r} of version {VERSION} is",
             )
 
     async def _body(self, request: Request, limit: int) -> bytes:
@@ -211,7 +218,7 @@ class App:
 
     async def _ready(self, _: Request) -> Response:
         ready = self._queue.ready
-        about = {"name": self._model.name, "ready": ready}
+        about = {"name": self._names.model, "ready": ready}
         return JSONResponse(about, status_code=200 if ready else 503)
 
     async def _metadata(self, _: Request) -> Response:
@@ -221,11 +228,12 @@ class App:
         length = request.headers.get(_LENGTH)
         if length is not None and not re.fullmatch(r"\d{1,15}", length):
             raise DataError(f"{_LENGTH} is {length[:20]!a}; give a number of bytes")
-        body = await self._body(request, self._model.body_bytes)
+        model = self._model
+        body = await self._body(request, model.body_bytes)
         header = None if length is None else int(length)
-        asked, x = await run_in_threadpool(self._read, body, header)
+        asked, x = await run_in_threadpool(_read, model, body, header)
         answer = await asyncio.wrap_future(self._queue.put(x))
-        data, json = await run_in_threadpool(self._model.write, asked, answer.logits)
+        data, json = await run_in_threadpool(model.write, asked, answer.logits)
         if json is None:
             return Response(data, media_type="application/json")
         return Response(
@@ -234,77 +242,27 @@ class App:
             headers={_LENGTH: str(json)},
         )
 
-    def _read(self, body: bytes, header: int | None) -> tuple[Asked, torch.Tensor]:
-        try:
-            asked = self._model.read(body, header)
-        except LimitError as error:  # another try would be as large
-            raise Refusal(413, told(error)) from None
-        return asked, self._checked(asked.x)
-
-    def _checked(self, x: object) -> torch.Tensor:
-        """An input that may be sent: finite, within the plan, and not refused.
-
-        Raises:
-            DataError, ShapeError, RangeError: as `Plan.encode`.
-        """
-        self._model.plan.encode(x)
-        return input_batch(x, self._model.plan.input.shape)
-
     # -- the page
 
     async def _index(self, _: Request) -> Response:
         return HTMLResponse(self._page)
 
     async def _about(self, _: Request) -> Response:
-        described = self._model.description
+        plan, described = self._queue.served
         return JSONResponse(
             {
-                "name": self._model.name,
+                "name": self._names.model,
                 "images": described.images is not None,
-                "shape": list(self._model.plan.input.shape),
+                "shape": list(plan.input.shape),
             }
         )
 
     async def _image(self, request: Request) -> Response:
+        model = self._model
         data = await self._body(request, self._limits.image_bytes)
-        x = await run_in_threadpool(self._decoded, data)
+        x = await run_in_threadpool(_decoded, model, data)
         answer = await asyncio.wrap_future(self._queue.put(x, show=True))
-        return JSONResponse(await run_in_threadpool(self._for_page, answer))
-
-    def _decoded(self, data: bytes) -> torch.Tensor:
-        """An image file as an input that may be sent.
-
-        Raises:
-            DataError: as `decode_image`, or nothing is said of images.
-            RangeError: as `Plan.encode`.
-        """
-        images, plan = self._model.description.images, self._model.plan
-        if images is None:
-            raise DataError(
-                "the network's owner does not say how images become inputs; only "
-                "tensors can be sent here"
-            )
-        x = decode_image(data, preprocessing=images, shape=plan.input.shape)
-        return self._checked(x)
-
-    def _for_page(self, answer: Answer) -> dict[str, object]:
-        names = self._model.description.classes
-        scores = answer.logits[0].reshape(-1).double().softmax(0)
-        best = scores.topk(min(_SHOWN, len(scores)))
-        assert answer.masked is not None
-        seen = picture(answer.masked[0], ring=self._model.plan.sources[0].ring)
-        return {
-            "classes": [
-                {"name": names[i] if names else f"class {i}", "score": score}
-                for score, i in zip(
-                    best.values.tolist(), best.indices.tolist(), strict=True
-                )
-            ],
-            "seconds": answer.seconds,
-            "sent": answer.sent,
-            "received": answer.received,
-            "masked": "data:image/png;base64," + base64.b64encode(seen).decode(),
-        }
+        return JSONResponse(await run_in_threadpool(_for_page, model, answer))
 
     # -- answers of any kind
 
@@ -332,6 +290,61 @@ class App:
             }
         )
         return response
+
+
+def _read(model: Model, body: bytes, header: int | None) -> tuple[Asked, torch.Tensor]:
+    try:
+        asked = model.read(body, header)
+    except LimitError as error:  # another try would be as large
+        raise Refusal(413, told(error)) from None
+    return asked, _checked(model, asked.x)
+
+
+def _checked(model: Model, x: object) -> torch.Tensor:
+    """An input that may be sent: finite, within the plan, and not refused.
+
+    Raises:
+        DataError, ShapeError, RangeError: as `Plan.encode`.
+    """
+    model.plan.encode(x)
+    return input_batch(x, model.plan.input.shape)
+
+
+def _decoded(model: Model, data: bytes) -> torch.Tensor:
+    """An image file as an input that may be sent.
+
+    Raises:
+        DataError: as `decode_image`, or nothing is said of images.
+        RangeError: as `Plan.encode`.
+    """
+    images, plan = model.description.images, model.plan
+    if images is None:
+        raise DataError(
+            "the network's owner does not say how images become inputs; only "
+            "tensors can be sent here"
+        )
+    x = decode_image(data, preprocessing=images, shape=plan.input.shape)
+    return _checked(model, x)
+
+
+def _for_page(model: Model, answer: Answer) -> dict[str, object]:
+    names = model.description.classes
+    scores = answer.logits[0].reshape(-1).double().softmax(0)
+    best = scores.topk(min(_SHOWN, len(scores)))
+    assert answer.masked is not None
+    seen = picture(answer.masked[0], ring=model.plan.sources[0].ring)
+    return {
+        "classes": [
+            {"name": names[i] if names else f"class {i}", "score": score}
+            for score, i in zip(
+                best.values.tolist(), best.indices.tolist(), strict=True
+            )
+        ],
+        "seconds": answer.seconds,
+        "sent": answer.sent,
+        "received": answer.received,
+        "masked": "data:image/png;base64," + base64.b64encode(seen).decode(),
+    }
 
 
 async def _received(request: Request, limit: int) -> bytes:

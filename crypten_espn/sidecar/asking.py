@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import Protocol
 
 import torch
 
+from ..bundle import Description
 from ..errors import (
     ClosingError,
     EspnError,
@@ -20,9 +22,10 @@ from ..errors import (
     QuotaError,
     RevokedError,
 )
+from ..masked.plan import Plan
 from ..serving.answer import Answer
 from ..serving.boundary import told, traced
-from ..serving.events import Reachable, Repeated, Unreachable, report
+from ..serving.events import PlanChanged, Reachable, Repeated, Unreachable, report
 from ..serving.filling import Asks, answers
 
 log = logging.getLogger(__name__)
@@ -30,14 +33,25 @@ log = logging.getLogger(__name__)
 _TICK_S = 1.0
 # Whoever says so would say it again.
 _REFUSALS = (LimitError, QuotaError)
-_FINAL = (*_REFUSALS, RevokedError, PlanMismatchError)
+_FINAL = (*_REFUSALS, RevokedError)
 
 
 class Keeps(Asks, Protocol):
     """What answers, and connects again: a `Client`, or a `Supply`."""
 
+    @property
+    def plan(self) -> Plan:
+        """The server's."""
+
+    @property
+    def description(self) -> Description:
+        """What the server says of images and classes."""
+
     def keep(self) -> None:
         """Connect again if the connection was lost."""
+
+    def close(self) -> None:
+        """Say goodbye."""
 
 
 class _Job:
@@ -52,16 +66,24 @@ class Queue:
     Inputs of several requests that wait make one batch. A request whose connection
     broke is asked for once more: with new material and under new masks, so that the
     server learns nothing from it. While nothing is asked for, a lost connection is made
-    again.
+    again. A server that has another network by now is connected to anew.
 
     Args:
-        client: who is asked; used by this thread alone from now on.
+        connect: makes who is asked, here and where the server's plan has changed; for
+            this queue alone, which closes it.
         size: inputs of one inference, where no material for another number is there.
         waiting: requests that may wait.
+
+    Attributes:
+        served: plan and description of the server's network, as it is now.
     """
 
-    def __init__(self, client: Keeps, *, size: int, waiting: int) -> None:
-        self._client, self._size, self._waiting = client, size, waiting
+    def __init__(
+        self, connect: Callable[[], Keeps], *, size: int, waiting: int
+    ) -> None:
+        self._connect, self._size, self._waiting = connect, size, waiting
+        self._client = connect()
+        self.served = self._client.plan, self._client.description
         self._jobs: deque[_Job] = deque()
         self._change = threading.Condition()
         self._closing = False
@@ -111,6 +133,7 @@ class Queue:
             if job.future.set_running_or_notify_cancel():
                 job.future.set_exception(_closing())
         self._thread.join()
+        self._client.close()
 
     # -- the asking thread
 
@@ -140,9 +163,8 @@ class Queue:
         return jobs
 
     def _do(self, jobs: list[_Job]) -> None:
-        x = torch.cat([job.x for job in jobs])
         try:
-            found = self._ask(x, jobs[0].show)
+            found = self._ask(torch.cat([job.x for job in jobs]), jobs[0].show)
         except BaseException as error:
             for job in jobs:
                 job.future.set_exception(error)
@@ -156,17 +178,31 @@ class Queue:
     def _ask(self, x: torch.Tensor, show: bool) -> Answer:
         """The answer to all inputs together."""
         try:
-            return self._once(x, show)
-        except PeerError as error:
-            if isinstance(error, _FINAL):
-                self._note(error)
-                raise
-            report(log, Repeated(len(x), told(error)))
-        try:
+            try:
+                return self._once(x, show)
+            except PlanMismatchError:
+                self._begin_anew()
+            except PeerError as error:
+                if isinstance(error, _FINAL):
+                    raise
+                report(log, Repeated(len(x), told(error)))
             return self._once(x, show)
         except EspnError as error:
             self._note(error)
             raise
+
+    def _begin_anew(self) -> None:
+        """Connect to a server whose plan is not the one it was.
+
+        Raises:
+            PeerError, MaterialError: it cannot be reached, or a folder holds material
+                for the plan before.
+        """
+        self._client.close()
+        self._client = self._connect()
+        before, _ = self.served
+        self.served = now, _ = self._client.plan, self._client.description
+        report(log, PlanChanged(before.digest.hex()[:16], now.digest.hex()[:16]))
 
     def _once(self, x: torch.Tensor, show: bool) -> Answer:
         parts = list(
@@ -189,7 +225,10 @@ class Queue:
 
     def _keep(self) -> None:
         try:
-            self._client.keep()
+            try:
+                self._client.keep()
+            except PlanMismatchError:
+                self._begin_anew()
         except EspnError as error:
             self._note(error)
         except Exception as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 import uvicorn
 
@@ -12,7 +12,7 @@ from ..wire.connect import host_port, is_loopback, parse_address
 from .app import App
 from .asking import Keeps, Queue
 from .limits import SidecarLimits
-from .tensors import Model
+from .tensors import Names
 
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 _HEADERS_BYTES = 1 << 14
@@ -23,10 +23,10 @@ class Sidecar:
     """Listens once it is made, and answers while `run` runs.
 
     Args:
-        client: who answers.
+        connect: makes who answers; again where the server's plan has changed.
         address: "host:port" to listen on; port 0 lets the system choose.
-        model: how the protocol calls the model and its tensors.
-        names: what a host beyond this one may call it; without names it listens on
+        names: how the protocol calls the model and its tensors.
+        expose: what a host beyond this one may call it; without names it listens on
             loopback addresses alone.
         size: inputs of one inference, where no material for another number is there.
         limits: what it puts up with.
@@ -41,19 +41,26 @@ class Sidecar:
 
     def __init__(
         self,
-        client: Keeps,
+        connect: Callable[[], Keeps],
         address: str,
         *,
-        model: Model,
-        names: Collection[str] = (),
+        names: Names | None = None,
+        expose: Collection[str] = (),
         size: int = 1,
-        limits: SidecarLimits,
+        limits: SidecarLimits | None = None,
     ) -> None:
-        self._socket = _listening(address, bool(names))
+        limits = SidecarLimits() if limits is None else limits
+        names = Names() if names is None else names
+        self._socket = _listening(address, bool(expose))
         host, _ = parse_address(address)
         self.address = host_port(host, self._socket.getsockname()[1])
-        self._queue = Queue(client, size=size, waiting=limits.waiting)
-        app = App(model, self._queue, names=(*_LOOPBACK, *names), limits=limits)
+        try:
+            self._queue = Queue(connect, size=size, waiting=limits.waiting)
+        except BaseException:
+            self._socket.close()
+            raise
+        hosts = *_LOOPBACK, *expose
+        app = App(names, self._queue, hosts=hosts, limits=limits)
         # What uvicorn would log may hold what was asked; ours is logged here.
         self._server = uvicorn.Server(
             uvicorn.Config(
@@ -70,7 +77,7 @@ class Sidecar:
                 limit_concurrency=limits.connections,
                 h11_max_incomplete_event_size=_HEADERS_BYTES,
                 timeout_keep_alive=_IDLE_S,
-                timeout_graceful_shutdown=int(limits.grace_s),
+                timeout_graceful_shutdown=max(1, int(limits.grace_s)),
             )
         )
 
@@ -83,7 +90,7 @@ class Sidecar:
         self._server.should_exit = True
 
     def close(self) -> None:
-        """Ask no more; a second call does nothing."""
+        """Leave the server."""
         self._socket.close()
         self._queue.close()
 

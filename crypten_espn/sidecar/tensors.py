@@ -92,20 +92,27 @@ class Asked(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Names:
+    """How the protocol calls the model and its two tensors."""
+
+    model: str = "model"
+    input: str = "input"
+    output: str = "logits"
+
+
+@dataclass(frozen=True)
 class Model:
-    """The one model that is served, as the protocol calls it and its tensors.
+    """The one model that is served.
 
     Args:
         plan, description: the server's.
-        name, input, output: of the model and its tensors.
+        names: of it and its tensors.
         batch: inputs of a request, at most.
     """
 
     plan: Plan
     description: Description
-    name: str = "model"
-    input: str = "input"
-    output: str = "logits"
+    names: Names = Names()
     batch: int = 16
 
     @property
@@ -119,13 +126,14 @@ class Model:
 
     def metadata(self) -> dict[str, object]:
         """What `/v2/models/NAME` answers; -1 stands for the batch."""
-        tensors = ((self.input, self._shape), (self.output, self.plan.output_shape))
+        names, plan = self.names, self.plan
+        tensors = (names.input, self._shape), (names.output, plan.output_shape)
         inputs, outputs = (
             [{"name": name, "datatype": "FP32", "shape": [-1, *shape]}]
             for name, shape in tensors
         )
         return {
-            "name": self.name,
+            "name": self.names.model,
             "versions": [VERSION],
             "platform": "crypten_espn_masked",
             "inputs": inputs,
@@ -159,12 +167,12 @@ class Model:
                 f"this is no inference request: {_shown(error)}; see the Open "
                 "Inference Protocol v2"
             ) from None
-        _check_names([one.name for one in request.inputs], self.input, "input")
+        _check_names([one.name for one in request.inputs], self.names.input, "input")
         (given,) = request.inputs
         self._check_shape(given)
         if given.datatype not in _TYPES:
             raise DataError(
-                f"input {self.input!r} is of datatype {given.datatype[:40]!r}; give "
+                f"input {given.name!r} is of datatype {given.datatype[:40]!r}; give "
                 f"FP32, or {' or '.join(t for t in _TYPES if t != 'FP32')}"
             )
         binary, classes = self._wanted(request)
@@ -180,7 +188,7 @@ class Model:
         """
         data: bytes
         values: list[str] | list[float]
-        output: dict[str, object] = {"name": self.output}
+        output: dict[str, object] = {"name": self.names.output}
         if asked.classes is None:
             array = np.ascontiguousarray(logits.numpy(), dtype="<f4")
             output |= {"datatype": "FP32", "shape": list(array.shape)}
@@ -196,7 +204,7 @@ class Model:
         else:
             output["data"] = values
         answer: dict[str, object] = {
-            "model_name": self.name,
+            "model_name": self.names.model,
             "model_version": VERSION,
             "outputs": [output],
         }
@@ -220,7 +228,7 @@ class Model:
         if shape[1:] != self._shape or shape[0] < 1:
             wanted = ", ".join(map(str, self._shape))
             raise ShapeError(
-                f"input {self.input!r} has shape {list(shape)}; give [batch, {wanted}]"
+                f"input {given.name!r} has shape {list(shape)}; give [batch, {wanted}]"
             )
         if shape[0] > self.batch:
             raise LimitError(
@@ -234,7 +242,7 @@ class Model:
         binary = request.parameters.binary_data_output
         if not request.outputs:
             return binary, None
-        _check_names([one.name for one in request.outputs], self.output, "output")
+        _check_names([one.name for one in request.outputs], self.names.output, "output")
         parameters = request.outputs[0].parameters
         if parameters.binary_data is not None:
             binary = parameters.binary_data

@@ -12,6 +12,7 @@ import yaml
 
 from crypten_espn import cli
 from crypten_espn.serving.link import Limits
+from crypten_espn.sidecar.limits import SidecarLimits
 
 DEPLOY = Path(__file__).parents[2] / "docs" / "deploy"
 PREFIX = "CRYPTEN_ESPN_"
@@ -25,16 +26,16 @@ def names(command: str) -> set[str]:
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="tomllib is of Python 3.11")
-@pytest.mark.parametrize("command", ["serve", "deal"])
+@pytest.mark.parametrize("command", ["serve", "deal", "sidecar"])
 def test_a_configuration_names_options_of_its_command(command: str) -> None:
     import tomllib
 
     table = tomllib.loads((DEPLOY / f"{command}.toml").read_text())[command]
     assert {name.replace("-", "_") for name in table} <= names(command)
-    Limits(**table["limit"])
+    (SidecarLimits if command == "sidecar" else Limits)(**table["limit"])
 
 
-@pytest.mark.parametrize("command", ["serve", "deal"])
+@pytest.mark.parametrize("command", ["serve", "deal", "sidecar"])
 def test_a_unit_runs_its_command_with_its_configuration(command: str) -> None:
     unit = configparser.ConfigParser(interpolation=None, strict=False)
     unit.optionxform = str  # type: ignore[assignment,method-assign]
@@ -43,7 +44,8 @@ def test_a_unit_runs_its_command_with_its_configuration(command: str) -> None:
     program, what, *options = service["ExecStart"].split()
     assert program.endswith("bin/crypten-espn") and what == command
     assert options == ["--config", f"/etc/crypten-espn/{command}.toml"]
-    assert "-HUP" in service["ExecReload"]
+    # A sidecar reads its certificate again when the file changes.
+    assert "-HUP" in service.get("ExecReload", "") or command == "sidecar"
     assert int(service["TimeoutStopSec"]) > 30
 
 

@@ -148,11 +148,15 @@ def start(guarded: MaskedModel, run: Run) -> Iterator[Start]:  # noqa: F811
                 )
             )
             asking = Link(dealer.address, timeout=timeout)
-            client = stack.enter_context(connect(server.address, link=asking))
-            model = Model(client.plan, client.description, batch=limits.batch)
             sidecar = stack.enter_context(
-                Sidecar(client, "127.0.0.1:0", model=model, size=size, limits=limits)
+                Sidecar(
+                    lambda: connect(server.address, link=asking),
+                    "127.0.0.1:0",
+                    size=size,
+                    limits=limits,
+                )
             )
+            model = Model(guarded.plan, bundle.description, batch=limits.batch)
             thread = threading.Thread(target=sidecar.run)
             thread.start()
 

@@ -7,9 +7,14 @@ import threading
 import pytest
 import torch
 
-from crypten_espn.errors import ClosingError, LimitError, PeerError
+from crypten_espn.bundle import Description
+from crypten_espn.errors import ClosingError, LimitError, PeerError, PlanMismatchError
 from crypten_espn.serving.answer import Answer
 from crypten_espn.sidecar.asking import Queue
+
+from ..masked.cases import planned, residual
+
+PLAN = planned(*residual()).plan
 
 
 class Doubling:
@@ -19,6 +24,8 @@ class Doubling:
         self.go, self.begun = threading.Event(), threading.Event()
         self.batches: list[int] = []
         self.next_batch = prepared
+        self.closed = False
+        self.plan, self.description = PLAN, Description()
 
     def ask(self, x: object, *, force: bool = False, show: bool = False) -> Answer:
         assert isinstance(x, torch.Tensor) and not force
@@ -30,6 +37,9 @@ class Doubling:
     def keep(self) -> None:
         pass
 
+    def close(self) -> None:
+        self.closed = True
+
 
 def inputs(first: int, count: int = 1) -> torch.Tensor:
     return torch.arange(first, first + count, dtype=torch.float32)[:, None]
@@ -37,7 +47,7 @@ def inputs(first: int, count: int = 1) -> torch.Tensor:
 
 def test_requests_that_wait_share_an_inference_and_each_gets_its_own() -> None:
     client = Doubling()
-    with Queue(client, size=4, waiting=20) as queue:
+    with Queue(lambda: client, size=4, waiting=20) as queue:
         futures = [queue.put(inputs(0))]
         assert client.begun.wait(60)  # the others wait while it is under way
         futures += [queue.put(inputs(10 * i, count=2)) for i in range(1, 6)]
@@ -50,7 +60,7 @@ def test_requests_that_wait_share_an_inference_and_each_gets_its_own() -> None:
 
 def test_a_request_that_is_shown_shares_nothing() -> None:
     client = Doubling()
-    with Queue(client, size=4, waiting=20) as queue:
+    with Queue(lambda: client, size=4, waiting=20) as queue:
         futures = [queue.put(inputs(i), show=i % 2 == 1) for i in range(5)]
         client.go.set()
         shown = [future.result(60).masked is not None for future in futures]
@@ -60,7 +70,7 @@ def test_a_request_that_is_shown_shares_nothing() -> None:
 
 def test_inputs_are_cut_and_filled_up_to_what_was_prepared() -> None:
     client = Doubling(prepared=3)
-    with Queue(client, size=1, waiting=20) as queue:
+    with Queue(lambda: client, size=1, waiting=20) as queue:
         client.go.set()
         answer = queue.put(inputs(0, count=7)).result(60)
     assert torch.equal(answer.logits, 2 * inputs(0, count=7))
@@ -70,7 +80,7 @@ def test_inputs_are_cut_and_filled_up_to_what_was_prepared() -> None:
 
 def test_what_waits_at_the_end_is_refused_and_what_is_under_way_is_answered() -> None:
     client = Doubling()
-    queue = Queue(client, size=1, waiting=2)
+    queue = Queue(lambda: client, size=1, waiting=2)
     under_way = queue.put(inputs(0))
     assert client.begun.wait(60)
     waiting = [queue.put(inputs(1)), queue.put(inputs(2))]
@@ -84,7 +94,7 @@ def test_what_waits_at_the_end_is_refused_and_what_is_under_way_is_answered() ->
     client.go.set()
     assert torch.equal(under_way.result(60).logits, 2 * inputs(0))
     ending.join(60)
-    assert not queue.ready
+    assert not queue.ready and client.closed
     with pytest.raises(ClosingError):
         queue.put(inputs(4))
 
@@ -106,7 +116,7 @@ class Failing(Doubling):
 @pytest.mark.parametrize("count", [1, 2])
 def test_a_broken_connection_is_tried_once_more_and_no_more(count: int) -> None:
     client = Failing(*[PeerError(f"gone {i}") for i in range(count)])
-    with Queue(client, size=1, waiting=2) as queue:
+    with Queue(lambda: client, size=1, waiting=2) as queue:
         future = queue.put(inputs(0))
         if count == 1:
             assert torch.equal(future.result(60).logits, 2 * inputs(0))
@@ -119,8 +129,31 @@ def test_a_broken_connection_is_tried_once_more_and_no_more(count: int) -> None:
 @pytest.mark.parametrize("error", [LimitError("so many"), ValueError("a fault")])
 def test_what_would_be_said_again_is_not_asked_again(error: Exception) -> None:
     client = Failing(error)
-    with Queue(client, size=1, waiting=2) as queue:
+    with Queue(lambda: client, size=1, waiting=2) as queue:
         with pytest.raises(type(error)):
             queue.put(inputs(0)).result(60)
         assert queue.ready
         assert queue.put(inputs(1)).result(60)
+
+
+def test_another_plan_is_connected_to_anew_and_asked() -> None:
+    first, second = Failing(PlanMismatchError("another")), Failing()
+    clients = [first, second]
+    with Queue(lambda: clients.pop(0), size=1, waiting=2) as queue:
+        assert torch.equal(queue.put(inputs(3)).result(60).logits, 2 * inputs(3))
+    assert first.closed and second.closed and not clients
+
+
+def test_a_batch_that_cannot_be_made_fails_alone() -> None:
+    client = Doubling()
+    with Queue(lambda: client, size=4, waiting=9) as queue:
+        futures = [queue.put(inputs(0))]
+        assert client.begun.wait(60)
+        # Checked by two plans, the one before and the one now.
+        futures += [queue.put(inputs(1)), queue.put(torch.zeros(1, 2))]
+        client.go.set()
+        assert futures[0].result(60)
+        for future in futures[1:]:
+            with pytest.raises(RuntimeError):
+                future.result(60)
+        assert queue.put(inputs(2)).result(60)

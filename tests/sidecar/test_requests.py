@@ -13,16 +13,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from crypten_espn.bundle import Description
+from crypten_espn.bundle import Bundle, Description
 from crypten_espn.bundle.images import decode_image
 from crypten_espn.errors import PeerError, TransportError
 from crypten_espn.masked.inference import client as inference
-from crypten_espn.serving.client import connect
+from crypten_espn.serving.client import Client, connect
 from crypten_espn.serving.events import (
     Inference,
     InferenceBegun,
+    PlanChanged,
     Reachable,
     Repeated,
     RequestRefused,
@@ -35,6 +37,7 @@ from crypten_espn.sidecar.limits import SidecarLimits
 from crypten_espn.sidecar.running import Sidecar
 from crypten_espn.wire.connect import parse_address
 
+from ..masked.cases import planned
 from ..serving.conftest import Heard, Run
 from .conftest import IMAGES, Beside, Start, photo
 
@@ -317,34 +320,32 @@ def test_more_requests_than_may_wait_are_refused(
     assert sorted(statuses) == [200, 200, 503, 503, 503]
 
 
-@pytest.mark.parametrize("address", ["0.0.0.0:0", "192.0.2.1:0"])
-def test_it_does_not_listen_beyond_this_host_unless_told_to(
-    beside: Beside, address: str
-) -> None:
-    link = Link(beside.dealer.address, timeout=20)
-    with (
-        connect(beside.server.address, link=link) as client,
-        pytest.raises(TransportError, match=r"beyond this host.*--expose"),
-    ):
-        Sidecar(client, address, model=beside.model, limits=SidecarLimits())
+def never() -> Client:
+    raise AssertionError("nothing is connected to before it listens")
+
+
+@pytest.mark.parametrize("address", ["0.0.0.0:0", "192.0.2.1:0", "[::]:0"])
+def test_it_does_not_listen_beyond_this_host_unless_told_to(address: str) -> None:
+    with pytest.raises(TransportError, match=r"beyond this host.*--expose"):
+        Sidecar(never, address)
+
+
+def test_an_address_in_use_is_named(beside: Beside) -> None:
+    with pytest.raises(TransportError, match=r"Cannot listen on .* for --listen"):
+        Sidecar(never, beside.address)
 
 
 def test_it_answers_to_the_names_that_it_is_exposed_under(beside: Beside) -> None:
     link = Link(beside.dealer.address, timeout=20)
-    with (
-        connect(beside.server.address, link=link) as client,
-        Sidecar(
-            client,
-            "0.0.0.0:0",
-            model=beside.model,
-            names=["sidecar.internal"],
-            limits=SidecarLimits(),
-        ) as exposed,
-    ):
+    with Sidecar(
+        lambda: connect(beside.server.address, link=link),
+        "0.0.0.0:0",
+        expose=["sidecar.internal"],
+    ) as exposed:
         thread = threading.Thread(target=exposed.run)
         thread.start()
-        _, port = parse_address(exposed.address)
         there = Beside(**{**vars(beside), "sidecar": exposed})
+        _, port = parse_address(exposed.address)
         try:
             for host, status in (("sidecar.internal", 200), ("other", 403)):
                 assert there.ask("GET", "/v2", Host=f"{host}:{port}").status == status
@@ -353,13 +354,28 @@ def test_it_answers_to_the_names_that_it_is_exposed_under(beside: Beside) -> Non
             thread.join(60)
 
 
-def test_an_address_in_use_is_named(beside: Beside) -> None:
+def test_a_server_with_another_network_is_followed(
+    start: Start, heard: Heard, run: Run
+) -> None:
+    beside = start()
+    x, address = beside.inputs[:1], beside.server.address
+    assert beside.infer(beside.request(x)).status == 200
+    beside.server.close()
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 3)).eval()
+    other = planned(network.requires_grad_(False), beside.inputs)
     link = Link(beside.dealer.address, timeout=20)
-    with (
-        connect(beside.server.address, link=link) as client,
-        pytest.raises(TransportError, match=r"Cannot listen on .* for --listen"),
-    ):
-        Sidecar(client, beside.address, model=beside.model, limits=SidecarLimits())
+    run(
+        ModelServer(
+            Bundle(other, Description(classes=("a", "b", "c"))), address, link=link
+        )
+    )
+    (change,) = heard.wait("asking", PlanChanged)
+    assert change.now == other.plan.digest.hex()[:16] != change.before
+    beside.network = network
+    assert beside.is_right(x, beside.infer(beside.request(x)))
+    (output,) = beside.ask("GET", "/v2/models/model").json["outputs"]
+    assert output["shape"] == [-1, 3]
+    assert beside.ask("GET", "/image").json["images"] is False
 
 
 def test_an_image_gets_classes_and_what_the_server_saw(

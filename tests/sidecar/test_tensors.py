@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import struct
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from crypten_espn.bundle import Description
 from crypten_espn.errors import DataError, LimitError, ShapeError
 from crypten_espn.masked.model import MaskedModel
-from crypten_espn.sidecar.tensors import HEADER_BYTES, Model
+from crypten_espn.sidecar.tensors import HEADER_BYTES, Model, Names
 
 from .conftest import NAMES
 
@@ -174,6 +175,41 @@ def test_bytes_behind_a_request_in_json_are_refused(tensors: Model) -> None:
         tensors.read(head + b"1234", len(head))
 
 
+@pytest.mark.parametrize("form", ["json", "binary"])
+def test_a_changed_request_is_read_or_refused_and_nothing_else(
+    tensors: Model, form: str
+) -> None:
+    draws = random.Random(0)
+    x = X.astype("<f4")
+    if form == "binary":
+        head = text(request(parameters={"binary_data_size": x.nbytes}))
+        body, length = head + x.tobytes(), len(head)
+    else:
+        head = body = text({**request(data=[1] * X.size), "id": "a"})
+        length = len(body)
+    read = 0
+    for _ in range(3000):
+        changed = bytearray(body)
+        for _ in range(draws.randint(1, 3)):
+            place = draws.randrange(len(head))
+            change = draws.randrange(3)
+            if change == 0:
+                changed[place : place + 1] = bytes([draws.randrange(256)])
+            elif change == 1:
+                del changed[place : place + draws.randint(1, 9)]
+            else:
+                changed[place:place] = draws.choice(
+                    [b"[", b"]", b",", b"9" * 30, b"-", b'"', b"null", b"1e999"]
+                )
+        try:
+            found = tensors.read(bytes(changed), length if form == "binary" else None)
+        except (DataError, ShapeError, LimitError):
+            continue
+        read += 1
+        assert found.x.shape[1:] == SHAPE[1:] and 1 <= len(found.x) <= 4
+    assert read < 3000
+
+
 def test_a_request_as_large_as_it_may_be_fits_the_body(tensors: Model) -> None:
     x = np.full((4, 3, 8, 8), -1.2345678901234567e-300)
     body = text(request(shape=x.shape, datatype="FP64", data=x.tolist()))
@@ -223,7 +259,8 @@ def test_the_likeliest_classes_are_written_in_json_and_in_bytes(tensors: Model) 
 
 
 def test_metadata_name_the_tensors(guarded: MaskedModel) -> None:
-    model = Model(guarded.plan, Description(), "resnet", "pixels", "scores")
+    names = Names("resnet", "pixels", "scores")
+    model = Model(guarded.plan, Description(), names)
     about = model.metadata()
     assert about["name"] == "resnet" and about["versions"] == ["1"]
     assert about["inputs"] == [
