@@ -57,6 +57,7 @@ class _Report(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     logits_error: float
     coins_error: float
     inputs: Annotated[int, Meta(ge=1)]
+    widened: _Name = ""
 
 
 @dataclass(frozen=True)
@@ -225,6 +226,7 @@ def _report(text: str, plan: Plan) -> PlanReport:
         given.logits_error,
         given.coins_error,
         given.inputs,
+        given.widened,
     )
 
 
