@@ -228,7 +228,7 @@ def take_over(way: socket.socket) -> tuple[socket.socket, Letter]:
         text = bytearray()
         while len(text) < count and (piece := way.recv(count - len(text))):
             text += piece
-        letter = msgspec.json.decode(bytes(text), type=Letter)
+        letter = _DECODER.decode(bytes(text))
         way.sendall(_TAKEN)
         sock = socket.socket(fileno=handles.pop())
     except (OSError, msgspec.MsgspecError) as error:
@@ -237,3 +237,7 @@ def take_over(way: socket.socket) -> tuple[socket.socket, Letter]:
         for handle in handles:
             os.close(handle)
     return sock, letter
+
+
+# Made here once: two threads that decode a type for the first time crash msgspec.
+_DECODER = msgspec.json.Decoder(Letter)

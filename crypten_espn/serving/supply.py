@@ -73,7 +73,6 @@ class Supply:
             )
         self._address, self._link, self._pause = address, link, pause_s
         self._ahead, self._low, self._batch = ahead, low, batch
-        self._plan: Plan | None = None
         self._asking = threading.Lock()
         self._front = self._connect(0)
         try:
@@ -151,9 +150,7 @@ class Supply:
         link = self._link
         if link.directory is not None:
             link = replace(link, directory=Path(link.directory) / str(number))
-        client = connect(self._address, link=link, plan=self._plan)
-        self._plan = client.plan
-        return client
+        return connect(self._address, link=link)
 
     def _turn(self) -> None:
         """Let the client that was filled answer, once the other is used up."""

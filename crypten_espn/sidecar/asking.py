@@ -192,7 +192,7 @@ class Queue:
             raise
 
     def _begin_anew(self) -> None:
-        """Connect to a server whose plan is not the one it was.
+        """Connect to a server whose network takes or gives other shapes by now.
 
         Raises:
             PeerError, MaterialError: it cannot be reached, or a folder holds material
@@ -200,9 +200,6 @@ class Queue:
         """
         self._client.close()
         self._client = self._connect()
-        before, _ = self.served
-        self.served = now, _ = self._client.plan, self._client.description
-        report(log, PlanChanged(before.digest.hex()[:16], now.digest.hex()[:16]))
 
     def _once(self, x: torch.Tensor, show: bool) -> Answer:
         parts = list(
@@ -237,9 +234,13 @@ class Queue:
             self._note(None)
 
     def _note(self, error: EspnError | None) -> None:
-        """Remember whether the server is there, and log a change."""
+        """Remember what is served, and whether it is there; log what changed."""
         there = not isinstance(error, PeerError) or isinstance(error, _REFUSALS)
         before, self._reachable = self._reachable, there
+        now, was = self._client.plan, self.served[0]
+        self.served = now, self._client.description
+        if now is not was and now != was:
+            report(log, PlanChanged(was.digest.hex()[:16], now.digest.hex()[:16]))
         if before and error is not None and not there:
             report(log, Unreachable(told(error)))
         elif there and not before:

@@ -255,7 +255,7 @@ def test_a_server_that_is_gone_is_told_and_found_again(
     assert beside.ask("GET", "/v2/health/ready").status == 503
     assert beside.ask("GET", "/v2/health/live").status == 200
     link = Link(beside.dealer.address, timeout=20)
-    run(ModelServer(beside.server.model, address, link=link))
+    run(ModelServer(beside.server.bundle, address, link=link))
     heard.wait("asking", Reachable)
     assert beside.ask("GET", "/v2/health/ready").status == 200
     assert beside.is_right(x, beside.infer(beside.request(x)))
@@ -354,27 +354,26 @@ def test_it_answers_to_the_names_that_it_is_exposed_under(beside: Beside) -> Non
             thread.join(60)
 
 
+@pytest.mark.parametrize("count", [5, 3], ids=["same shapes", "other shapes"])
 def test_a_server_with_another_network_is_followed(
-    start: Start, heard: Heard, run: Run
+    start: Start, heard: Heard, run: Run, count: int
 ) -> None:
     beside = start()
     x, address = beside.inputs[:1], beside.server.address
     assert beside.infer(beside.request(x)).status == 200
     beside.server.close()
-    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 3)).eval()
-    other = planned(network.requires_grad_(False), beside.inputs)
+    layers = torch.nn.Flatten(), torch.nn.Linear(192, count)
+    network = torch.nn.Sequential(*layers).eval().requires_grad_(False)
+    other = planned(network, beside.inputs)
     link = Link(beside.dealer.address, timeout=20)
-    run(
-        ModelServer(
-            Bundle(other, Description(classes=("a", "b", "c"))), address, link=link
-        )
-    )
+    bundle = Bundle(other, Description(classes=tuple("abcde"[:count])))
+    run(ModelServer(bundle, address, link=link))
     (change,) = heard.wait("asking", PlanChanged)
     assert change.now == other.plan.digest.hex()[:16] != change.before
     beside.network = network
     assert beside.is_right(x, beside.infer(beside.request(x)))
     (output,) = beside.ask("GET", "/v2/models/model").json["outputs"]
-    assert output["shape"] == [-1, 3]
+    assert output["shape"] == [-1, count]
     assert beside.ask("GET", "/image").json["images"] is False
 
 
