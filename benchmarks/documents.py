@@ -101,9 +101,11 @@ def markdown(folder: Path, name: str) -> str | None:
         return None
     notes = []
     for source, rows in found.items():
-        stamp = "commit {commit}, {date}, {processor}".format(**rows.iloc[0])
+        lines_ = rows.to_dict("records")
+        stamps = ["commit {commit}, {date}, {processor}".format(**x) for x in lines_]
         command = recorded_commands(folder).get(source)
-        notes.append((f"`{command}`: " if command else "") + f"{stamp}.")
+        said = "; ".join(dict.fromkeys(stamps))
+        notes.append((f"`{command}`: " if command else "") + f"{said}.")
     body = table.make(pandas.concat(found.values(), ignore_index=True))
     lines = [list(body.columns), *body.fillna("").astype(str).to_numpy().tolist()]
     out = ["| " + " | ".join(line) + " |" for line in lines]

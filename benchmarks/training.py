@@ -127,7 +127,7 @@ def summary(folder: Path) -> pandas.DataFrame:
             "test accuracy": points.mean().map("{:.2f}".format),
             "range": points.agg(lambda some: f"{some.min():.2f} to {some.max():.2f}"),
             "against ReLU": gap.mask(gap.index.get_level_values("kind") == "relu", ""),
-            "minutes": (cells.seconds.mean() / 60).map("{:.0f}".format),
+            "minutes": (cells.seconds.mean() / 60).map("{:.1f}".format),
             **{name: last[name] for name in STAMP},
         }
     )

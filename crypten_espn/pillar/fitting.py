@@ -254,11 +254,11 @@ class Fitting:
         values = _values(self.functions[module], radii)
         met = self._met(module, name, radii)
         shares = met.shares()
-        weights = (1 - _UNIFORM) * shares, np.full_like(shares, _UNIFORM / _CELLS)
         # By what was meant where inputs fell, by the function itself everywhere.
-        aims = met.means(values), values
-        aim = sum(w * y for w, y in zip(weights, aims, strict=True)) / sum(weights)
-        fit = fit_channels(aim, sum(weights), radii, self.degree)
+        often, anywhere = (1 - _UNIFORM) * shares, _UNIFORM / _CELLS
+        aim = often * met.means(values) + anywhere * values
+        weights = often + anywhere
+        fit = fit_channels(aim / weights, weights, radii, self.degree)
         x = torch.from_numpy((radii[:, None] * cells(_CELLS)).T.copy())
         off = fit(x).numpy().T - values
         silent = [

@@ -336,6 +336,11 @@ _STEPS = 200
 _BATCH = 512
 
 
+def _tuning_batch(recipe: Recipe) -> int:
+    """Four of the recipe's, up to a batch from which on more images help no further."""
+    return max(recipe.batch_size, min(4 * recipe.batch_size, _BATCH))
+
+
 def channel_tuning(
     recipe: Recipe,
     *,
@@ -373,7 +378,7 @@ def channel_tuning(
         epochs=epochs or 1,
         epoch_steps=steps,
         # Few steps learn more from many images each, at a higher rate.
-        batch_size=recipe.batch_size if degree < 4 else _BATCH,
+        batch_size=recipe.batch_size if degree < 4 else _tuning_batch(recipe),
         learning_rate=0.1 if degree < 4 else 0.2,
         warmup_epochs=(epochs or 1) / 20,
         penalty="boundary",
