@@ -67,8 +67,8 @@ TIMM = {
 }  # fmt: skip
 # In the suite: small, quick, and each of another kind.
 SMALL = (
-    "resnet18", "squeezenet1_1", "shufflenet_v2_x0_5", "mobilenet_v2", "mnasnet0_5",
-    "dla46_c", "mobilenetv4_conv_small", "resnet10t", "lcnet_050", "swin_t",
+    "squeezenet1_1", "swin_t", "darknet17", "dla46_c", "gernet_s", "resnet10t",
+    "ecaresnet26t", "hardcorenas_a", "lcnet_050", "poolformer_s12",
 )  # fmt: skip
 
 

@@ -420,6 +420,26 @@ def test_a_layer_too_wide_for_the_ring_takes_a_wider_one_and_says_so(scale, wide
     assert rms(logits - exact(network, x)) <= 1.5 * model.report.logits_error
 
 
+def test_a_network_that_roundings_would_drown_takes_a_wider_ring_and_says_so():
+    torch.manual_seed(5)
+    square = espn.Polynomial((0, 512, 90), 10, (-5.0, 5.0))
+    first, last = (nn.Linear(*size, bias=False) for size in ((10, 8), (8, 4)))
+    with torch.no_grad():
+        first.weight.mul_(3e-5)
+    network, x = ready(nn.Sequential(first, act(square), last)), vectors()
+    narrow, wide = planned(network, x, precision=32), planned(network, x)
+    expected = exact(network, x)
+    for model, least, most in ((narrow, 2**-8, 1.0), (wide, 0.0, 2**-8)):
+        logits, _ = evaluate(model.plan, model.weights, x)
+        beside = model.report.logits_error / float(expected.abs().max())
+        assert least < beside < most
+        assert rms(logits - expected) <= 1.5 * model.report.logits_error
+    assert wide.plan.output.ring > 32 and not narrow.report.widened
+    assert f"a ring of {wide.plan.output.ring} bits: in a ring of 32" in str(wide)
+    report = espn.check(network, x)
+    assert report.widened == wide.report.widened and report.widened in str(report)
+
+
 # ---------------------------------------------------------------- stated errors
 
 
