@@ -121,9 +121,12 @@ _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 def _of_one(
     module: nn.Module, inputs: tuple[torch.Tensor], output: torch.Tensor
 ) -> torch.Tensor:
-    deviation = output.std()
-    if deviation > 0:
-        module.weight.div_(deviation)  # type: ignore[operator]
+    weight = module.weight
+    assert isinstance(weight, torch.Tensor)
+    if not weight.any():
+        nn.init.normal_(weight)
+        output = module.forward(*inputs)
+    weight.div_(output.std())
     again: torch.Tensor = module.forward(*inputs)
     return again
 
