@@ -126,7 +126,8 @@ def _of_one(
     if not weight.any():
         nn.init.normal_(weight)
         output = module.forward(*inputs)
-    weight.div_(output.std())
+    if output.std() > 0:
+        weight.div_(output.std())
     again: torch.Tensor = module.forward(*inputs)
     return again
 
@@ -189,7 +190,7 @@ def _reason(words: str) -> str:
         return words.splitlines()[0][:200]
     counts = Counter(operation for operation, _ in found)
     listed = ", ".join(f"{n} {operation}" for operation, n in sorted(counts.items()))
-    return f"{listed}; {found[0][0]}: {found[0][1]}"[:200]
+    return f"{listed}; {found[0][0]}: {found[0][1].split(';')[0]}"
 
 
 def _first(error: Exception) -> str:
