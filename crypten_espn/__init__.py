@@ -17,6 +17,7 @@ from .explain import compare_precisions, explain  # noqa: E402
 from .launch import run_multiprocess, run_parties  # noqa: E402
 from .pillar.calibrate import calibrate  # noqa: E402
 from .pillar.guard import InputGuard, attach_guard, guard_of  # noqa: E402
+from .pillar.harden import harden  # noqa: E402
 from .pillar.penalty import (  # noqa: E402
     boundary_penalty,
     range_penalty,
@@ -78,6 +79,7 @@ __all__ = [
     "explain",
     "failure_probability",
     "guard_of",
+    "harden",
     "largest_inputs",
     "load",
     "load_images",

@@ -189,6 +189,31 @@ def corruptions(
     return found
 
 
+def drawn(images: Tensor, levels: Levels, generator: torch.Generator) -> Tensor:
+    """Each image corrupted in a way drawn for it, or two, at a strength drawn for it.
+
+    Args:
+        images: (n, channels, ...), float, on the processor.
+        levels: the smallest and largest values, within which all stays.
+        generator: of the ways, their strengths and their noises.
+    """
+    ways = [
+        corrupt
+        for corrupt, spatial in _CORRUPTIONS.values()
+        if not spatial or images.dim() in (3, 4)
+    ]
+    made = []
+    for image in images.split(1):
+        first, second = torch.randint(len(ways), (2,), generator=generator).tolist()
+        twice, strength = torch.rand(2, generator=generator).tolist()
+        result = image
+        for way in (first, second) if twice < 0.5 else (first,):
+            result = ways[way](result, levels, generator)
+            result = result.maximum(levels.low).minimum(levels.high)
+        made.append(image.lerp(result, min(1.0, 1.6 * strength)))
+    return torch.cat(made)
+
+
 def of_images(name: str) -> bool:
     """Whether a corruption leaves the image, and its levels, to be recognised."""
     return not name.startswith((BEYOND, *_PATTERNS))
