@@ -32,9 +32,9 @@ def network() -> nn.Module:
     layers: list[nn.Module] = []
     for inputs in (1, 6, 6):
         layers += [nn.Conv2d(inputs, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU()]
-    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(6 * 64, 4))
+    plain = nn.Sequential(*layers, nn.Flatten(), nn.Linear(6 * 64, 4))
     square = Polynomial.fit(torch.relu, degree=2, interval=(-1.5, 1.5), frac_bits=10)
-    model = replace_activations(model, {nn.ReLU: square})
+    model = replace_activations(plain, {nn.ReLU: square})
     for _ in range(20):
         model(images())  # batch-norm's statistics
     return model.eval()
