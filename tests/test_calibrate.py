@@ -128,6 +128,13 @@ def test_a_channel_is_fitted_to_what_it_sees():
     assert all(layer.error < 0.15 for layer in layers(found))
 
 
+def test_a_deep_network_gets_a_wider_margin():
+    for depth, margin in ((16, 1.5), (17, 2.0)):
+        model = nn.Sequential(*(nn.ELU() for _ in range(depth)))
+        done = fits(calibrate(model, images(20, 3), degree=2))
+        assert done is not None and done.margin == margin
+
+
 def test_a_higher_degree_is_closer_and_a_wider_margin_coarser():
     model, x = small(), images()
     off = {

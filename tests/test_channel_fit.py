@@ -85,10 +85,8 @@ def test_a_percentile_is_within_a_bin_above_the_truth():
         assert (truth <= given).all() and (given <= truth * 1.017).all()
 
 
-def test_shares_are_where_the_values_are():
+def test_a_channel_of_one_value_is_constant():
     x = torch.tensor([[-1.0, 0.6], [0.25, 0.6], [9.0, 0.6], [0.25, 0.6]])
     histogram = seen(x)
     assert histogram.constant.tolist() == [False, True]
-    shares = histogram.shares(np.array([1.0, 1.0]), 4)
-    # 9 lies outside and counts at the end.
-    assert shares.tolist() == [[0.25, 0.0, 0.5, 0.25], [0.0, 0.0, 0.0, 1.0]]
+    assert histogram.largest.tolist() == [9.0, pytest.approx(0.6)]
