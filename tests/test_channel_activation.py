@@ -218,7 +218,7 @@ def test_channels_of_a_value_of_unknown_shape_are_not_guessed() -> None:
 
         def forward(self, x: Tensor) -> Tensor:
             # No operation of ONNX, so its shape is not known there.
-            return self.activation(nn.functional.adaptive_avg_pool2d(x, (2, 3)))
+            return self.activation(nn.functional.adaptive_max_pool2d(x, (2, 3)))
 
     report = espn.check(Unknown(), X)
     words = {f.operation: f.cure for f in report.findings}
