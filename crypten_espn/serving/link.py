@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from ..errors import LimitError
 from ..masked.checks import PLAN_BYTES
@@ -72,6 +72,17 @@ def one_link(
     return link
 
 
+def check_positive(limits: object) -> None:
+    """Refuse a dataclass of limits of which one is not above 0.
+
+    Raises:
+        ValueError: it names the limit.
+    """
+    for name, value in vars(limits).items():
+        if value <= 0:
+            raise ValueError(f"{name}={value} was given; a limit must be positive")
+
+
 @dataclass(frozen=True)
 class Limits:
     """What a server or a dealer accepts; what exceeds it is refused by name.
@@ -108,12 +119,7 @@ class Limits:
     grace_s: float = 30.0
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            if getattr(self, field.name) <= 0:
-                raise ValueError(
-                    f"{field.name}={getattr(self, field.name)} was given; a limit must "
-                    "be positive"
-                )
+        check_positive(self)
 
     def check_order(self, *, start: int, count: int, batch: int) -> None:
         """Check a wish for inferences before anything is prepared for it.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+
+from ..serving.link import check_positive
 
 
 @dataclass(frozen=True)
@@ -28,9 +30,4 @@ class SidecarLimits:
     grace_s: float = 30.0
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            if getattr(self, field.name) <= 0:
-                raise ValueError(
-                    f"{field.name}={getattr(self, field.name)} was given; a limit must "
-                    "be positive"
-                )
+        check_positive(self)
