@@ -18,7 +18,7 @@ from .linear import (
     Shape,
     shape_of,
 )
-from .products import Factors
+from .products import Factors, dealt_words
 from .steps import VALUE_RING, Activation, Product, Step
 
 if TYPE_CHECKING:
@@ -213,7 +213,7 @@ class Checked:
             )
         first, second = (shape_of(factor, self._shapes) for factor in step.root.inputs)
         self._count(math.prod(first), place)
-        return first, 6 * math.prod(first) + 2 * math.prod(second)
+        return first, dealt_words(first, second)
 
     def _columns(self, act: Activation, channels: int, place: str) -> None:
         """Its numbers are for all channels or each; tables of them stay small."""

@@ -16,7 +16,7 @@ import numpy as np
 
 from . import kernels
 from .linear import Shape, shape_of
-from .products import Factors, places
+from .products import Factors, dealt_words, places
 from .steps import Activation, Product, Step
 
 # One array for each part of a message, or one whose rows they are.
@@ -252,7 +252,7 @@ class OfProduct(Evaluation):
         self._places = places(*factors)
 
     def values_shape(self, batch: int) -> Shape:
-        return (batch, 6 * self.sizes[0] + 2 * self.sizes[1])
+        return (batch, dealt_words(*self.factors))
 
     def open(self, c: np.ndarray, deltas: np.ndarray) -> Openings:
         del deltas

@@ -46,6 +46,14 @@ class Factors(Operation, frozen=True, tag="factors"):
         out[:, first.shape[1] :] += second
 
 
+def dealt_words(first: Shape, second: Shape) -> int:
+    """Words of the dealer for one input of a product: see `kernels.product`.
+
+    Six for each element of the first factor, two for each of the second.
+    """
+    return 6 * math.prod(first) + 2 * math.prod(second)
+
+
 def places(first: Shape, second: Shape) -> np.ndarray:
     """Which element of the second factor each of the first is multiplied by."""
     counted = np.arange(math.prod(second), dtype=np.int64).reshape(second)
