@@ -7,8 +7,12 @@ import hashlib
 import traceback
 from collections.abc import Iterator
 
-from ..errors import EspnError
+from ..errors import EspnError, LimitError, QuotaError, RevokedError
 from ..wire.channel import Channel
+
+# A peer that says so would say it again.
+REFUSALS = (LimitError, QuotaError)
+FINAL = (*REFUSALS, RevokedError)
 
 
 def told(error: BaseException) -> str:

@@ -22,7 +22,6 @@ from ..cost import Cost
 from ..errors import (
     EspnError,
     IdleError,
-    LimitError,
     MaterialError,
     PeerError,
     PlanMismatchError,
@@ -38,7 +37,7 @@ from ..masked.plan import Plan
 from ..wire.channel import Channel
 from ..wire.tls import TLS
 from .answer import Answer
-from .boundary import session_tag, telling, told
+from .boundary import FINAL, session_tag, telling, told
 from .dealers import trusted
 from .events import InferenceBegun, Reconnected, report
 from .events import Prepared as PreparedEvent
@@ -61,10 +60,6 @@ from .reporting import reported
 from .stock import WINDOW, Stock, stored_session
 
 log = logging.getLogger(__name__)
-
-
-# Whoever says so would say it again.
-_FINAL = (LimitError, QuotaError, RevokedError)
 
 
 class Client:
@@ -197,7 +192,7 @@ class Client:
             )
 
     def _prepare(self, count: int, *, batch: int) -> None:
-        self._reach_again()
+        """Over the connection there is."""
         dealers = trusted(self._link.dealers, self._dealers)
         self._leave_lost_dealer()
         channel, began = self._channel, time.perf_counter()
@@ -326,9 +321,10 @@ class Client:
         except PeerError as error:
             # Whoever went in the middle of it may be back, and one that had just
             # found this side idle takes it again.
-            final = isinstance(error, _FINAL) and not isinstance(error, IdleError)
+            final = isinstance(error, FINAL) and not isinstance(error, IdleError)
             if final or time.monotonic() > end:
                 raise
+            self._reach_again()
             self._prepare(1, batch=batch)
 
     def predict_many(

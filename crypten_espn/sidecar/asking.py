@@ -19,21 +19,16 @@ from ..errors import (
     LimitError,
     PeerError,
     PlanMismatchError,
-    QuotaError,
-    RevokedError,
 )
 from ..masked.plan import Plan
 from ..serving.answer import Answer
-from ..serving.boundary import told, traced
+from ..serving.boundary import FINAL, REFUSALS, told, traced
 from ..serving.events import PlanChanged, Reachable, Repeated, Unreachable, report
 from ..serving.filling import Asks, answers
 
 log = logging.getLogger(__name__)
 
 _TICK_S = 1.0
-# Whoever says so would say it again.
-_REFUSALS = (LimitError, QuotaError)
-_FINAL = (*_REFUSALS, RevokedError)
 
 
 class Keeps(Asks, Protocol):
@@ -183,7 +178,7 @@ class Queue:
             except PlanMismatchError:
                 self._begin_anew()
             except PeerError as error:
-                if isinstance(error, _FINAL):
+                if isinstance(error, FINAL):
                     raise
                 report(log, Repeated(len(x), told(error)))
             return self._once(x, show)
@@ -235,7 +230,7 @@ class Queue:
 
     def _note(self, error: EspnError | None) -> None:
         """Remember what is served, and whether it is there; log what changed."""
-        there = not isinstance(error, PeerError) or isinstance(error, _REFUSALS)
+        there = not isinstance(error, PeerError) or isinstance(error, REFUSALS)
         before, self._reachable = self._reachable, there
         now, was = self._client.plan, self.served[0]
         self.served = now, self._client.description
