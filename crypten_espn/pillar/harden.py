@@ -15,14 +15,12 @@ from .data import Normalization
 from .guard_bounds import normalization_of
 from .keeping import as_taken
 from .penalty import boundary_penalty
-from .settle import settle_intervals
+from .settle import SAMPLE, settle_intervals
 from .stress import Levels, drawn
 from .surgery import activations
 
 _MOMENTUM = 0.9
 _WARM = 10  # steps over which the rate rises
-# Images that intervals and guard are settled on at the end.
-_SETTLED = 1000
 
 
 def harden(  # noqa: PLR0913 - how it is trained, each with a default
@@ -121,7 +119,7 @@ def harden(  # noqa: PLR0913 - how it is trained, each with a default
             f"none of {steps} steps had a finite gradient; train the network again "
             "with a larger beta, or calibrate the one that it was made from"
         )
-    return settle_intervals(hardened, x[:_SETTLED], normalization=normalization)
+    return settle_intervals(hardened, x[:SAMPLE], normalization=normalization)
 
 
 def _levels(images: Tensor, normalization: Normalization | None) -> Levels:

@@ -28,13 +28,12 @@ from .phases import replace_share
 from .preparation import blending, fresh_network, parameter_groups, schedule
 from .recipe import Recipe
 from .result import SELECTION_RULE, Result, accuracy
-from .settle import settle_intervals
+from .settle import SAMPLE, settle_intervals
 from .storage import save_network
 from .surgery import activations, replace_activations
 from .watch import Watch
 
 STATE_FORMAT = 3  # of what state.pt holds
-_SETTLED = 1000  # training images that intervals and guard are fitted to at the end
 
 
 class Run:
@@ -308,7 +307,7 @@ class Run:
         """
         if not activations(self.model):
             return self.model
-        images = self._training_images(_SETTLED)
+        images = self._training_images(SAMPLE)
         try:
             return settle_intervals(
                 self.model, images, normalization=self.dataset.normalization

@@ -19,6 +19,8 @@ from .surgery import activations
 # to the guard; where it cannot tell them from the clean, the next is tried. Width costs
 # the ring's bits.
 _LIMITS = (1.5, 2.0, 3.0, 4.0)
+# Training images that a network is settled on once it is trained.
+SAMPLE = 1000
 # Rounding, where an interval has been settled before.
 _AS_BEFORE = 1.001
 # Room beyond the largest seen. Nothing is fitted, so it costs bits alone. Of 25,000
