@@ -101,10 +101,9 @@ def markdown(folder: Path, name: str) -> str | None:
         return None
     notes = []
     for source, rows in found.items():
-        lines_ = rows.to_dict("records")
-        stamps = ["commit {commit}, {date}, {processor}".format(**x) for x in lines_]
+        origins = rows[list(STAMP)].drop_duplicates().itertuples(index=False)
+        said = "; ".join(f"commit {o.commit}, {o.date}, {o.processor}" for o in origins)
         command = recorded_commands(folder).get(source)
-        said = "; ".join(dict.fromkeys(stamps))
         notes.append((f"`{command}`: " if command else "") + f"{said}.")
     body = table.make(pandas.concat(found.values(), ignore_index=True))
     lines = [list(body.columns), *body.fillna("").astype(str).to_numpy().tolist()]

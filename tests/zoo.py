@@ -138,10 +138,8 @@ def _torchvision(name: str) -> nn.Module:
     more: dict[str, Any] = {}
     if name in ("googlenet", "inception_v3"):
         more = {"init_weights": False, "aux_logits": False}
-    if name in ("vit_b_16", "maxvit_t"):
-        more = {"image_size" if name == "vit_b_16" else "input_size": 224}
-        if name == "maxvit_t":
-            more = {}
+    if name == "vit_b_16":
+        more = {"image_size": 224}
     network: nn.Module = getattr(torchvision.models, name)(num_classes=10, **more)
     return network.eval()
 
