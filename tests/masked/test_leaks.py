@@ -2,15 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import pytest
 import torch
 
 from benchmarks.leaks.asking import ask, small_model
 from benchmarks.leaks.attacks import attack_differences, attack_words
+from crypten_espn.masked.model import MaskedModel
 from crypten_espn.masked.steps import Product
 
 from .cases import without_noise
+
+
+def attacked(
+    models: Iterable[MaskedModel],
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """By word, |cosine| of every row of all networks; and with the dealer's coins."""
+    found: tuple[dict[str, list[np.ndarray]], ...] = ({}, {})
+    for model in models:
+        torch.manual_seed(100)
+        x = (torch.randn(1, 1, 4, 4) * 2).repeat(128, 1, 1, 1)
+        given = attack_words(model, x, batches=100)
+        for all_of, of_this in zip(found, given, strict=True):
+            for name, values in of_this.items():
+                all_of.setdefault(name, []).append(values)
+    words, control = (
+        {name: np.concatenate(values) for name, values in which.items()}
+        for which in found
+    )
+    return words, control
+
+
+def medians(of_words: dict[str, np.ndarray]) -> dict[str, float]:
+    return {name: float(np.median(values)) for name, values in of_words.items()}
 
 
 @pytest.mark.slow
@@ -20,57 +46,33 @@ def test_no_word_of_the_client_shows_a_row_of_the_last_layer():
     Of 96 rows nobody knows, half lie within |cos| 0.5; that half would lie above 0.8
     has a chance below 1 in 10**9 for a word, 1 in 10**7 for all of them.
     """
-    words: dict[str, list[np.ndarray]] = {}
-    control: dict[str, list[np.ndarray]] = {}
-    for seed in range(6):
-        model = small_model(seed)
-        torch.manual_seed(100)
-        x = (torch.randn(1, 1, 4, 4) * 2).repeat(128, 1, 1, 1)
-        for all_of, of_this in zip(
-            (words, control), attack_words(model, x, batches=100), strict=True
-        ):
-            for name, values in of_this.items():
-                all_of.setdefault(name, []).append(values)
-    found, known = (
-        {name: np.median(np.concatenate(values)) for name, values in which.items()}
-        for which in (words, control)
-    )
+    words, control = attacked(small_model(seed) for seed in range(6))
+    found, known = medians(words), medians(control)
     # With the dealer's coins the same regression finds every row: it would have.
     assert known["second coins 0"] > 0.9 and known["first coins 0 1"] > 0.6
     assert len(found) > 60
     assert any(name.startswith("server message") for name in found)
     assert max(found.values()) < 0.8
-    every = np.concatenate([v for values in words.values() for v in values])
+    every = np.concatenate([*words.values()])
     assert abs(np.median(every) - 0.5) < 0.06
 
 
 @pytest.mark.slow
 def test_no_word_of_the_client_shows_a_row_behind_a_product():
     """As above, where the last layer reads a product of two: both factors round."""
-    words: dict[str, list[np.ndarray]] = {}
-    control: dict[str, list[np.ndarray]] = {}
-    for seed in range(3):
-        model = small_model(seed, gate=True)
+    models = [small_model(seed, gate=True) for seed in range(3)]
+    for model in models:
         (step,) = model.plan.steps
         assert isinstance(step.activation, Product) and min(step.activation.dropped)
-        torch.manual_seed(100)
-        x = (torch.randn(1, 1, 4, 4) * 2).repeat(128, 1, 1, 1)
-        for all_of, of_this in zip(
-            (words, control), attack_words(model, x, batches=100), strict=True
-        ):
-            for name, values in of_this.items():
-                all_of.setdefault(name, []).append(values)
-    found, known = (
-        {name: np.median(np.concatenate(values)) for name, values in which.items()}
-        for which in (words, control)
-    )
+    words, control = attacked(models)
+    found, known = medians(words), medians(control)
     assert known["second coins 0"] > 0.9 and known.keys() >= {"first coins 0 1"}
     assert max(known["first coins 0 0"], known["first coins 0 1"]) > 0.6
     assert len(found) > 60
     assert any(name.startswith("server message") for name in found)
     # Of 48 rows nobody knows, half lie above 0.8 by a chance below 1 in 10**5.
     assert max(found.values()) < 0.85
-    every = np.concatenate([v for values in words.values() for v in values])
+    every = np.concatenate([*words.values()])
     assert abs(np.median(every) - 0.5) < 0.08
 
 

@@ -10,8 +10,6 @@ import json
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +24,7 @@ from crypten_espn import cli
 from crypten_espn.graph import export
 
 from ..masked.cases import QUARTIC
+from .commands import running
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "serving.md"
 NETWORK = "torchvision.models.resnet18(num_classes=3).eval()"
@@ -81,30 +80,14 @@ class Hosts:
     @contextlib.contextmanager
     def running(self, words: list[str]) -> Iterator[None]:
         """A host's process, from the line that names its address until it is ended."""
-        process = subprocess.Popen(
-            [sys.executable, "-m", "crypten_espn.cli", *self.here(words)],
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        assert process.stdout is not None
-        try:
-            said = None
-            for line in process.stdout:
-                said = re.search(r"(?:listening|dealing) on \S+:(\d+);", line)
-                if said:
-                    break
-            assert said, f"{words} ended without listening"
+        with running(self.here(words)) as listening:
             # Of a sidecar's addresses the first is its server's.
             after = words.index("--listen") if "--listen" in words else 0
             address = next(w for w in words[after:] if re.fullmatch(r"[\w.]+:\d+", w))
             before = dict(self.ports)
-            self.ports[address.rpartition(":")[2]] = said[1]
+            self.ports[address.rpartition(":")[2]] = listening.rpartition(":")[2]
             yield
             self.ports = before
-        finally:
-            process.terminate()
-            process.communicate()
-        assert process.returncode == 0
 
 
 def answered(line: str) -> list[str]:

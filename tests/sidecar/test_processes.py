@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import re
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,30 +11,8 @@ from crypten_espn.bundle import Bundle, Description
 from crypten_espn.masked.model import MaskedModel
 
 from ..masked.cases import residual
+from ..serving.commands import running
 from .conftest import IMAGES, NAMES
-
-
-@contextlib.contextmanager
-def running(*words: str) -> Iterator[str]:
-    """A command's process; its address, from the line that names it."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "crypten_espn.cli", *words],
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None
-    try:
-        said = None
-        for line in process.stdout:
-            said = re.search(r"(?:listening|dealing) on (?:http://)?(\S+:\d+);", line)
-            if said:
-                break
-        assert said, f"{words} ended without listening"
-        yield said[1]
-    finally:
-        process.terminate()
-        out, _ = process.communicate()
-    assert process.returncode == 0 and "stopped" in out
 
 
 @pytest.mark.slow
@@ -53,14 +26,19 @@ def test_tritonclient_gets_the_right_class_through_a_sidecar(
     x, logits = inputs.numpy(), network(inputs).numpy()
     folder = "--material", str(tmp_path / "client")
     with (
-        running("deal", "127.0.0.1:0") as dealer,
+        running(["deal", "127.0.0.1:0"]) as dealer,
         running(
-            *("serve", str(tmp_path / "net.espn"), "127.0.0.1:0", "--dealer", dealer),
-            *("--material", str(tmp_path / "server")),
+            [
+                *("serve", str(tmp_path / "net.espn"), "127.0.0.1:0"),
+                *("--dealer", dealer, "--material", str(tmp_path / "server")),
+            ]
         ) as server,
         running(
-            *("sidecar", server, "--dealer", dealer, "--listen", "127.0.0.1:0"),
-            *("--name", "resnet", "--input-name", "pixels", "--ahead", "3", *folder),
+            [
+                *("sidecar", server, "--dealer", dealer, "--listen", "127.0.0.1:0"),
+                *("--name", "resnet", "--input-name", "pixels", "--ahead", "3"),
+                *folder,
+            ]
         ) as address,
         triton.InferenceServerClient(address) as client,
     ):
