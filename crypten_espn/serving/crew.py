@@ -27,7 +27,7 @@ from types import TracebackType
 import torch
 
 from ..errors import EspnError
-from ..wire.connect import host_port, listen, parse_address
+from ..wire.connect import host_port, listen, parse_address, to_listen_on
 from .events import WorkerGone, report
 from .host import Host
 from .metrics import summed
@@ -93,7 +93,7 @@ class Crew:
         self, make: Make, address: str, *, role: str, workers: int, grace_s: float
     ) -> None:
         self.role, self._make, self._count, self._grace = role, make, workers, grace_s
-        self._sock = listen(address)
+        self._sock = listen(address, to_listen_on(address))
         host, _ = parse_address(address)
         self.address = host_port(host, self._sock.getsockname()[1])
         self._folder = Path(tempfile.mkdtemp(prefix="crypten-espn-"))

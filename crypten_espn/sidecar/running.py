@@ -7,8 +7,14 @@ from collections.abc import Callable, Collection
 
 import uvicorn
 
-from ..errors import TransportError
-from ..wire.connect import host_port, is_loopback, parse_address
+from ..errors import PeerError, TransportError
+from ..wire.connect import (
+    host_port,
+    is_loopback,
+    listen,
+    parse_address,
+    to_listen_on,
+)
 from .app import App
 from .asking import Keeps, Queue
 from .limits import SidecarLimits
@@ -102,30 +108,14 @@ class Sidecar:
 
 
 def _listening(address: str, exposed: bool) -> socket.socket:
-    host, port = parse_address(address)
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        family, kind, protocol, _, place = found[0]
-        if not exposed and not all(is_loopback(str(one[4][0])) for one in found):
+        found = to_listen_on(address)
+        if not exposed and not all(is_loopback(str(place[0])) for *_, place in found):
             raise TransportError(
                 f"{address} is beyond this host, and applications send their inputs "
                 "here in the clear. Listen on 127.0.0.1; or name what others may call "
                 "this sidecar with --expose, on a network that nobody else can reach."
             )
-        made = socket.socket(family, kind, protocol)
-    except OSError as error:
-        raise _cannot(address, error) from None
-    try:
-        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        made.bind(place)
-        made.listen(128)
-    except OSError as error:
-        made.close()
-        raise _cannot(address, error) from None
-    return made
-
-
-def _cannot(address: str, error: OSError) -> TransportError:
-    return TransportError(
-        f"Cannot listen on {address} for --listen: {error.strerror or error}."
-    )
+        return listen(address, found)
+    except PeerError as error:
+        raise TransportError(f"{str(error).rstrip('.')}, for --listen.") from None

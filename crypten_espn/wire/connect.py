@@ -100,13 +100,13 @@ class Listener:
         insecure: bool = False,
         shared: socket.socket | None = None,
     ) -> None:
-        host, port = parse_address(address)
-        found = _resolve(host, port, "The address to listen on")
+        host, _ = parse_address(address)
+        found = to_listen_on(address)
         _check_plaintext(address, found, tls, insecure)
         self._role = role
         self._tls = None if tls is None else Rotating(_of_role(tls, role))
         self._shared = shared is not None
-        self._sock = _listen(address, found) if shared is None else shared
+        self._sock = listen(address, found) if shared is None else shared
         self._sock.setblocking(False)
         name = self._sock.getsockname()
         self.address = host_port(host, name[1])
@@ -221,14 +221,14 @@ def connect_channel(
 
 
 # A name's addresses, as getaddrinfo gives them.
-_Found = list[
+Found = list[
     tuple[
         socket.AddressFamily, socket.SocketKind, int, str, tuple[str | int | bytes, ...]
     ]
 ]
 
 
-def _resolve(host: str, port: int, what: str) -> _Found:
+def _resolve(host: str, port: int, what: str) -> Found:
     try:
         return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)  # type: ignore[return-value]
     except (OSError, UnicodeError) as error:
@@ -238,16 +238,25 @@ def _resolve(host: str, port: int, what: str) -> _Found:
         ) from None
 
 
-def listen(address: str) -> socket.socket:
-    """A listening socket, for several processes; `Listener` checks and shares it.
+def to_listen_on(address: str) -> Found:
+    """What an address to listen on stands for.
+
+    Raises:
+        PeerError: it is none, or cannot be resolved.
+    """
+    return _resolve(*parse_address(address), "The address to listen on")
+
+
+def listen(address: str, found: Found) -> socket.socket:
+    """A listening socket; who may reach it is not looked at here.
+
+    Args:
+        address: "host:port", for messages.
+        found: what it stands for; the first is listened on.
 
     Raises:
         PeerError: the address cannot be listened on.
     """
-    return _listen(address, _resolve(*parse_address(address), "The address to listen"))
-
-
-def _listen(address: str, found: _Found) -> socket.socket:
     family, kind, protocol, _, place = found[0]
     sock = socket.socket(family, kind, protocol)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -266,8 +275,7 @@ def check_plaintext(address: str, tls: TLS | None, insecure: bool) -> None:
     Raises:
         TransportError: plain TCP would be offered beyond this host.
     """
-    found = _resolve(*parse_address(address), "The address to listen on")
-    _check_plaintext(address, found, tls, insecure)
+    _check_plaintext(address, to_listen_on(address), tls, insecure)
 
 
 def is_loopback(address: str) -> bool:
@@ -277,7 +285,7 @@ def is_loopback(address: str) -> bool:
 
 
 def _check_plaintext(
-    address: str, found: _Found, tls: TLS | None, insecure: bool
+    address: str, found: Found, tls: TLS | None, insecure: bool
 ) -> None:
     """Plain TCP only inside this host: seeds and masks would be read on the way."""
     if tls is not None or insecure:
@@ -308,7 +316,7 @@ def _named(roles: Collection[str]) -> str:
 
 
 def _connect(
-    found: _Found, address: str, peer: str, end: float, timeout: float, again: bool
+    found: Found, address: str, peer: str, end: float, timeout: float, again: bool
 ) -> socket.socket:
     while True:
         for family, kind, protocol, _, place in found:

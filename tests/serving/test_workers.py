@@ -23,7 +23,7 @@ from crypten_espn.serving.metrics import summed
 from crypten_espn.serving.places import Places
 from crypten_espn.serving.server import ModelServer
 from crypten_espn.serving.share import Share
-from crypten_espn.wire.connect import listen
+from crypten_espn.wire.connect import listen, to_listen_on
 from crypten_espn.wire.tls import TLS
 
 from ..masked.cases import residual
@@ -66,7 +66,11 @@ class Workers:
     def _share(self, kind: str, number: int) -> Share:
         place = self._folder / kind
         place.mkdir(mode=0o700, exist_ok=True)
-        return Share(listen("127.0.0.1:0"), place, f"{kind}-{number}")
+        return Share(
+            listen("127.0.0.1:0", to_listen_on("127.0.0.1:0")),
+            place,
+            f"{kind}-{number}",
+        )
 
     def link(self, directory: Path | None = None) -> Link:
         first = self.dealers[0].address
