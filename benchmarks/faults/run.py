@@ -25,7 +25,7 @@ import torch
 
 from crypten_espn.keys import make_keys
 
-from ..hostile.processes import Process, small_network
+from ..processes import Process, small_network
 from .kinds import faults_of
 from .ledger import Ledger
 from .namespace import HERE, Link

@@ -16,7 +16,7 @@ from crypten_espn.serving.events import log_to_stderr
 from crypten_espn.serving.link import Link
 from crypten_espn.wire.tls import TLS
 
-from ..hostile.processes import SHAPE
+from ..processes import SHAPE
 
 PREPARED = 5  # at a time
 

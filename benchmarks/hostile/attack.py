@@ -15,7 +15,7 @@ from crypten_espn.errors import EspnError
 from crypten_espn.serving.client import connect
 from crypten_espn.serving.link import Link
 
-from .processes import SHAPE, Process, Usage, running
+from ..processes import SHAPE, Process, Usage, running
 from .strangers import ATTACKS, attack
 
 _SETTLE_S = 60.0

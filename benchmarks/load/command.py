@@ -24,7 +24,7 @@ from crypten_espn.serving.link import Link
 from crypten_espn.wire.connect import parse_address
 from crypten_espn.wire.tls import TLS
 
-from ..hostile.processes import SHAPE, Process, Usage, small_network
+from ..processes import SHAPE, Process, Usage, small_network
 from ..rows import machine, write_rows
 from ..tables import columns
 from . import __doc__ as about

@@ -13,7 +13,7 @@ import pytest
 import torch
 from prometheus_client.parser import text_string_to_metric_families
 
-from benchmarks.hostile.processes import SHAPE, Process, small_network
+from benchmarks.processes import SHAPE, Process, small_network
 from crypten_espn.keys import make_keys
 from crypten_espn.serving.client import connect
 from crypten_espn.serving.dealer import DealerServer

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.hostile.processes import SHAPE, Process, small_network
+from benchmarks.processes import SHAPE, Process, small_network
 from crypten_espn.errors import ClosingError, PeerError
 from crypten_espn.keys import Key, make_keys
 from crypten_espn.serving.client import connect
