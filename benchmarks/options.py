@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .compare import report_comparison
+from .link import PROFILES
 from .rows import Results
 from .tables import frame, table
 
@@ -23,7 +24,7 @@ def add_run_options(
         "--networks",
         nargs="+",
         default=list(networks),
-        help="loopback, lan, metro, wan, or numbers such as 50ms,20mbit (round trip, "
+        help=f"{', '.join(PROFILES)}, or numbers such as 50ms,20mbit (round trip, "
         f"rate); default {' '.join(networks)}",
     )
     parser.add_argument(

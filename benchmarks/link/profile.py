@@ -64,4 +64,5 @@ PROFILES = {
     "lan": Profile("lan", 0.25, 1000.0),
     "metro": Profile("metro", 20.0, 1000.0),
     "wan": Profile("wan", 100.0, 100.0),
+    "cheetah": Profile("cheetah", 40.0, 400.0),  # as Cheetah's authors assume
 }
