@@ -86,6 +86,7 @@ def run_party(task: dict[str, Any]) -> None:
                         control,
                         address=task["address"],
                         listen=task["address"],
+                        threads=task["threads"],
                         check=check,
                     )
                 )
@@ -102,18 +103,20 @@ def run_party(task: dict[str, Any]) -> None:
                 )
                 for channel in task["channels"]
             ]
-        party.measure(
-            systems,
-            control,
-            model=f"activation[{task['points']}]",
-            batch=1,
-            repeat=task["repeat"],
-            fill_s=task["fill_s"],
-            limit_s=task["limit_s"],
-            emit=party.emit_line,
-        )
-        for system in systems:
-            system.close()
+        try:
+            party.measure(
+                systems,
+                control,
+                model=f"activation[{task['points']}]",
+                batch=1,
+                repeat=task["repeat"],
+                fill_s=task["fill_s"],
+                limit_s=task["limit_s"],
+                emit=party.emit_line,
+            )
+        finally:
+            for system in systems:
+                system.close()
     control.close()
 
 

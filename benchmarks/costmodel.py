@@ -38,7 +38,7 @@ from crypten_espn.estimate.engines import EngineCost, engine_costs
 from crypten_espn.estimate.processor import REFERENCE, Processor, calibrate
 from crypten_espn.estimate.workload import workload
 
-from .inference import CLASSES
+from .networks import CLASSES
 from .rows import ROOT, Results, ResultsError, Row
 from .tables import columns
 

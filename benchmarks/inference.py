@@ -14,8 +14,10 @@ On two hosts, one command on each (any free port; rank 1 connects to rank 0):
 
 Protocols: masked is this package's engine; espn, opened_mask and beaver are its
 activations on CrypTen's layers; crypten-relu is CrypTen's own ReLU with batch-norm
-folded, crypten-relu-unfolded the network as CrypTen converts it. CrypTen's offline
-phase is its tuple cache, filled from one traced run.
+folded, crypten-relu-unfolded the network as CrypTen converts it. plain is none but the
+limit: the network with its ReLUs in plaintext torch, in several forms, over loopback
+alone. Offline, masked is a session's `prepare(1)`, with a server and a dealer process;
+CrypTen's phase is its tuple cache, filled from one traced run.
 
 Weights are fresh: neither time nor rounds nor bytes depend on them. Batch-norm is
 calibrated so that activations stay where the polynomial is meant to be used, and the
@@ -26,7 +28,7 @@ the first party unless --provider TTP; offline_bytes is then still what a dealer
 from __future__ import annotations
 
 import argparse
-import copy
+import contextlib
 import functools
 import json
 import sys
@@ -34,85 +36,24 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from . import link
+from .networks import MODELS, build, calibration, images
 from .options import add_run_options, finish
 from .plots import plot_dots
-from .rows import Results, ResultsError, Skipped
+from .rows import PLAIN, Results, ResultsError, Skipped
 
-MODELS = (
-    "minionn", "vgg16", "resnet18", "seresnet18", "resnet32", "resnet110", "resnet50"
-)  # fmt: skip
+LOOPBACK = "127.0.0.1"
 RELU_PROTOCOLS = ("crypten-relu", "crypten-relu-unfolded")
 CHANNELS = ("direct", "gloo")
-DEGREE, FRAC_BITS = 4, 10  # as in the recipes
-CALIBRATION = (32, 4)  # images for the masked engine's plan; the second for ResNet-50
-CLASSES = {"resnet32": 100, "resnet50": 1000}  # 10 elsewhere, as in the paper
 
 
 # ----------------------------------------------------------------- the same everywhere
 
 
 def protocols() -> tuple[str, ...]:
-    """What --protocols takes: the package's table between masked and CrypTen's own."""
+    """What --protocols takes: masked, the package's table, CrypTen's own, plain."""
     from crypten_espn.protocols import PROTOCOLS
 
-    return ("masked", *PROTOCOLS, *RELU_PROTOCOLS)
-
-
-def build(model: str) -> tuple[Any, Any]:
-    """A network with fresh weights, as ReLU and as polynomial twin, in eval mode.
-
-    1. Seeded weights; small gains, smaller still where a block joins its shortcut.
-    2. The twins share them; each takes its batch-norm statistics from two batches of
-       noise.
-    """
-    import torch
-    from torch import nn
-
-    from crypten_espn import Polynomial, replace_activations
-    from crypten_espn.pillar import networks
-
-    from .squeeze import seresnet18
-
-    others = {"minionn": networks.mini_onn, "seresnet18": seresnet18}
-    make = others.get(model) or getattr(networks, model)
-    torch.manual_seed(7)
-    polynomial = Polynomial.fit(torch.relu, degree=DEGREE, frac_bits=FRAC_BITS)
-    network = make(classes=CLASSES.get(model, 10))
-    norms = {
-        name: module
-        for name, module in network.named_modules()
-        if isinstance(module, nn.BatchNorm2d)
-    }
-    joins = [name for name in norms if _joins_shortcut(network, name)]
-    for name, module in norms.items():
-        module.momentum = None  # average over the batches to come
-        # what joins a shortcut adds up over the blocks; its sum stays the same
-        gain = 0.3 / len(joins) ** 0.5 if name in joins else 0.3
-        nn.init.constant_(module.weight, gain)
-    relu = copy.deepcopy(network)
-    twin = replace_activations(network, {nn.ReLU: polynomial})
-    with torch.no_grad():
-        for _ in range(2):
-            noise = images(model, CALIBRATION[model == "resnet50"])
-            twin.train()(noise)
-            relu.train()(noise)
-    return relu.eval(), twin.eval()
-
-
-def _joins_shortcut(network: Any, name: str) -> bool:
-    """Whether this batch-norm is the last of a residual block."""
-    parent, _, own = name.rpartition(".")
-    block = network.get_submodule(parent)
-    last = "bn3" if hasattr(block, "bn3") else "bn2"
-    return own == last and hasattr(block, "downsample")
-
-
-def images(model: str, batch: int) -> Any:
-    """A batch of noise in the network's input shape."""
-    import torch
-
-    size = 224 if model == "resnet50" else 32
-    return torch.randn(batch, 3, size, size)
+    return ("masked", *PROTOCOLS, *RELU_PROTOCOLS, PLAIN)
 
 
 # ---------------------------------------------------------------------- in the parties
@@ -133,24 +74,29 @@ def run_party(task: dict[str, Any], emit: Callable[[Any], None]) -> None:
         listen=task.get("listen"),
     ) as channels:
         for model in task["models"]:
-            systems = _systems(model, task, channels, control)
-            party.measure(
-                systems,
-                control,
-                model=model,
-                batch=task["batch"],
-                repeat=task["repeat"],
-                fill_s=task["fill_s"],
-                limit_s=task["limit_s"],
-                emit=emit,
-            )
-            for system in systems:
-                system.close()
+            with contextlib.ExitStack() as stack:
+                systems = _systems(model, task, channels, control, emit)
+                for system in systems:
+                    stack.callback(system.close)
+                party.measure(
+                    systems,
+                    control,
+                    model=model,
+                    batch=task["batch"],
+                    repeat=task["repeat"],
+                    fill_s=task["fill_s"],
+                    limit_s=task["limit_s"],
+                    emit=emit,
+                )
     control.close()
 
 
 def _systems(
-    model: str, task: dict[str, Any], channels: dict[str, Any], control: Any
+    model: str,
+    task: dict[str, Any],
+    channels: dict[str, Any],
+    control: Any,
+    emit: Callable[[Any], None],
 ) -> list[Any]:
     """The systems of one model, in the order of the task's protocols."""
     import crypten
@@ -160,6 +106,7 @@ def _systems(
 
     from . import party
     from .masked import MaskedSystem
+    from .plain import plain_systems
 
     relu, twin = build(model)
     torch.manual_seed(11)
@@ -189,6 +136,10 @@ def _systems(
         with crypten.no_grad():
             return graph(crypten.cryptensor(mine, src=1)).get_plain_text(dst=1)
 
+    def left_out(engine: str, reason: str) -> None:
+        cell = {"model": model, "activation": PLAIN, "engine": engine}
+        emit({**cell, "skipped": reason})
+
     systems: list[Any] = []
     traces: dict[str, Any] = {}
     for protocol in task["protocols"]:
@@ -197,13 +148,20 @@ def _systems(
                 MaskedSystem(
                     twin,
                     x,
-                    images(model, CALIBRATION[model == "resnet50"]),
+                    calibration(model),
                     control,
                     address=task["address"],
                     listen=task.get("listen", task["address"]),
+                    threads=task["threads"],
                     check=functools.partial(check, "polynomial"),
                 )
             )
+            continue
+        if protocol == PLAIN:
+            if task["address"] == LOOPBACK:  # once: it crosses no network
+                systems += plain_systems(
+                    relu, x, control, functools.partial(check, "relu"), left_out
+                )
             continue
         kind = {"crypten-relu": "relu", "crypten-relu-unfolded": "unfolded"}.get(
             protocol, "polynomial"

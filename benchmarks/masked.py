@@ -1,34 +1,26 @@
-"""The masked engine as a system beside CrypTen's, phase by phase.
+"""The masked engine as a system beside CrypTen's: a real session, phase by phase.
 
-Offline, as under CrypTen's provider TFP, the first party's process plays the dealer:
-the dealer's work is timed, what it would send is counted from the plan, and what rank
-1 sends rank 0 crosses the network. Online both parties run as they would in a session,
-over a connection of their own.
+Rank 0 starts what a company runs, a dealer and a server of the model, each a process of
+its own; rank 1 is the client. Offline is `Client.prepare` of one inference, dealer and
+all, online is `Client.predict`. The dealer stands on the server's side of the path.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
 import crypten_espn
-from crypten_espn.masked.dealing import Dealing
-from crypten_espn.masked.drivers import TOLD_BYTES, over
-from crypten_espn.masked.inference import client, server
-from crypten_espn.masked.material import ClientMaterial, Pairing, ServerMaterial
-from crypten_espn.masked.messages import DEALER, Protocol, Receive, Send
+from crypten_espn.masked.messages import CLIENT, SERVER
 from crypten_espn.masked.plan import Plan
 from crypten_espn.masked.planning import masked_model
-from crypten_espn.masked.preparing import ClientPreparation, ServerPreparation
-from crypten_espn.wire.channel import Channel
-from crypten_espn.wire.connect import Listener, connect_channel, parse_address
-from crypten_espn.wire.frames import HEADER_BYTES
+from crypten_espn.serving.client import Client
 
+from . import hosts
+from .hosts import Hosts
 from .party import Control, Result
-
-_SESSION = bytes(16)
 
 
 class MaskedSystem:
@@ -36,10 +28,11 @@ class MaskedSystem:
 
     Args:
         network: with polynomial activations, in eval mode.
-        x: the images; rank 0 uses only their shape.
+        x: the images; rank 0 uses only their number.
         calibration: images from which the plan takes its bounds.
         control: the parties' connection for agreement.
         address, listen: where rank 1 reaches rank 0, and what rank 0 binds.
+        threads: of each process.
         check: largest error and agreement of the logits.
     """
 
@@ -54,157 +47,110 @@ class MaskedSystem:
         *,
         address: str,
         listen: str,
+        threads: int,
         check: Callable[[torch.Tensor], tuple[float, float | None] | None],
     ) -> None:
         self._network, self._x, self._calibration = network, x, calibration
         self._control, self._check = control, check
-        self._address, self._listen = address, listen
-        self._index = 0
-        self._side: _Server | _Client | None = None
+        self._address, self._listen, self._threads = address, listen, threads
+        self._side: _Company | _User | None = None
 
     def prepare(self) -> float:
-        """Agree on a plan, connect, open the masked weights: once per model."""
-        control = self._control
+        """Plan, start the processes, connect; a first inference opens the weights.
+
+        Returns: the seconds that inference took, the weights' opening among them.
+        """
+        control, batch = self._control, len(self._x)
         if control.rank == 0:
             graph = crypten_espn.convert(self._network, self._calibration)
             model = masked_model(graph, self._calibration)
-            dealing = Dealing(model.plan)
-            control.send([model.plan.to_json(), dealing.seeds[1].hex()])
-            with Listener(
-                f"{self._listen}:0", role="server", insecure=True
-            ) as listener:
-                control.send(parse_address(listener.address)[1])
-                incoming = listener.accept(timeout=120.0)
-                channel = incoming.open(peer_roles=("client",), timeout=600.0)
-            self._side = _Server(channel, model, dealing)
+            served = Hosts(model, host=self._listen, threads=self._threads)
+            self._side = _Company(served, model.plan, batch, control)
+            control.send([hosts.port(served.server), hosts.port(served.dealer)])
         else:
-            text, seed = control.receive()
-            where = f"{self._address}:{control.receive()}"
-            channel = connect_channel(
-                where, role="client", peer_role="server", timeout=600.0, insecure=True
-            )
-            plan = Plan.from_json(text)
-            self._side = _Client(channel, plan, bytes.fromhex(seed), self._x)
-        channel.pace()
-        self._side.run(self._side.preparation.open_weights(), 0)
-        return 0.0  # nothing was run
+            client = hosts.reach(self._address, control.receive())
+            self._side = _User(client, self._x, control, self._check)
+        began = time.monotonic()
+        self._side.offline()
+        self._side.online()()
+        return time.monotonic() - began
 
     def offline(self) -> int:
-        """Deal and prepare one inference; bytes the dealer and rank 1 send."""
+        """Prepare one inference; bytes the dealer and rank 1 send for it."""
         assert self._side is not None
-        self._index += 1
-        pairing = Pairing(_SESSION, self._index, len(self._x))
-        self._side.channel.reset_counters()
-        self._side.prepare(pairing)
-        _, crossed = _payload(self._side.channel)
-        return self._side.plan.dealer_bytes(batch=len(self._x)) + crossed
+        return self._side.offline()
 
     def online(self) -> Callable[[], Result]:
         """One inference from the prepared material."""
-        side = self._side
-        assert side is not None
-        side.channel.reset_counters()
-        side.channel.pace()
-        logits = side.infer()
-        sent, _ = _payload(side.channel)
-        # Both sides also tell which material they used.
-        sent -= TOLD_BYTES
+        assert self._side is not None
+        return self._side.online()
+
+    def close(self) -> None:
+        """End the session and its processes."""
+        if self._side is not None:
+            self._side.close()
+
+
+class _Company:
+    """Rank 0, whose processes do what is to be done; it looks at their logs."""
+
+    def __init__(self, served: Hosts, plan: Plan, batch: int, control: Control) -> None:
+        self._served, self._plan, self._batch = served, plan, batch
+        self._control, self._count = control, 0
+
+    def offline(self) -> int:
+        return 0  # rank 1's figure counts
+
+    def online(self) -> Callable[[], Result]:
+        self._count += 1
+        return self._finish
+
+    def _finish(self) -> Result:
+        """Once rank 1 has its logits: what server and dealer say that they sent."""
+        self._control.receive()
+        served, plan, batch = self._served, self._plan, self._batch
+        dealt = served.events(served.dealer, "dealt", self._count)[-1]
+        prepared = served.events(served.server, "prepared", self._count)[-1]
+        hosts.check_offline(
+            plan, dealt=dealt["sent"], received=prepared["received"], batch=batch
+        )
+        answered = served.events(served.server, "inference", self._count)[-1]
+        sent = hosts.online_payload(plan, SERVER, answered["sent"], batch=batch)
+        return Result(plan.messages, sent, None, None)
+
+    def close(self) -> None:
+        self._served.close()
+
+
+class _User:
+    """Rank 1: a client of the server."""
+
+    def __init__(
+        self,
+        client: Client,
+        x: torch.Tensor,
+        control: Control,
+        check: Callable[[torch.Tensor], tuple[float, float | None] | None],
+    ) -> None:
+        self._client, self._x, self._control, self._check = client, x, control, check
+
+    def offline(self) -> int:
+        plan, batch = self._client.plan, len(self._x)
+        self._client.prepare(1, batch=batch)
+        # Rank 0 compares it with what was sent.
+        return plan.dealer_bytes(batch=batch) + hosts.half_bytes(plan, batch=batch)
+
+    def online(self) -> Callable[[], Result]:
+        answer = self._client.ask(self._x)
 
         def finish() -> Result:
-            checked = None if logits is None else self._check(logits)
-            error, agreement = checked or (None, None)
-            return Result(side.plan.messages, sent, error, agreement)
+            self._control.send(None)
+            plan, batch = self._client.plan, len(self._x)
+            sent = hosts.online_payload(plan, CLIENT, answer.sent, batch=batch)
+            error, agreement = self._check(answer.logits) or (None, None)
+            return Result(plan.messages, sent, error, agreement)
 
         return finish
 
     def close(self) -> None:
-        """Close the connection."""
-        if self._side is not None:
-            self._side.channel.close()
-
-
-class _Side:
-    """One party's channel, plan, preparation and material."""
-
-    peer: str
-    preparation: ServerPreparation | ClientPreparation
-
-    def __init__(self, channel: Channel, plan: Plan) -> None:
-        self.channel, self.plan = channel, plan
-        self._index = 0
-
-    def run(self, part: Protocol[Any], index: int) -> Any:
-        return over(part, {self.peer: self.channel}, tag=index)
-
-
-class _Server(_Side):
-    """Rank 0, which is its own dealer."""
-
-    peer = "client"
-
-    def __init__(self, channel: Channel, model: Any, dealing: Dealing) -> None:
-        super().__init__(channel, model.plan)
-        self._weights, self._dealing = model.weights, dealing
-        self.preparation = ServerPreparation(
-            model.plan, model.weights, dealing.seeds[0]
-        )
-        self._material: ServerMaterial | None = None
-
-    def prepare(self, pairing: Pairing) -> None:
-        self._index = pairing.index
-        dealt = self._dealing.deal(pairing.index, pairing.batch)
-        part = self.preparation.prepare(pairing)
-        self._material = self.run(_dealt(part, dealt), pairing.index)
-
-    def infer(self) -> None:
-        assert self._material is not None
-        material, self._material = self._material, None
-        self.run(server(self.plan, self._weights, material), self._index)
-
-
-def _dealt(part: Protocol[Any], dealt: Protocol[None]) -> Protocol[Any]:
-    """A preparation that takes the dealer's messages from the dealer itself."""
-    answer: Any = None
-    try:
-        while True:
-            event = part.send(answer)
-            if isinstance(event, Receive) and event.of == DEALER:
-                message = next(dealt)
-                assert isinstance(message, Send)
-                answer = [array.reshape(-1) for array, _ in message.parts]
-            else:
-                answer = yield event
-    except StopIteration as end:
-        return end.value
-
-
-class _Client(_Side):
-    """Rank 1."""
-
-    peer = "server"
-
-    def __init__(
-        self, channel: Channel, plan: Plan, seed: bytes, x: torch.Tensor
-    ) -> None:
-        super().__init__(channel, plan)
-        self._x = x
-        self.preparation = ClientPreparation(plan, seed)
-        self._material: ClientMaterial | None = None
-
-    def prepare(self, pairing: Pairing) -> None:
-        self._index = pairing.index
-        self._material = self.run(self.preparation.prepare(pairing), pairing.index)
-
-    def infer(self) -> torch.Tensor:
-        assert self._material is not None
-        material, self._material = self._material, None
-        part = client(self.plan, material, self.plan.encode(self._x))
-        return self.plan.decode(self.run(part, self._index))
-
-
-def _payload(channel: Channel) -> tuple[int, int]:
-    """Payload bytes sent and received since the counters were reset."""
-    return (
-        channel.bytes_sent - HEADER_BYTES * channel.messages_sent,
-        channel.bytes_received - HEADER_BYTES * channel.messages_received,
-    )
+        self._client.close()

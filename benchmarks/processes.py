@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
+import os
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -19,6 +21,7 @@ from crypten_espn.pillar.surgery import PolynomialActivation
 from crypten_espn.polynomial import Polynomial
 
 SHAPE = (1, 6, 6)
+_ESTABLISHED = "01"  # as /proc/net/tcp has it
 _MEMORY = 48 << 20  # what a process may keep: buffers of threads, the allocator's pools
 
 
@@ -31,7 +34,7 @@ class Usage:
     threads: int
 
     @classmethod
-    def of(cls, pid: int) -> Usage:
+    def of(cls, pid: int | str) -> Usage:
         place = Path("/proc") / str(pid)
         fields = dict(
             line.split(":", 1) for line in (place / "status").read_text().splitlines()
@@ -51,6 +54,14 @@ class Usage:
         )
 
 
+def peak_memory(pid: int | str = "self") -> int:
+    """The most bytes that a process ever had in memory."""
+    for line in (Path("/proc") / str(pid) / "status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return 0  # a kernel thread, or one that has just ended
+
+
 class Process:
     """A command of ours with its output and its log.
 
@@ -58,6 +69,7 @@ class Process:
         name: serve or deal.
         arguments: after the name.
         folder: where its log goes.
+        threads: of torch; as the environment says if None.
 
     Attributes:
         address: where it listens.
@@ -66,14 +78,23 @@ class Process:
 
     admin = ""
 
-    def __init__(self, name: str, arguments: Sequence[str], folder: Path) -> None:
+    def __init__(
+        self,
+        name: str,
+        arguments: Sequence[str],
+        folder: Path,
+        *,
+        threads: int | None = None,
+    ) -> None:
         self.name, self.log = name, folder / f"{name}.log"
+        own = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
         with open(self.log, "wb") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "crypten_espn.cli", name, *arguments],
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
+                env={**os.environ, **own},
             )
         self.pid = self._process.pid
         self.address = self._await_address()
@@ -108,12 +129,51 @@ class Process:
             if out is not None:
                 out.close()
 
+    def events(self, name: str) -> list[dict[str, Any]]:
+        """Its events of that name so far, if it was told --log-json."""
+        lines = self.log.read_text().splitlines(keepends=True)
+        told = [one for one in lines if one.startswith("{") and one.endswith("\n")]
+        return [event for event in map(json.loads, told) if event["event"] == name]
+
     def foreign(self) -> list[str]:
         """Lines of its log that tell of an error that is not the package's own."""
         lines = self.log.read_text(errors="replace").splitlines()
         return [
             line for line in lines if " WARNING " not in line and " INFO " not in line
         ]
+
+
+def connected(process: Process) -> dict[int, int]:
+    """Connections to where it listens, by the process of it that holds them."""
+    port = int(process.address.rpartition(":")[2])
+    held: dict[int, int] = {}
+    with open("/proc/net/tcp") as table:
+        lines = [line.split() for line in table][1:]
+    inodes = {
+        f"socket:[{line[9]}]"
+        for line in lines
+        if line[3] == _ESTABLISHED and int(line[1].rpartition(":")[2], 16) == port
+    }
+    for pid in family(process.pid):
+        with contextlib.suppress(OSError):  # it has just ended
+            files = (Path("/proc") / str(pid) / "fd").iterdir()
+            count = sum(os.readlink(file) in inodes for file in files)
+            if count:
+                held[pid] = count
+    return held
+
+
+def family(pid: int) -> list[int]:
+    """A process and all that it and its children started, the living ones."""
+    children: dict[int, list[int]] = {}
+    for place in Path("/proc").iterdir():
+        with contextlib.suppress(OSError, ValueError):
+            fields = (place / "stat").read_text().rpartition(")")[2].split()
+            children.setdefault(int(fields[1]), []).append(int(place.name))
+    found = [pid]
+    for one in found:
+        found += children.get(one, [])
+    return found
 
 
 def small_network(folder: Path) -> torch.nn.Module:

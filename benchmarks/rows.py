@@ -16,7 +16,7 @@ import platform
 import statistics
 import subprocess
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -27,6 +27,10 @@ if TYPE_CHECKING:
 R = TypeVar("R")
 
 ROOT = Path(__file__).resolve().parent.parent
+PLAIN = "plain"  # plaintext torch, as a row beside the protocols
+# What a file says of the masked engine's offline column; without it the column is of
+# one process that was its own dealer, which no session is.
+OFFLINE, SESSION = "masked_offline", "session"
 
 
 class ResultsError(RuntimeError):
@@ -70,6 +74,12 @@ class Spread:
             count,
         )
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Spread:
+        """The inverse of `dataclasses.asdict`, as read from JSON."""
+        low, high = values["ci95"]
+        return cls(**{**values, "ci95": (low, high)})
+
     def __str__(self) -> str:
         return f"{self.median:.4g} [{self.min:.4g}, {self.max:.4g}]"
 
@@ -81,13 +91,15 @@ class Row:
     Args:
         model: the network, or what stands in for one ("activation[32768]").
         activation: the protocol's name.
-        engine: "masked", or CrypTen and its channel: "crypten+gloo", "crypten+direct".
+        engine: "masked"; CrypTen and its channel, "crypten+gloo", "crypten+direct"; of
+            plaintext, torch and its form, "torch+eager".
         network: the path's label.
         rtt_ms, mbit: its round trip and rate each way (None: unlimited).
         batch, threads: images at once; threads per party.
         rounds: sequential messages online.
         bytes_sent: online, by rank 0 and by rank 1.
-        online_s, offline_s, total_s: seconds; the slower party counts.
+        online_s, offline_s, total_s: seconds; the slower party counts. NaN where a file
+            does not have the masked engine's offline phase as a session's.
         offline_bytes: bytes the offline phase sends, all parties and the dealer.
         max_abs_error: largest difference from the network in the clear.
         argmax_agreement: share of images with the same answer; None without classes.
@@ -126,9 +138,7 @@ class Row:
         try:
             fields = {field.name: values[field.name] for field in FIELDS}
             for name in ("online_s", "offline_s", "total_s"):
-                spread = dict(fields[name])
-                low, high = spread.pop("ci95")
-                fields[name] = Spread(ci95=(low, high), **spread)
+                fields[name] = Spread.from_dict(fields[name])
             first, second = fields["bytes_sent"]
         except (KeyError, TypeError, ValueError) as error:
             raise ResultsError(f"not a row of a benchmark: {error}") from error
@@ -193,6 +203,7 @@ def machine() -> dict[str, Any]:
         "kernel": " ".join([platform.system(), *platform.release().split("-")[:1]]),
         "python": platform.python_version(),
         **versions,
+        OFFLINE: SESSION,
         "commit": commit,
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "load": round(os.getloadavg()[0], 2),
@@ -222,7 +233,7 @@ def write_rows(
     write_atomically(path, json.dumps(content, indent=1) + "\n")
 
 
-def read_rows(path: Path, kind: type[R]) -> tuple[dict[str, Any], list[R]]:
+def read_rows(path: Path, kind: Callable[..., R]) -> tuple[dict[str, Any], list[R]]:
     """The machine and the rows, of one kind, that `write_rows` wrote.
 
     Raises: ResultsError for a file that holds something else.
@@ -283,6 +294,8 @@ class Results:
             results.path = Path(path)
             results.machine = content["machine"]
             results.rows = [Row.from_dict(values) for values in content["rows"]]
+            if results.machine.get(OFFLINE) != SESSION:
+                results.rows = [_without_offline(row) for row in results.rows]
             skipped = content.get("skipped", [])
             results.skipped = [Skipped(**values) for values in skipped]
         except (OSError, KeyError, TypeError, ValueError, ResultsError) as error:
@@ -291,6 +304,15 @@ class Results:
                 "wrote with --json"
             ) from error
         return results
+
+
+def _without_offline(row: Row) -> Row:
+    """The row as it was; the masked engine's without seconds that no session took."""
+    if row.engine != "masked":
+        return row
+    nan = float("nan")
+    unknown = Spread(nan, nan, nan, (nan, nan), 0)
+    return dataclasses.replace(row, offline_s=unknown, total_s=unknown)
 
 
 def _progress(row: Row) -> str:

@@ -38,13 +38,13 @@ class GatedNorm(nn.BatchNorm2d):
         return weighed
 
 
-def seresnet18(*, classes: int = 10) -> Any:
+def seresnet18(*, classes: int = 10, size: int = 32) -> Any:
     """The package's ResNet-18, a gate at the end of each block.
 
     20 convolutions and 16 small ones, 1 fully connected layer, 33 activations, 8
     products.
     """
-    network = networks.resnet18(classes=classes)
+    network = networks.resnet18(classes=classes, size=size)
     for module in list(network.modules()):
         norm = getattr(module, "bn2", None)
         if isinstance(norm, nn.BatchNorm2d):

@@ -17,6 +17,7 @@ import argparse
 import dataclasses
 import json
 import os
+import sys
 import tempfile
 import threading
 import time
@@ -29,13 +30,13 @@ from torch import distributed
 
 from crypten_espn.launch import run_parties
 from crypten_espn.masked.model import MaskedModel
-from crypten_espn.masked.planning import masked_model
 from crypten_espn.serving.client import Client, connect
 from crypten_espn.serving.dealer import DealerServer
 from crypten_espn.serving.server import ModelServer
 
-from . import inference
-from .rows import Spread, machine, write_atomically
+from .networks import MODELS, images, planned
+from .processes import peak_memory
+from .rows import Spread, machine, read_rows, write_atomically
 from .tables import columns
 
 _TICK_S = 1.0 / os.sysconf("SC_CLK_TCK")
@@ -75,6 +76,18 @@ class Speed:
     seconds: Spread
     ratio: Spread
     busy: tuple[float, float]
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Speed:
+        """The inverse of `dataclasses.asdict`, as read from JSON."""
+        first, second = values["busy"]
+        return cls(
+            values["model"],
+            values["way"],
+            Spread.from_dict(values["seconds"]),
+            Spread.from_dict(values["ratio"]),
+            (first, second),
+        )
 
 
 def ways(*, batch: int, in_flight: int) -> list[Way]:
@@ -136,7 +149,7 @@ def _party(
     finally:
         (place / "done").touch()
     columns = [list(column) for column in zip(*samples[1:], strict=True)]
-    return columns, trip, _most_memory()
+    return columns, trip, peak_memory()
 
 
 def _round_trip(rank: int) -> float:
@@ -154,14 +167,6 @@ def _round_trip(rank: int) -> float:
     return Spread.of(trips).median
 
 
-def _most_memory() -> int:
-    """The most bytes this process ever had in memory."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    return 0
-
-
 def _serve(server: DealerServer | ModelServer, place: Path, name: str) -> int:
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
@@ -172,7 +177,7 @@ def _serve(server: DealerServer | ModelServer, place: Path, name: str) -> int:
         time.sleep(0.1)
     server.close()
     thread.join(5)
-    return _most_memory()
+    return peak_memory()
 
 
 def _await(path: Path) -> str:
@@ -237,48 +242,59 @@ def speeds(
     return result
 
 
+COLUMNS = (
+    "model",
+    "way",
+    "images/s",
+    "ms an image",
+    "ratio",
+    "rank 0 ms",
+    "rank 1 ms",
+)
+
+
+def cells(row: Speed) -> tuple[str, ...]:
+    """A row as text, one piece per entry of COLUMNS."""
+    seconds, ratio = row.seconds, row.ratio
+    return (
+        row.model,
+        row.way,
+        f"{1 / seconds.median:.1f}",
+        f"{seconds.median * 1e3:.1f} "
+        f"[{seconds.min * 1e3:.1f}, {seconds.max * 1e3:.1f}]",
+        f"{ratio.median:.2f} [{ratio.min:.2f}, {ratio.max:.2f}]",
+        f"{row.busy[0] * 1e3:.1f}",
+        f"{row.busy[1] * 1e3:.1f}",
+    )
+
+
 def table(rows: Sequence[Speed]) -> str:
     """The rows as text."""
-    lines = [
-        ["model", "way", "images/s", "ms an image", "ratio", "rank 0 ms", "rank 1 ms"]
-    ]
-    for row in rows:
-        seconds = row.seconds
-        lines.append(
-            [
-                row.model,
-                row.way,
-                f"{1 / seconds.median:.1f}",
-                f"{seconds.median * 1e3:.1f} "
-                f"[{seconds.min * 1e3:.1f}, {seconds.max * 1e3:.1f}]",
-                f"{row.ratio.median:.2f} [{row.ratio.min:.2f}, {row.ratio.max:.2f}]",
-                f"{row.busy[0] * 1e3:.1f}",
-                f"{row.busy[1] * 1e3:.1f}",
-            ]
-        )
-    return columns(lines, left=2)
+    return columns([COLUMNS, *map(cells, rows)], left=2)
 
 
-def plan_of(name: str) -> MaskedModel:
-    """The masked engine's plan and integers of one of the benchmarks' networks."""
-    import crypten_espn
-
-    _, network = inference.build(name)
-    example = inference.images(name, inference.CALIBRATION[name == "resnet50"])
-    return masked_model(crypten_espn.convert(network, example), example)
+def lines_of(path: Path) -> tuple[dict[str, Any], list[tuple[str, ...]]]:
+    """The machine and the table's lines of a JSON file."""
+    about, rows = read_rows(path, lambda **values: Speed.from_dict(values))
+    return about, [cells(row) for row in rows]
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def make_parser() -> argparse.ArgumentParser:
+    """The command line of this benchmark."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--models", nargs="+", choices=inference.MODELS, default=["resnet18"]
-    )
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=["resnet18"])
     parser.add_argument("--batch", type=int, default=32, help="images of the batch")
     parser.add_argument("--in-flight", type=int, default=8, help="inferences at once")
     parser.add_argument("--repeat", type=int, default=5, help="samples of each way")
     parser.add_argument("--json", type=Path, help="write the rows to this file")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; see the module's text."""
+    parser = make_parser()
     options = parser.parse_args(arguments)
     if min(options.batch, options.in_flight, options.repeat) < 1:
         parser.error("--batch, --in-flight and --repeat start at 1")
@@ -287,8 +303,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows: list[Speed] = []
     runs: dict[str, Any] = {}
     for name in options.models:
-        model = plan_of(name)
-        x = inference.images(name, options.batch)
+        model = planned(name)
+        x = images(name, options.batch)
         samples, trip, most = measure(model, x, compared, repeat=options.repeat)
         rows += speeds(name, compared, samples)
         runs[name] = {"round_trip_s": trip, "peak_bytes": most}
@@ -315,7 +331,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             indent=2,
         )
         write_atomically(options.json, text + "\n")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

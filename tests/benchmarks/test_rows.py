@@ -145,3 +145,18 @@ def test_row_field_order_is_the_documented_one() -> None:
     assert dataclasses.fields(Row)[0].name == "model"
     assert make_row().system == "espn (direct)"
     assert make_row(activation="masked", engine="masked").system == "masked"
+
+
+def test_an_offline_time_that_no_session_took_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    results = Results(path)
+    masked = make_row(activation="masked", engine="masked")
+    results.add(masked)
+    results.add(make_row())
+    assert Results.read(path).rows == [masked, make_row()]
+    content = json.loads(path.read_text())
+    assert content["machine"].pop(rows.OFFLINE) == rows.SESSION
+    path.write_text(json.dumps(content))
+    old, other = Results.read(path).rows
+    assert math.isnan(old.offline_s.median) and math.isnan(old.total_s.median)
+    assert old.online_s == masked.online_s and other == make_row()
