@@ -20,12 +20,19 @@ import pandas
 
 from crypten_espn.cost import GLOO_DELAYS, Traffic
 
-from . import degrees, training
+from . import degrees, growth, offline, throughput, training, workers
 from .accuracy import rows as accuracy
 from .inference import RELU_PROTOCOLS
-from .rows import Results, ResultsError, write_atomically
+from .rows import PLAIN, Results, ResultsError, write_atomically
 from .tables import STAMP, frame, stamped
 
+# Results that are shown as their command prints them.
+SHOWN = {
+    "offline": offline,
+    "growth": growth,
+    "throughput": throughput,
+    "workers": workers,
+}
 FOLDED, UNFOLDED = RELU_PROTOCOLS
 NOT_RUN = "not run"
 
@@ -50,6 +57,12 @@ def load(folder: Path, name: str) -> pandas.DataFrame | None:
     if name == "accuracy":
         machine, rows = accuracy.read(path)
         found = stamped([dataclasses.asdict(row) for row in rows], machine)
+    elif name in SHOWN:
+        shown = SHOWN[name]
+        machine, lines = shown.lines_of(path)
+        found = stamped(
+            [dict(zip(shown.COLUMNS, line, strict=True)) for line in lines], machine
+        )
     elif name == "degrees":
         machine, costs = degrees.read(path)
         found = stamped([dataclasses.asdict(row) for row in costs], machine)
@@ -92,7 +105,7 @@ def update(path: Path, folder: Path) -> tuple[list[str], list[str]]:
 def markdown(folder: Path, name: str) -> str | None:
     """A table as Markdown; below it, for each source, its command, commit and date.
 
-    Returns: None if the first of its sources is not there.
+    Returns: None if the first of its sources is not there, or has nothing for it.
     """
     table = TABLES.get(name) or Table((name,), _runs)
     sources = {source: load(folder, source) for source in table.sources}
@@ -106,6 +119,8 @@ def markdown(folder: Path, name: str) -> str | None:
         command = recorded_commands(folder).get(source)
         notes.append((f"`{command}`: " if command else "") + f"{said}.")
     body = table.make(pandas.concat(found.values(), ignore_index=True))
+    if body.empty:
+        return None
     lines = [list(body.columns), *body.fillna("").astype(str).to_numpy().tolist()]
     out = ["| " + " | ".join(line) + " |" for line in lines]
     out.insert(1, "|" + "---|" * len(body.columns))
@@ -129,6 +144,7 @@ class Table:
 
 # Activation and engine in the rows, and the title of their column.
 SYSTEMS = {
+    (PLAIN, "torch+eager"): "plain torch",
     ("masked", "masked"): "masked",
     ("espn", "crypten+direct"): "espn",
     ("opened_mask", "crypten+direct"): "opened_mask",
@@ -160,11 +176,59 @@ def _by_system(
 
 
 def _seconds(row: Any) -> str:
+    """Offline and online; one figure where there is no offline phase, or none known."""
+    if row.activation == PLAIN or pandas.isna(row.offline_s):
+        return _digits(row.online_s)
     return f"{_digits(row.offline_s)} + {_digits(row.online_s)}"
 
 
 def _wire(row: Any) -> str:
+    if row.activation == PLAIN:
+        return "none"
     return f"{row.rounds}, {row.sent / 1e6:.1f} MB"
+
+
+def _limit(rows: pandas.DataFrame) -> pandas.DataFrame:
+    """The masked engine online beside plaintext torch over loopback, milliseconds."""
+    lines = []
+    near = rows[rows.network == "loopback"]
+    for model, found in near.groupby("model", sort=False):
+        masked = found[found.engine == "masked"].online_s
+        plain = found[found.activation == PLAIN].set_index("engine").online_s
+        if masked.empty or "torch+eager" not in plain:
+            continue
+        fastest = plain.idxmin()
+        private, usual, best = masked.iloc[-1], plain["torch+eager"], plain[fastest]
+        lines.append(
+            {
+                "network": model,
+                "masked online ms": _digits(1e3 * private),
+                "torch ms": _digits(1e3 * usual),
+                "masked / torch": f"{private / usual:.2f}",
+                "fastest torch ms": _digits(1e3 * best),
+                "its form": fastest.partition("+")[2],
+                "masked / fastest": f"{private / best:.2f}",
+            }
+        )
+    return pandas.DataFrame(lines)
+
+
+def _tls(rows: pandas.DataFrame) -> pandas.DataFrame:
+    """The messages of an inference on each path, without TLS and with it."""
+    where = ["network", "model"]
+    shown = rows.assign(MB=(rows.sent / 1e6).map("{:.2f}".format))
+    wide = shown.pivot(index=[*where, "rounds", "MB"], columns="engine")["online_s"]
+    plain, secured = wide["tcp"], wide["tcp+TLS"]
+    found = {
+        "plain s": plain.map(_digits),
+        "TLS s": secured.map(_digits),
+        "difference": (secured / plain - 1).map("{:+.1%}".format),
+    }
+    return pandas.DataFrame(found).reset_index()
+
+
+def _as_shown(rows: pandas.DataFrame) -> pandas.DataFrame:
+    return rows.drop(columns=list(STAMP))
 
 
 def _gains(rows: pandas.DataFrame) -> pandas.DataFrame:
@@ -296,10 +360,16 @@ TABLES = {
     "networks-loopback": Table(
         _WHOLE, functools.partial(_by_system, "loopback", _seconds)
     ),
+    "networks-cheetah": Table(
+        ("masked",), functools.partial(_by_system, "cheetah", _seconds)
+    ),
+    "networks-plain": Table(("masked",), _limit),
     "networks-wire": Table(_WHOLE, functools.partial(_by_system, "loopback", _wire)),
     "networks-gains": Table(_WHOLE, _gains),
     "activations": Table(("activations",), _layer),
     "degrees": Table(("degrees",), _degrees),
     "accuracy": Table(("accuracy",), _accuracies),
-    "training": Table(("training",), lambda rows: rows.drop(columns=list(STAMP))),
+    "training": Table(("training",), _as_shown),
+    "tls": Table(("tls",), _tls),
+    **{name: Table((name,), _as_shown) for name in SHOWN},
 }

@@ -25,6 +25,13 @@ RUNS = {
     "unfolded": "Whole networks as CrypTen converts them, batch-norm unfolded",
     "lan-metro": "Whole networks on shorter paths",
     "warm": "Whole networks, no slow start after idle",
+    "tls": "The messages of an inference, without TLS and with it",
+}
+TITLES = {
+    "offline": "Preparing in a session",
+    "growth": "Growth, divided by that of the work",
+    "throughput": "Images a second",
+    "workers": "Server processes behind one port",
 }
 
 
@@ -64,7 +71,7 @@ def render(folder: Path, out: Path) -> list[Path]:
         )
     out.mkdir(parents=True, exist_ok=True)
     files: list[Path] = []
-    for name in (*RUNS, "degrees", "accuracy", "training"):
+    for name in (*RUNS, *documents.SHOWN, "degrees", "accuracy", "training"):
         if name in runs and not runs[name].rows:
             continue
         rows = documents.load(folder, name)
@@ -122,6 +129,10 @@ def _sections(
                 for cell in results.skipped
             ],
         )
+    for name, shown in documents.SHOWN.items():
+        if (folder / f"{name}.json").exists():
+            lines = shown.lines_of(folder / f"{name}.json")[1]
+            yield Section(TITLES[name], shown.COLUMNS, lines, commands.get(name))
     checks = costmodel.table_rows([row for run in runs.values() for row in run.rows])
     if checks:
         title = "The cost model against the measurements"
@@ -154,6 +165,8 @@ def _figure(path: Path, caption: str = "") -> tuple[str, str, str]:
 def document(folder: Path) -> str:
     """docs/benchmarks.md, from `pages/benchmarks.md` and the results in `folder`.
 
+    A section may ask whether its table is `known`, and be left out.
+
     Raises: ResultsError where the results of a table it asks for are not there.
     """
 
@@ -162,6 +175,9 @@ def document(folder: Path) -> str:
         if made is None:
             raise ResultsError(f"{folder}: no results of {name}; run the benchmarks")
         return made.rstrip("\n")
+
+    def known(name: str) -> bool:
+        return documents.markdown(folder, name) is not None
 
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(PAGES),
@@ -172,5 +188,5 @@ def document(folder: Path) -> str:
         comment_end_string="##}",
     )
     return environment.get_template("benchmarks.md").render(
-        table=table, validated=costmodel.validated(folder)
+        table=table, known=known, validated=costmodel.validated(folder)
     )

@@ -22,18 +22,30 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from . import activations, degrees, documents, inference, link
+from . import (
+    activations,
+    degrees,
+    documents,
+    growth,
+    inference,
+    link,
+    offline,
+    throughput,
+    tls,
+    workers,
+)
 from .accuracy import command as accuracy
 from .compare import report_comparison
 from .figures import command as figures
+from .networks import MODELS
 from .page import RUNS, document, render
-from .rows import ROOT, Results, ResultsError, write_atomically
+from .rows import PLAIN, ROOT, Results, ResultsError, write_atomically
 
 RESULTS = Path(__file__).resolve().parent / "results"
 RENDERED = ROOT / "out" / "benchmarks"
 DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "training.md")
 WHOLE = ROOT / "docs" / "benchmarks.md"  # made from a template, tables and all
-PROFILES = ("lan", "metro", "wan")
+PROFILES = ("lan", "metro", "wan", "cheetah")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +69,7 @@ def steps(*, full: bool) -> list[Step]:
     # Within an inference a layer follows another: its connection was not silent.
     layer = ("--points", "32768", "--warm", "--networks", *activations.NETWORKS)
     two = ("--models", "minionn", "resnet18")
-    systems = ("--protocols", "masked", "espn", "crypten-relu")
+    systems = ("--protocols", "masked", PLAIN, "espn", "crypten-relu")
     both = ("--networks", "loopback", "wan")
     whole = (
         *("--images", "1000", "--batch", "100"),
@@ -73,8 +85,8 @@ def steps(*, full: bool) -> list[Step]:
         ),
     )
     if full:
-        four, large = inference.MODELS[:4], inference.MODELS[4:]
-        apart = ("masked", documents.UNFOLDED)
+        four, large = MODELS[:4], MODELS[4:]
+        apart = ("masked", PLAIN, documents.UNFOLDED)
         folded = [name for name in inference.protocols() if name not in apart]
         once = (*both, "--repeat", "1")
         return [
@@ -83,8 +95,8 @@ def steps(*, full: bool) -> list[Step]:
                 "masked",
                 "inference",
                 (
-                    *("--models", *inference.MODELS, "--protocols", "masked"),
-                    *(*both, "--repeat", "3"),
+                    *("--models", *MODELS, "--protocols", "masked", PLAIN),
+                    *(*both, "cheetah", "--repeat", "3"),
                 ),
             ),
             Step(
@@ -102,7 +114,7 @@ def steps(*, full: bool) -> list[Step]:
                 "inference",
                 (
                     "--models",
-                    *inference.MODELS,
+                    *MODELS,
                     "--protocols",
                     documents.UNFOLDED,
                     *once,
@@ -117,6 +129,11 @@ def steps(*, full: bool) -> list[Step]:
                 ),
             ),
             warm,
+            Step("offline", "offline", ("--models", *MODELS)),
+            Step("growth", "growth", ()),
+            Step("throughput", "throughput", ()),
+            Step("workers", "workers", ()),
+            Step("tls", "tls", ("--networks", "wan", "cheetah")),
             Step("degrees", "degrees", ()),
             Step("accuracy", "accuracy", whole),
             Step("figures", "figures", ("--full", "--fresh")),
@@ -125,6 +142,7 @@ def steps(*, full: bool) -> list[Step]:
         Step("activations", "activations", (*layer, "--repeat", "7")),
         Step("inference", "inference", (*two, *systems, *both, "--repeat", "2")),
         warm,
+        Step("offline", "offline", (*two, "--repeat", "3")),
         Step("degrees", "degrees", ()),
         Step("accuracy", "accuracy", ("--images", "64", "--batch", "32")),
     ]
@@ -133,6 +151,11 @@ def steps(*, full: bool) -> list[Step]:
 MAINS: Mapping[str, Callable[[Sequence[str]], int]] = {
     "activations": activations.main,
     "inference": inference.main,
+    "offline": offline.main,
+    "growth": growth.main,
+    "throughput": throughput.main,
+    "workers": workers.main,
+    "tls": tls.main,
     "degrees": degrees.main,
     "accuracy": accuracy.main,
     "figures": figures.main,

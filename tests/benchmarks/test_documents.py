@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
 
-from benchmarks import documents
-from benchmarks.rows import Results, ResultsError, Spread
+from benchmarks import documents, offline
+from benchmarks.rows import (
+    OFFLINE,
+    PLAIN,
+    Results,
+    ResultsError,
+    Spread,
+    machine,
+    write_rows,
+)
 
 from .result_cases import LOOPBACK, WAN, write_results
+from .test_sessions import BASE, linear
 
 
 def markdown(folder: Path, name: str) -> str:
@@ -121,3 +131,69 @@ def test_one_layer_puts_the_paths_beside_one_another(folder: Path) -> None:
         "| 100ms / its parts | offline |"
     )
     assert row == ("| espn (gloo) | 2 | 1.50 | 10.0 | 120 | 451 | 900 | 1.10 | 100 |")
+
+
+def test_the_limit_stands_beside_the_masked_engine_of_the_same_run(
+    folder: Path,
+) -> None:
+    results = Results(folder / "masked.json")
+    results.add(dataclasses.replace(LOOPBACK, online_s=Spread.of([0.015])))
+    for form, seconds in (("eager", 0.01), ("folded", 0.012), ("frozen", 0.006)):
+        row = dataclasses.replace(
+            LOOPBACK,
+            activation=PLAIN,
+            engine=f"torch+{form}",
+            online_s=Spread.of([seconds]),
+        )
+        results.add(row)
+    results.add(dataclasses.replace(LOOPBACK, model="vgg16"))  # without its limit
+    lines = markdown(folder, "networks-plain").splitlines()
+    assert lines[2] == "| minionn | 15.0 | 10.0 | 1.50 | 6.00 | frozen | 2.50 |"
+    assert lines[3] == ""
+    near = markdown(folder, "networks-loopback").splitlines()
+    assert near[0] == "| network | plain torch | masked |"
+    assert near[2] == "| minionn | 0.0100 | 0.100 + 0.0150 |"
+    assert "| minionn | none | 16, 1.5 MB |" in markdown(folder, "networks-wire")
+
+
+def test_an_offline_time_that_is_not_known_is_left_out(folder: Path) -> None:
+    path = folder / "inference.json"
+    content = json.loads(path.read_text())
+    del content["machine"][OFFLINE]
+    path.write_text(json.dumps(content))
+    assert "| minionn | 1.10 |" in markdown(folder, "networks-wan")
+    assert "| 0.0200 to 0.0400 |  |  |" in markdown(folder, "inference")
+
+
+def test_a_path_without_rows_has_no_table(folder: Path) -> None:
+    results = Results(folder / "masked.json")
+    results.add(WAN)
+    assert documents.markdown(folder, "networks-cheetah") is None
+    assert documents.markdown(folder, "networks-plain") is None
+    results.add(dataclasses.replace(WAN, network="cheetah"))
+    assert "| minionn | 0.100 + 1.10 |" in markdown(folder, "networks-cheetah")
+
+
+def test_tls_is_compared_on_its_path(folder: Path) -> None:
+    results = Results(folder / "tls.json")
+    for engine, seconds in (("tcp", 2.0), ("tcp+TLS", 2.05)):
+        row = dataclasses.replace(
+            WAN, activation="messages", engine=engine, online_s=Spread.of([seconds])
+        )
+        results.add(row)
+    assert "| wan | minionn | 16 | 1.50 | 2.00 | 2.05 | +2.5% |" in markdown(
+        folder, "tls"
+    )
+
+
+def test_results_of_sessions_are_shown_as_their_command_prints_them(
+    folder: Path,
+) -> None:
+    assert documents.markdown(folder, "offline") is None
+    rows = [BASE, linear()]
+    for name in ("offline", "growth"):
+        write_rows(folder / f"{name}.json", machine(), rows)
+    table = markdown(folder, "offline").splitlines()
+    assert table[0] == f"| {' | '.join(offline.COLUMNS)} |"
+    assert "| loopback | resnet18 | 32 | 8 |" in table[3]
+    assert "| batch | resnet18 | 32 | 8 | 1.00 |" in markdown(folder, "growth")

@@ -10,13 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import activations, costmodel, inference, page, report
+from benchmarks import activations, costmodel, inference, page, report, tls
 from benchmarks.accuracy import command as accuracy
+from benchmarks.documents import SHOWN
 from benchmarks.figures import command as figures
 from benchmarks.page import RUNS, render
-from benchmarks.rows import Results, ResultsError
+from benchmarks.rows import Results, ResultsError, machine, write_rows
 
 from .result_cases import LOOPBACK, WAN, write_results
+from .test_sessions import BASE
 
 
 @pytest.fixture
@@ -57,6 +59,22 @@ def test_document_is_made_whole_and_says_what_is_missing(
     assert "{" + "{" not in text and "{" + "%" not in text
     with pytest.raises(ResultsError, match="no results of networks-wan"):
         page.document(tmp_path)
+
+
+def test_a_section_without_results_is_left_out(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pages = tmp_path / "pages"
+    pages.mkdir()
+    (pages / "benchmarks.md").write_text(
+        "before\n{% if known('offline') %}## Offline\n{{ table('offline') }}\n"
+        "{% endif %}after\n"
+    )
+    monkeypatch.setattr(page, "PAGES", pages)
+    monkeypatch.setattr(page.costmodel, "validated", lambda folder: [])
+    assert page.document(folder) == "before\nafter\n"
+    write_rows(folder / "offline.json", machine(), [BASE])
+    assert "## Offline\n| network |" in page.document(folder)
 
 
 def test_a_folder_without_results_is_refused(tmp_path: Path) -> None:
@@ -140,9 +158,12 @@ def test_steps_are_chosen_by_name(
 def test_every_step_is_a_command_its_benchmark_accepts(full: bool) -> None:
     steps = report.steps(full=full)
     names = {step.name for step in steps}
-    assert names <= {*RUNS, "degrees", "accuracy", "figures"}
-    assert names >= {*RUNS, "accuracy"} if full else names >= {"inference"}
-    parsers = {"activations": activations, "inference": inference, "figures": figures}
+    assert names <= {*RUNS, *SHOWN, "degrees", "accuracy", "figures"}
+    assert names >= {*RUNS, *SHOWN, "accuracy"} if full else names >= {"inference"}
+    parsers = {
+        **{"activations": activations, "inference": inference, "figures": figures},
+        **{**SHOWN, "tls": tls},
+    }
     for step in steps:
         benchmark = parsers.get(step.module, accuracy)
         benchmark.make_parser().parse_args(step.arguments)
