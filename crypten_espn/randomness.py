@@ -12,6 +12,7 @@ import threading
 from collections.abc import Sequence
 from typing import NoReturn
 
+import numpy as np
 import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from cryptography.hazmat.primitives.cmac import CMAC
@@ -126,6 +127,22 @@ class Keystream:
             )
         self._fill(out)
 
+    def fill_array(self, out: np.ndarray) -> None:
+        """Overwrite an array with uniform words of its type.
+
+        Args:
+            out: contiguous array of integers, any shape.
+
+        Raises:
+            RandomnessError: out has another type or layout.
+        """
+        if out.dtype.kind not in "iu" or not out.flags.c_contiguous:
+            raise RandomnessError(
+                f"an array of {out.dtype} with strides {out.strides} was given; "
+                "fill_array needs contiguous integers"
+            )
+        self._fill_bytes(memoryview(out.reshape(-1).view(np.uint8)))
+
     def fork(self, label: bytes | int) -> Keystream:
         """An independent stream, the same for every holder of this seed.
 
@@ -160,12 +177,14 @@ class Keystream:
         return out
 
     def _fill(self, out: torch.Tensor) -> None:
+        if out.numel() > 0:
+            # One word order for all machines would cost a pass; all of torch's are
+            # little-endian.
+            bytes_ = out.view(-1).view(torch.uint8).numpy()
+            self._fill_bytes(memoryview(bytes_))  # type: ignore[arg-type]
+
+    def _fill_bytes(self, target: memoryview) -> None:
         _refuse_after_fork("keystream", self._generation)
-        if out.numel() == 0:
-            return
-        # One word order for all machines would cost a pass; all of torch's are
-        # little-endian.
-        target = memoryview(out.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
         for start in range(0, len(target), len(_ZEROS)):
             part = target[start : start + len(_ZEROS)]
             self._stream.update_into(_ZEROS[: len(part)], part)

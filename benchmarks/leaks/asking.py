@@ -12,12 +12,11 @@ import crypten_espn as espn
 from crypten_espn.masked import kernels
 from crypten_espn.masked.dealing import Dealing, coins
 from crypten_espn.masked.drivers import together
-from crypten_espn.masked.evaluation import Evaluation, OfProduct
-from crypten_espn.masked.inference import chunks, client, server
+from crypten_espn.masked.evaluation import Evaluation, OfProduct, chunks
+from crypten_espn.masked.inference import client, server
 from crypten_espn.masked.material import (
     ClientMaterial,
     Pairing,
-    client_draws,
     inference_seeds,
 )
 from crypten_espn.masked.messages import CLIENT, DEALER, SERVER, Send
@@ -125,27 +124,31 @@ def ask(model: MaskedModel, x: torch.Tensor, *, batches: int) -> Iterator[Answer
 
 def _held(plan: Plan, material: ClientMaterial, batch: int) -> dict[str, np.ndarray]:
     """Everything the client's seed gives, and what it made of it."""
+    draws = material.draws(plan)
     held = {
-        "input mask": material.input_mask.reshape(batch, -1),
+        "input mask": draws.input_mask.reshape(batch, -1),
         "output": material.output.reshape(batch, -1).copy(),
     }
-    for number, drawn in enumerate(client_draws(plan, material.seed, batch)):
-        held[f"linear {number}"] = drawn.linear.reshape(batch, -1)
-        if drawn.values is not None and drawn.hidden is not None:
-            held[f"hidden {number}"] = drawn.hidden.reshape(batch, -1)
-            between = plan.evaluations[number]
-            for place, line in enumerate(_lines(between, drawn.values, batch)):
-                held[f"value {number} {place}"] = line
+    for number in range(len(plan.parts)):
+        held[f"linear {number}"] = draws.linear(number).reshape(batch, -1)
+    for number, between in enumerate(plan.evaluations):
+        held[f"hidden {number}"] = draws.hidden(number)
+        words = [
+            _lines(between, draws.words(number, chunk), chunk.stop - chunk.start)
+            for chunk in chunks(batch)
+        ]
+        for place, lines in enumerate(zip(*words, strict=True)):
+            held[f"word {number} {place}"] = np.concatenate(lines)
     return held
 
 
-def _lines(between: Evaluation, values: np.ndarray, batch: int) -> list[np.ndarray]:
-    """Shares of the dealer's words, (batch, elements) of each kind of word."""
+def _lines(between: Evaluation, words: np.ndarray, rows: int) -> list[np.ndarray]:
+    """Shares of the dealer's words, (rows, elements) of each kind of word."""
     if isinstance(between, OfProduct):
         size, short = between.sizes
         ends = np.cumsum([size] * 6 + [short])
-        return np.split(values, ends, axis=1)
-    return [line.reshape(batch, -1) for case in values for line in case]
+        return np.split(words, ends, axis=1)
+    return [line.reshape(rows, -1) for line in words]
 
 
 def _online(

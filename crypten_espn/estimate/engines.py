@@ -178,12 +178,12 @@ def _masked(work: Workload, plan: Plan, batch: int) -> EngineCost:
     halves = values = hidden = 0
     for between in plan.evaluations:
         halves += packed_bytes(batch * between.opened, between.step.ring)
-        values += batch * between.words // 2  # of two cases one is used
+        values += batch * between.words
         hidden += batch * between.elements
     dealt = plan.dealer_bytes(batch=batch)
     macs = batch * work.macs
     # A share of each value, and per opening a mask and the linear part's share.
-    drawn = 2 * values + 2 * hidden + 2 * batch * plan.elements(len(plan.steps))
+    drawn = values + 2 * hidden + 2 * batch * plan.elements(len(plan.steps))
     online = Load(macs32=macs, values=values, stream=down + up, messages=plan.messages)
     stored = tuple(
         layout_bytes(layout(plan, batch)) for layout in (server_layout, client_layout)

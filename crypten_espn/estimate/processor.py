@@ -30,7 +30,7 @@ class Processor:
     Args:
         macs32: multiply-accumulates of the masked engine's convolution.
         macs64: of CrypTen's, 64-bit integers in torch.
-        values: dealer values combined in the masked engine's polynomials.
+        values: dealer words combined in the masked engine's polynomials.
         dealt: 8-byte words of correlated randomness drawn and completed.
         words: 8-byte words masked, opened and combined by CrypTen.
         stream: bytes through a local socket.
@@ -63,12 +63,13 @@ class Processor:
         return Processor(**rates)
 
 
-# Rounded from `calibrate` on one core of an AMD EPYC of the Zen 4 generation.
+# Rounded from `calibrate` on one core of an AMD EPYC of the Zen 4 generation; `values`
+# and `dealt` when an activation of degree 4 took 12 words, of which half were read.
 REFERENCE = Processor(
     macs32=40e9,
     macs64=7.6e9,
-    values=6.2e8,
-    dealt=4e8,
+    values=1.1e9,
+    dealt=3.7e8,
     words=1e8,
     stream=4.5e9,
     messages=5e4,
@@ -160,7 +161,8 @@ _MANY = 1 << 19  # the dealer's values then come from memory, as in an inference
 # Degree 4 as the planner groups it: x at the server alone, x^2, and x^3 with x^4.
 _SHIFTS, _DEGREES = np.array([7, 18]), np.array([2, 4])
 _RING, _DROP, _STEP = 32, 32, 16
-_VALUES = int(_DEGREES.sum())
+_WORDS = kernels.words_of(_DEGREES)
+_ZEROS = np.zeros(_WORDS, dtype=np.int64)
 
 
 def _polynomials() -> _Task:
@@ -168,7 +170,7 @@ def _polynomials() -> _Task:
     c = np.arange(_MANY, dtype=np.int32)
     deltas = np.ones((1, _MANY), dtype=np.int32)
     openings = np.empty((2, _MANY), dtype=np.int32)
-    values = np.ones((2, _VALUES, _MANY), dtype=np.int64)
+    words = np.ones((_WORDS, _MANY), dtype=np.int64)
     leading = np.ones((2, 1), dtype=np.int64)
     out = np.empty(_MANY, dtype=np.int64)
     following = np.empty(_MANY, dtype=np.int32)
@@ -176,15 +178,13 @@ def _polynomials() -> _Task:
     def run() -> None:
         kernels.shifted_openings(c, deltas, bits=_RING, shifts=_SHIFTS, out=openings)
         kernels.polynomial_share(
-            openings, values, widths=_RING - _SHIFTS, degrees=_DEGREES,
-            leading=leading, start=0, step=0, out=out,
+            openings, words, widths=_RING - _SHIFTS, degrees=_DEGREES, zeros=_ZEROS,
+            leading=leading, step=0, out=out,
         )  # fmt: skip
-        kernels.add_linear(
-            c, bits=_RING, shift=0, coefficient=leading[0], start=0, out=out
-        )
+        kernels.add_linear(c, bits=_RING, shift=0, coefficient=leading[0], out=out)
         kernels.truncate(out, out, bits=64, drop=_DROP, step=_STEP, out=following)
 
-    return run, _VALUES * _MANY
+    return run, _WORDS * _MANY
 
 
 def _deals() -> _Task:
@@ -195,16 +195,15 @@ def _deals() -> _Task:
     coeffs = np.ones((2, 5, 1), dtype=np.int64)
 
     def run() -> None:
-        taken = torch.empty(2, _VALUES, _ELEMENTS, dtype=torch.int64)
-        stream.fill(taken)
-        array = taken.numpy()
+        taken = np.empty((_WORDS, _ELEMENTS), dtype=np.int64)
+        stream.fill_array(taken)
         kernels.deal_polynomial(
-            masks, rounding, array, bits=_RING, shifts=_SHIFTS, degrees=_DEGREES,
-            coeffs=coeffs, linear=coeffs[0, 1], linear_shift=0,
-            out=np.empty_like(array),
+            masks, rounding, taken, bits=_RING, shifts=_SHIFTS, degrees=_DEGREES,
+            coeffs=coeffs, linear=coeffs[0, 1], linear_shift=0, zeros=_ZEROS,
+            out=np.empty_like(taken),
         )  # fmt: skip
 
-    return run, 2 * _VALUES * _ELEMENTS
+    return run, _WORDS * _ELEMENTS
 
 
 def _openings() -> _Task:

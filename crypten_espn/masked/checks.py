@@ -24,7 +24,7 @@ from .steps import VALUE_RING, Activation, Product, Step
 if TYPE_CHECKING:
     from .plan import Plan
 
-VERSION = 5
+VERSION = 6
 MAX_TEXT = 1 << 24
 PLAN_BYTES = 4 << 20  # of a plan's text, as parties take it from another
 MAX_DEPTH = 100
@@ -77,7 +77,7 @@ class Checked:
             else:
                 self._activation(act, step.ring, place)
                 self._columns(act, result[-1], place)
-                dealt = 2 * act.values * math.prod(result)
+                dealt = act.words * math.prod(result)
             self._dealt += dealt
             if dealt > MAX_STEP_DEALT or self._dealt > MAX_DEALT:
                 raise PlanError(

@@ -5,11 +5,12 @@ For each linear part and inference, with t of every source, G, delta and r as
 
 1. Send the server B*t + r - G: with the client's (W-B)*t + G, its opening is ready but
    for W*D.
-2. For a step's polynomial, compute the values that belong to each power of D for both
-   cases of every mask, r_k = r + delta_k; for a product the masks of both factors and
-   their products. Send the server what the client's seed-drawn shares leave. The second
-   opening's rounding coins, uniform below 2**s, are added to the constant: the client's
-   share hides them from the server, and the client never sees them.
+2. For a step's polynomial, compute the word that belongs to each power of D and what
+   it changes by in the other case of the mask, r_k = r + delta_k; for a product the
+   masks of both factors and their products. Send the server what the client's
+   seed-drawn shares leave, in the bits that reach the result. The second opening's
+   rounding coins, uniform below 2**s, are added to the constant: the client's share
+   hides them from the server, and the client never sees them.
 
 The client receives a seed from the dealer and nothing else.
 
@@ -26,14 +27,12 @@ import numpy as np
 
 from ..randomness import Keystream, new_seed
 from . import kernels
-from .evaluation import Coins
+from .evaluation import Coins, chunks
 from .linear import Operands, accumulate
 from .material import (
     CLIENT,
     SERVER,
     ClientDraws,
-    client_draws,
-    client_input_mask,
     draw,
     inference_seeds,
     server_draws,
@@ -43,7 +42,6 @@ from .material import (
 from .messages import SERVER as TO_SERVER
 from .messages import Protocol, Send
 from .plan import Plan
-from .steps import Step
 
 
 class Dealing:
@@ -85,48 +83,40 @@ class Dealing:
             index: must rise from call to call.
             batch: inputs in it.
 
-        Cost: offline, one message a linear part: m bits for each element, 16 V bytes
-            for each activation, 48 for each product and 16 for each element of its
-            second factor; the client receives nothing.
+        Cost: offline, one message a linear part, m bits for each element, and one a
+            chunk of each step, the bits of each word that count; the client receives
+            nothing.
 
         Raises: RandomnessError if the index was dealt before.
         """
         plan = self.plan
         own, server, client = (ratchet.take(index) for ratchet in self._ratchets)
-        sources = {0: client_input_mask(plan, client, batch)}
-        steps = zip(
-            plan.parts,
-            client_draws(plan, client, batch),
-            coins(plan, own, server, batch),
-            strict=True,
-        )
-        for number, (part, drawn, coin) in enumerate(steps):
-            given = self._product(number, part.ring, sources, drawn, coin)
-            if not isinstance(part, Step) or coin is None:
-                yield Send(TO_SERVER, ((given, part.ring),))
+        draws = ClientDraws(plan, client, batch)
+        sources = {0: draws.input_mask}
+        dealt = coins(plan, own, server, batch)
+        for number, (part, coin) in enumerate(zip(plan.parts, dealt, strict=True)):
+            out = -draws.linear(number)
+            operands = Operands(plan.shapes, sources, self._masks, public=False)
+            accumulate(part.root, operands, out)
+            if coin is not None:
+                out += coin.masks[0].reshape(out.shape)
+            yield Send(TO_SERVER, ((out, part.ring),))
+            if coin is None:
                 continue
-            assert drawn.values is not None and drawn.hidden is not None
-            values = plan.evaluations[number].deal(coin, drawn.values)
-            sources[number + 1] = source_mask(plan, number, drawn.hidden)
+            between = plan.evaluations[number]
+            for chunk in chunks(batch):
+                given = between.deal(
+                    coin.part(chunk, batch), draws.words(number, chunk)
+                )
+                bits = between.dealt(chunk.stop - chunk.start)
+                lines = given.reshape(len(bits), -1)
+                parts = tuple(
+                    (line, width) for line, (_, width) in zip(lines, bits, strict=True)
+                )
+                yield Send(TO_SERVER, parts)
+            sources[number + 1] = source_mask(plan, number, draws.hidden(number))
             for dead in plan.last_reads[number]:
                 del sources[dead]
-            yield Send(TO_SERVER, ((given, part.ring), (values, 64)))
-
-    def _product(
-        self,
-        number: int,
-        ring: int,
-        sources: dict[int, np.ndarray],
-        drawn: ClientDraws,
-        coin: Coins | None,
-    ) -> np.ndarray:
-        """B*t + r - G, in the array of G."""
-        out = -drawn.linear
-        operands = Operands(self.plan.shapes, sources, self._masks, public=False)
-        accumulate(self.plan.parts[number].root, operands, out)
-        if coin is not None:
-            out += coin.masks[0].reshape(out.shape)
-        return out
 
 
 def coins(plan: Plan, own: bytes, server: bytes, batch: int) -> Iterator[Coins | None]:

@@ -23,6 +23,16 @@ from .steps import Activation, Product, Step
 Openings = np.ndarray | Sequence[np.ndarray]
 
 
+def chunks(batch: int) -> list[slice]:
+    """The parts of a batch that travel as messages of their own within a layer.
+
+    While the client works on one chunk, the server convolves the next, and a chunk's
+    values stay in the cache from one step to the next. Less than 8 images travel whole.
+    """
+    size = batch if batch < 8 else min(4, batch // 4)
+    return [slice(a, min(a + size, batch)) for a in range(0, batch, size)]
+
+
 @dataclass
 class Coins:
     """A step's masks and rounding coins, which nobody but the dealer knows in full.
@@ -34,6 +44,15 @@ class Coins:
 
     masks: np.ndarray
     rounding: np.ndarray
+
+    def part(self, chunk: slice, batch: int) -> Coins:
+        """Those of some inputs of the batch."""
+        found = []
+        for array in (self.masks, self.rounding):
+            size = array.shape[-1] // batch
+            part = array[..., chunk.start * size : chunk.stop * size]
+            found.append(np.ascontiguousarray(part))
+        return Coins(*found)
 
 
 class Evaluation(ABC):
@@ -59,7 +78,11 @@ class Evaluation(ABC):
     @property
     def words(self) -> int:
         """Of the dealer for one input."""
-        return math.prod(self.values_shape(1))
+        return math.prod(self.words_shape(1))
+
+    @abstractmethod
+    def dealt(self, rows: int) -> tuple[tuple[int, int], ...]:
+        """Words and bits of each part of the dealer's message, in their order."""
 
     def payload(self, rows: int) -> tuple[tuple[int, int], ...]:
         """Elements and bits of each part of the server's message for so many inputs."""
@@ -67,8 +90,8 @@ class Evaluation(ABC):
         return tuple((rows * size, bits) for size, bits in sizes)
 
     @abstractmethod
-    def values_shape(self, batch: int) -> Shape:
-        """Of one party's shares of the dealer's words."""
+    def words_shape(self, rows: int) -> Shape:
+        """Of one party's shares of the dealer's words for so many inputs."""
 
     @abstractmethod
     def open(self, c: np.ndarray, deltas: np.ndarray) -> Openings:
@@ -76,18 +99,13 @@ class Evaluation(ABC):
 
     @abstractmethod
     def share(
-        self,
-        openings: Openings,
-        values: np.ndarray,
-        chunk: slice,
-        *,
-        c: np.ndarray | None = None,
+        self, openings: Openings, words: np.ndarray, *, c: np.ndarray | None = None
     ) -> np.ndarray:
         """One party's share of the value, (elements of the chunk,) modulo 2**64.
 
         Args:
             openings: of the chunk, as `open` makes them or as they were received.
-            values: this party's, of the whole batch.
+            words: this party's, of the chunk.
             c: the opening itself, at the server. The client's share comes without the
                 bits that it does not send.
         """
@@ -97,13 +115,8 @@ class Evaluation(ABC):
         """The server's shares of the dealer's words, from the client's."""
 
     @abstractmethod
-    def hide(self, values: np.ndarray, hidden: np.ndarray) -> None:
+    def hide(self, words: np.ndarray, hidden: np.ndarray) -> None:
         """Let the second opening's mask, without the bits it drops, join the words."""
-
-    @property
-    def _step(self) -> int:
-        """Low bits of its share that the client does not send."""
-        return self.step.activation.drop - self.step.activation.kept
 
 
 @dataclass(frozen=True)
@@ -114,6 +127,7 @@ class PolynomialTables:
         shifts, widths, degrees: (masks,) of each opening.
         coeffs: (masks, K + 1, C) of each mask's powers; the constant is the first's.
         leading: (masks, C) of each mask's highest power.
+        zeros: (words,) low bits that each of the dealer's words is without.
         linear, linear_shift: (C,) the power 1, and bits dropped from it.
     """
 
@@ -122,6 +136,7 @@ class PolynomialTables:
     degrees: np.ndarray
     coeffs: np.ndarray
     leading: np.ndarray
+    zeros: np.ndarray
     linear: np.ndarray
     linear_shift: int
 
@@ -145,6 +160,7 @@ class PolynomialTables:
             degrees,
             coeffs,
             coeffs[np.arange(act.masks), degrees],
+            np.array(act.zeros(ring), dtype=np.int64),
             linear,
             0 if act.linear is None else act.linear.shift,
         )
@@ -157,11 +173,14 @@ class OfPolynomial(Evaluation):
         self.step, self.result = step, result
         self.opened = self.elements
         self.sizes = (self.elements,) * act.masks
-        self._values = act.values
         self._tables = PolynomialTables.of(act, step.ring)
 
-    def values_shape(self, batch: int) -> Shape:
-        return (2, self._values, batch * self.elements)
+    def words_shape(self, rows: int) -> Shape:
+        return (len(self._tables.zeros), rows * self.elements)
+
+    def dealt(self, rows: int) -> tuple[tuple[int, int], ...]:
+        count = rows * self.elements
+        return tuple((count, 64 - low) for low in self._tables.zeros.tolist())
 
     def open(self, c: np.ndarray, deltas: np.ndarray) -> Openings:
         flat = c.reshape(-1)
@@ -172,24 +191,18 @@ class OfPolynomial(Evaluation):
         return out  # its rows
 
     def share(
-        self,
-        openings: Openings,
-        values: np.ndarray,
-        chunk: slice,
-        *,
-        c: np.ndarray | None = None,
+        self, openings: Openings, words: np.ndarray, *, c: np.ndarray | None = None
     ) -> np.ndarray:
         tables, bits = self._tables, self.step.ring
-        start = chunk.start * self.elements
-        half = np.empty((chunk.stop - chunk.start) * self.elements, dtype=np.int64)
+        half = np.empty(words.shape[1], dtype=np.int64)
         kernels.polynomial_share(
             np.asarray(openings, dtype=kernels.ring_dtype(bits)),
-            values,
+            words,
             widths=tables.widths,
             degrees=tables.degrees,
+            zeros=tables.zeros,
             leading=np.zeros_like(tables.leading) if c is None else tables.leading,
-            start=start,
-            step=self._step if c is None else 0,
+            step=self.step.activation.unsent if c is None else 0,
             out=half,
         )
         if c is not None and tables.linear.any():
@@ -198,7 +211,6 @@ class OfPolynomial(Evaluation):
                 bits=bits,
                 shift=tables.linear_shift,
                 coefficient=tables.linear,
-                start=start,
                 out=half,
             )
         return half
@@ -216,12 +228,14 @@ class OfPolynomial(Evaluation):
             coeffs=tables.coeffs,
             linear=tables.linear,
             linear_shift=tables.linear_shift,
+            zeros=tables.zeros,
             out=out,
         )
         return out
 
-    def hide(self, values: np.ndarray, hidden: np.ndarray) -> None:
-        values[:, 0] += hidden.astype(np.int64) << self.step.activation.drop
+    def hide(self, words: np.ndarray, hidden: np.ndarray) -> None:
+        # The constant's word is without the bits that the client does not send.
+        words[0] += hidden.reshape(-1).astype(np.int64) << self.step.activation.kept
 
 
 class OfProduct(Evaluation):
@@ -251,8 +265,11 @@ class OfProduct(Evaluation):
         self._dropped = np.array(product.dropped, dtype=np.int64)
         self._places = places(*factors)
 
-    def values_shape(self, batch: int) -> Shape:
-        return (batch, dealt_words(*self.factors))
+    def words_shape(self, rows: int) -> Shape:
+        return (rows, dealt_words(*self.factors))
+
+    def dealt(self, rows: int) -> tuple[tuple[int, int], ...]:
+        return ((rows * self.words, 64),)
 
     def open(self, c: np.ndarray, deltas: np.ndarray) -> Openings:
         del deltas
@@ -264,14 +281,9 @@ class OfProduct(Evaluation):
         ]
 
     def share(
-        self,
-        openings: Openings,
-        values: np.ndarray,
-        chunk: slice,
-        *,
-        c: np.ndarray | None = None,
+        self, openings: Openings, words: np.ndarray, *, c: np.ndarray | None = None
     ) -> np.ndarray:
-        rows, dtype = chunk.stop - chunk.start, kernels.ring_dtype(self.step.ring)
+        rows, dtype = len(words), kernels.ring_dtype(self.step.ring)
         first, second = (
             opening.astype(dtype, copy=False).reshape(rows, size)
             for opening, size in zip(openings, self.sizes, strict=True)
@@ -280,12 +292,12 @@ class OfProduct(Evaluation):
         kernels.product_share(
             first,
             second,
-            values[chunk],
+            words,
             widths=self.step.ring - self._dropped,
             places=self._places,
             lift=self.lift,
             own=c is not None,
-            step=self._step if c is None else 0,
+            step=self.step.activation.unsent if c is None else 0,
             out=half,
         )
         return half.reshape(-1)
@@ -304,10 +316,10 @@ class OfProduct(Evaluation):
         )
         return out
 
-    def hide(self, values: np.ndarray, hidden: np.ndarray) -> None:
+    def hide(self, words: np.ndarray, hidden: np.ndarray) -> None:
         size = self.elements
-        four = values[:, 2 * size : 6 * size].reshape(len(values), 4, size)
-        mask = hidden.astype(np.int64).reshape(len(values), 1, size)
+        four = words[:, 2 * size : 6 * size].reshape(len(words), 4, size)
+        mask = hidden.astype(np.int64).reshape(len(words), 1, size)
         four += mask << self.step.activation.drop
 
 

@@ -23,7 +23,7 @@ from .journal import Journal
 
 PAGE = 4096
 
-_MAGIC, _ANY_VERSION = b"ESPNMAT2", b"ESPNMAT"
+_MAGIC, _ANY_VERSION = b"ESPNMAT3", b"ESPNMAT"
 _LENGTH = struct.Struct("<I")
 _ALIGNMENT = 64
 

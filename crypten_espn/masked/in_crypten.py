@@ -199,7 +199,8 @@ class ComposedEngine:
         """From this party's share of the input to its share of the output."""
         first = self.plan.sources[INPUT]
         if isinstance(material, ClientMaterial):
-            yield send("server", own - material.input_mask, first.ring)
+            mask = material.draws(self.plan).input_mask
+            yield send("server", own - mask, first.ring)
             return (yield from client_layers(self.plan, material))
         assert self._weights is not None
         (theirs,) = yield receive("client", own.size, first.ring)

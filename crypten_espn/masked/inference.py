@@ -10,8 +10,9 @@ Sources are x = D + t with D known to the server and t to the client.
 3. Both compute their share of the polynomial, or of the product. With r_k's
    dealer-known truncation -(r_k >> s_k), logical if the top bit of c_k is 1 and
    arithmetic if it is 0, (c_k >> s_k) - 2**(m-2-s_k) plus it equals z >> s_k or one
-   more, over the integers. The dealer supplied the polynomial's coefficients in D for
-   both cases; the public top bit selects.
+   more, over the integers. The dealer supplied the polynomial's coefficients in D, and
+   what they change by where the public top bit is 1. The client draws its words from
+   its seed while the server computes.
 4. The client sends the top bits of its share plus its own mask r'. The server adds its
    share and drops s bits: the next D. Back to 2; the last layer's z goes to the client
    instead, with noise.
@@ -24,7 +25,9 @@ Who learns what; of products `evaluation.OfProduct` says more. The client sees e
 c_k >> s_k, uniform because r_k is uniform, used once and known to the dealer alone; its
 seed-drawn shares; W - B, uniform because B is the server's; and the logits. What rounds
 a value is hidden from it: the bits of c_k below s_k, and the dealer's coins in the
-server's share. Of its own share it drops bits worth 2**-16 of a unit. The server sees
+server's share. Of its own share it drops bits worth 2**-16 of a unit, and what the
+dealer leaves out of a word weighs no more: signals so small take 2**32 times as many
+queries to average out. The server sees
 c, and D of each source, uniform because t follows from the client's uniform mask, used
 once. It learns nothing of input or logits.
 Both know the plan. The dealer sees neither data nor weights nor any message between the
@@ -41,8 +44,9 @@ import numpy as np
 from ..errors import ShapeError
 from ..wire.packing import packed_bytes
 from . import kernels
+from .evaluation import chunks
 from .linear import Operands, accumulate
-from .material import ClientMaterial, ServerMaterial
+from .material import ClientMaterial, ServerMaterial, chunk_words
 from .messages import (
     CLIENT,
     SERVER,
@@ -58,17 +62,6 @@ from .plan import INPUT, Plan
 from .steps import Step
 from .weights import Weights
 
-
-def chunks(batch: int) -> list[slice]:
-    """The parts of a batch that travel as messages of their own within a layer.
-
-    While the client works on one chunk, the server convolves the next, and a chunk's
-    values stay in the cache from one step to the next. Less than 8 images travel whole.
-    """
-    size = batch if batch < 8 else min(4, batch // 4)
-    return [slice(a, min(a + size, batch)) for a in range(0, batch, size)]
-
-
 # ---------------------------------------------------------------- the server
 
 
@@ -83,8 +76,9 @@ def server(plan: Plan, weights: Weights, material: ServerMaterial) -> Protocol[N
         activation and group, or for an element of a factor; m + 16 received. In large
         batches each layer's travel in chunks.
 
-    Error: exact in each ring. Each truncation gives floor or floor + 1, never more; the
-        logits' noise is below 2**(d-1).
+    Error: exact in each ring. A truncation gives floor or floor + 1; before the second
+        opening's, y is off by less than 2**-16 of a unit for the client's share and for
+        each of the dealer's words. The logits' noise is below 2**(d-1).
     """
     batch = material.pairing.batch
     first = plan.sources[INPUT]
@@ -148,7 +142,8 @@ def _open(
     deltas = material.deltas[number][:, _within(chunk, between.opened)]
     openings = between.open(c, deltas)
     yield Send(CLIENT, tuple(zip(openings, step.opened_bits, strict=True)))
-    return between.share(openings, material.values[number], chunk, c=c)
+    words = chunk_words(plan, number, material.words[number], chunk)
+    return between.share(openings, words, c=c)
 
 
 def _within(chunk: slice, elements: int) -> slice:
@@ -165,7 +160,7 @@ def _truncated(step: Step, half: np.ndarray, out: np.ndarray) -> Protocol[None]:
         theirs,
         bits=act.ring + act.drop,
         drop=act.drop,
-        step=act.drop - act.kept,
+        step=act.unsent,
         out=out.reshape(-1),
     )
 
@@ -211,7 +206,7 @@ def masked_input(plan: Plan, material: ClientMaterial, x: np.ndarray) -> np.ndar
     Returns: (batch, *sources[0].shape); the lower `sources[0].ring` bits count.
     """
     dtype = kernels.ring_dtype(plan.sources[INPUT].ring)
-    masked: np.ndarray = x.astype(dtype) - material.input_mask
+    masked: np.ndarray = x.astype(dtype) - material.draws(plan).input_mask
     return masked
 
 
@@ -222,11 +217,16 @@ def client_layers(plan: Plan, material: ClientMaterial) -> Protocol[np.ndarray]:
 
     Cost, Error: as `client`, without its first message and the logits.
     """
+    draws = material.draws(plan)
     for number, between in enumerate(plan.evaluations):
+        hidden = draws.hidden(number)
         for chunk in chunks(material.pairing.batch):
+            # While the server computes.
+            words = draws.words(number, chunk)
+            between.hide(words, hidden[chunk])
             rows = chunk.stop - chunk.start
             openings = yield Receive(SERVER, between.payload(rows))
-            half = between.share(openings, material.values[number], chunk)
+            half = between.share(openings, words)
             yield send(SERVER, half, between.step.activation.sent_bits)
     return material.output
 

@@ -11,13 +11,12 @@ import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
-import torch
 
 from ..randomness import Keystream, Ratchet
 from . import kernels
-from .evaluation import Evaluation
 from .linear import Shape
 from .plan import Plan
 from .steps import Step
@@ -27,16 +26,11 @@ SERVER, CLIENT = 0, 1
 
 def draw(stream: Keystream, shape: Shape, *, bits: int) -> np.ndarray:
     """Uniform ring elements, int32 for up to 32 bits and int64 for more."""
-    count = int(np.prod(shape, dtype=np.int64))
-    if bits <= 32:
-        data = np.frombuffer(stream.bytes(4 * count), dtype=np.int32).copy()
-        return kernels.reduce_ring(data, bits).reshape(shape)
-    out = torch.empty(count, dtype=torch.int64)
-    stream.fill(out)
-    array = out.numpy().reshape(shape)
-    if bits < 64:
-        array &= kernels.ring_mask(bits)
-    return array
+    out = np.empty(shape, dtype=kernels.ring_dtype(bits))
+    stream.fill_array(out)
+    if bits not in (32, 64):
+        out &= kernels.ring_mask(bits)
+    return out
 
 
 def weight_masks(plan: Plan, session_seed: bytes) -> list[np.ndarray]:
@@ -57,45 +51,56 @@ def _inference(seed: bytes, batch: int) -> Keystream:
 # ---------------------------------------------------------------- drawn from seeds
 
 
-@dataclass
 class ClientDraws:
-    """What the client's seed gives for one linear part.
+    """What the client's seed of an inference gives, drawn when it is asked for.
+
+    Each is a stream of its own: asked for again, it is the same. So what the online
+    phase needs is drawn there, and nothing of it is kept before.
 
     Args:
-        linear: G, the client's half of a product's mask, (batch, *shape).
-        values: shares of the dealer's words, shaped as the step's evaluation says; None
-            for the output.
-        hidden: of the result's elements, the second opening's mask without the bits it
-            drops; None likewise.
+        plan, batch: the inference's.
+        seed: the client's seed of it.
     """
 
-    linear: np.ndarray
-    values: np.ndarray | None
-    hidden: np.ndarray | None
+    def __init__(self, plan: Plan, seed: bytes, batch: int) -> None:
+        self._plan, self._batch = plan, batch
+        self._stream = _inference(seed, batch)
 
+    def __repr__(self) -> str:
+        return "ClientDraws(<hidden>)"
 
-def client_input_mask(plan: Plan, seed: bytes, batch: int) -> np.ndarray:
-    """t of the input, (batch, *shape)."""
-    first = plan.sources[0]
-    stream = _inference(seed, batch).fork(b"input")
-    return draw(stream, (batch, *first.shape), bits=first.ring)
+    @cached_property
+    def input_mask(self) -> np.ndarray:
+        """t of the input, (batch, *shape)."""
+        first = self._plan.sources[0]
+        shape = self._batch, *first.shape
+        return draw(self._stream.fork(b"input"), shape, bits=first.ring)
 
+    def linear(self, number: int) -> np.ndarray:
+        """G, the client's half of a linear part's mask, (batch, *shape)."""
+        part = self._plan.parts[number]
+        shape = self._batch, *self._plan.part_shapes[number]
+        return draw(self._of(b"linear", number), shape, bits=part.ring)
 
-def client_draws(plan: Plan, seed: bytes, batch: int) -> Iterator[ClientDraws]:
-    """The client's draws of every linear part, in order."""
-    stream = _inference(seed, batch).fork(b"parts")
-    for number, part in enumerate(plan.parts):
-        count = batch * plan.elements(number)
-        linear = draw(stream, (count,), bits=part.ring)
-        values = hidden = None
-        if isinstance(part, Step):
-            between = plan.evaluations[number]
-            values = draw(stream, between.values_shape(batch), bits=64)
-            size = batch * between.elements
-            hidden = draw(stream, (size,), bits=part.activation.ring)
-        yield ClientDraws(
-            linear.reshape(batch, *plan.part_shapes[number]), values, hidden
-        )
+    def hidden(self, number: int) -> np.ndarray:
+        """The second opening's mask without the bits it drops, (batch, elements)."""
+        between = self._plan.evaluations[number]
+        shape = self._batch, between.elements
+        bits = between.step.activation.ring
+        return draw(self._of(b"hidden", number), shape, bits=bits)
+
+    def words(self, number: int, chunk: slice) -> np.ndarray:
+        """Shares of the dealer's words for a chunk, as the step's evaluation has them.
+
+        Args:
+            chunk: one of `chunks(batch)`.
+        """
+        stream = self._of(b"words", number).fork(chunk.start)
+        shape = self._plan.evaluations[number].words_shape(chunk.stop - chunk.start)
+        return draw(stream, shape, bits=64)
+
+    def _of(self, label: bytes, number: int) -> Keystream:
+        return self._stream.fork(label).fork(number)
 
 
 def server_draws(plan: Plan, seed: bytes, batch: int) -> Iterator[np.ndarray]:
@@ -104,6 +109,13 @@ def server_draws(plan: Plan, seed: bytes, batch: int) -> Iterator[np.ndarray]:
     for number, step in enumerate(plan.steps):
         count = batch * plan.elements(number)
         yield draw(stream, (step.activation.masks - 1, count), bits=step.ring)
+
+
+def chunk_words(plan: Plan, number: int, words: np.ndarray, chunk: slice) -> np.ndarray:
+    """A chunk's part of a step's words, as its evaluation has them; a view."""
+    between = plan.evaluations[number]
+    part = words[chunk.start * between.words : chunk.stop * between.words]
+    return part.reshape(between.words_shape(chunk.stop - chunk.start))
 
 
 def source_mask(plan: Plan, number: int, hidden: np.ndarray) -> np.ndarray:
@@ -144,17 +156,17 @@ class ServerMaterial:
         pairing: which it is.
         linear: by linear part, what the online pass starts from, (batch, *shape).
         deltas: by step, (masks - 1, n).
-        values: by step, shares of the dealer's words.
+        words: by step, shares of the dealer's words, one chunk after the other.
     """
 
     pairing: Pairing
     linear: list[np.ndarray] = field(repr=False)
     deltas: list[np.ndarray] = field(repr=False)
-    values: list[np.ndarray] = field(repr=False)
+    words: list[np.ndarray] = field(repr=False)
 
     def arrays(self) -> list[np.ndarray]:
         """Everything secret in it, laid out as `server_layout` says."""
-        return [*self.linear, *self.deltas, *self.values]
+        return [*self.linear, *self.deltas, *self.words]
 
     @staticmethod
     def from_arrays(
@@ -179,16 +191,16 @@ def layout_bytes(layout: Layout) -> int:
 
 def server_layout(plan: Plan, batch: int) -> Layout:
     """Shapes and types of a stored `ServerMaterial`'s arrays."""
-    linear, deltas, values = [], [], []
+    linear, deltas, words = [], [], []
     for number, part in enumerate(plan.parts):
         dtype = np.dtype(kernels.ring_dtype(part.ring))
         linear.append(((batch, *plan.part_shapes[number]), dtype))
         if isinstance(part, Step):
             act, count = part.activation, batch * plan.elements(number)
             deltas.append(((act.masks - 1, count), dtype))
-            shape = plan.evaluations[number].values_shape(batch)
-            values.append((shape, np.dtype(np.int64)))
-    return (*linear, *deltas, *values)
+            dealt = batch * plan.evaluations[number].words
+            words.append(((dealt,), np.dtype(np.int64)))
+    return (*linear, *deltas, *words)
 
 
 @dataclass
@@ -197,50 +209,29 @@ class ClientMaterial:
 
     Args:
         pairing: which it is.
-        input_mask: t of the input, (batch, *shape).
-        values: by step, shares of the dealer's words, with the second opening's mask.
-        output: its share of the logits for D = 0, (batch, *shape).
         seed: what all but `output` follows from; 16 bytes.
+        output: its share of the logits for D = 0, (batch, *shape).
     """
 
     pairing: Pairing
-    input_mask: np.ndarray = field(repr=False)
-    values: list[np.ndarray] = field(repr=False)
-    output: np.ndarray = field(repr=False)
     seed: bytes = field(repr=False)
+    output: np.ndarray = field(repr=False)
 
     def arrays(self) -> list[np.ndarray]:
-        """What is kept of it, laid out as `client_layout` says."""
+        """Everything secret in it, laid out as `client_layout` says."""
         return [np.frombuffer(self.seed, dtype=np.uint8), self.output]
 
     @staticmethod
     def from_arrays(
         plan: Plan, pairing: Pairing, arrays: Sequence[np.ndarray]
     ) -> ClientMaterial:
+        del plan
         seed, output = arrays
-        return ClientMaterial.expand(plan, pairing, seed.tobytes(), output)
+        return ClientMaterial(pairing, seed.tobytes(), output)
 
-    @staticmethod
-    def expand(
-        plan: Plan, pairing: Pairing, seed: bytes, output: np.ndarray
-    ) -> ClientMaterial:
-        """Draw everything else from an inference's seed."""
-        batch = pairing.batch
-        values = [
-            with_mask(between, drawn)
-            for between, drawn in zip(
-                plan.evaluations, client_draws(plan, seed, batch), strict=False
-            )
-        ]
-        mask = client_input_mask(plan, seed, batch)
-        return ClientMaterial(pairing, mask, values, output, seed)
-
-
-def with_mask(between: Evaluation, drawn: ClientDraws) -> np.ndarray:
-    """The client's shares; the second opening's mask joins them."""
-    assert drawn.values is not None and drawn.hidden is not None
-    between.hide(drawn.values, drawn.hidden)
-    return drawn.values
+    def draws(self, plan: Plan) -> ClientDraws:
+        """What else its seed gives."""
+        return ClientDraws(plan, self.seed, self.pairing.batch)
 
 
 def client_layout(plan: Plan, batch: int) -> Layout:

@@ -39,7 +39,7 @@ from ..pillar.guarding import guarded_batch
 from ..wire.packing import packed_bytes
 from . import kernels
 from .checks import MAX_TEXT, Checked
-from .evaluation import Evaluation, evaluation
+from .evaluation import Evaluation, chunks, evaluation
 from .linear import Conv, Shape, shape_of
 from .steps import Input, Output, Step, Strict
 
@@ -239,12 +239,21 @@ class Plan(Strict, frozen=True, dict=True):
         """What the server sends once per model: its weights under a mask."""
         return sum(packed_bytes(w.elements, w.ring) for w in self.weights)
 
+    def dealer_messages(self, *, batch: int = 1) -> list[int]:
+        """Bytes of each of the dealer's messages to the server for one inference."""
+        found = []
+        for number, part in enumerate(self.parts):
+            found.append(packed_bytes(batch * self.elements(number), part.ring))
+            if isinstance(part, Step):
+                dealt = self.evaluations[number].dealt
+                for chunk in chunks(batch):
+                    parts = dealt(chunk.stop - chunk.start)
+                    found.append(sum(packed_bytes(*part) for part in parts))
+        return found
+
     def dealer_bytes(self, *, batch: int = 1) -> int:
         """Offline bytes the dealer sends the server for one inference."""
-        total = 0
-        for number, part in enumerate(self.parts):
-            total += packed_bytes(batch * self.elements(number), part.ring)
-        return total + 8 * batch * sum(one.words for one in self.evaluations)
+        return sum(self.dealer_messages(batch=batch))
 
     @property
     def work(self) -> int:

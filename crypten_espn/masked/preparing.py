@@ -14,19 +14,19 @@ import numpy as np
 
 from ..randomness import Keystream
 from . import kernels
+from .evaluation import chunks
 from .linear import Operands, accumulate
 from .material import (
+    ClientDraws,
     ClientMaterial,
     Pairing,
     ServerMaterial,
-    client_draws,
-    client_input_mask,
+    chunk_words,
     draw,
     inference_seeds,
     server_draws,
     source_mask,
     weight_masks,
-    with_mask,
 )
 from .messages import CLIENT, DEALER, SERVER, Protocol, Receive, receive, send
 from .plan import Plan
@@ -82,19 +82,27 @@ class ServerPreparation:
         for number, part in enumerate(plan.parts):
             count = batch * plan.elements(number)
             shape = (batch, *plan.part_shapes[number])
+            (total,) = yield receive(DEALER, count, part.ring)
             if isinstance(part, Step):
-                values = plan.evaluations[number].values_shape(batch)
-                parts = ((count, part.ring), (math.prod(values), 64))
-                given, dealt = yield Receive(DEALER, parts)
+                material.words.append((yield from self._words(number, batch)))
                 (half,) = yield receive(CLIENT, count, part.ring)
-                material.values.append(dealt.reshape(values))
-                total = given + half
-            else:
-                (total,) = yield receive(DEALER, count, part.ring)
+                total = total + half
             material.linear.append(total.reshape(shape) + self._biases[number])
         material.deltas.extend(server_draws(plan, seed, batch))
         material.linear[-1] += _noise(plan, material.linear[-1])
         return material
+
+    def _words(self, number: int, batch: int) -> Protocol[np.ndarray]:
+        """A step's words from the dealer, one chunk after the other."""
+        between = self.plan.evaluations[number]
+        words = np.empty(batch * between.words, dtype=np.int64)
+        for chunk in chunks(batch):
+            parts = between.dealt(chunk.stop - chunk.start)
+            found = yield Receive(DEALER, parts)
+            place = chunk_words(self.plan, number, words, chunk)
+            for line, given in zip(place.reshape(len(parts), -1), found, strict=True):
+                line[:] = given
+        return words
 
 
 def _noise(plan: Plan, like: np.ndarray) -> np.ndarray:
@@ -134,20 +142,16 @@ class ClientPreparation:
         """
         plan, batch = self.plan, pairing.batch
         seed = self._ratchet.take(pairing.index)
-        mask = client_input_mask(plan, seed, batch)
-        sources = {0: mask}
-        values: list[np.ndarray] = []
-        draws = zip(plan.parts, client_draws(plan, seed, batch), strict=True)
+        draws = ClientDraws(plan, seed, batch)
+        sources = {0: draws.input_mask}
         total = np.empty(0)
-        for number, (part, drawn) in enumerate(draws):
-            total = drawn.linear
+        for number, part in enumerate(plan.parts):
+            total = draws.linear(number)
             operands = Operands(plan.shapes, sources, self._opened)
             accumulate(part.root, operands, total)
             if isinstance(part, Step):
-                assert drawn.hidden is not None
-                sources[number + 1] = source_mask(plan, number, drawn.hidden)
-                values.append(with_mask(plan.evaluations[number], drawn))
+                sources[number + 1] = source_mask(plan, number, draws.hidden(number))
                 for dead in plan.last_reads[number]:
                     del sources[dead]
                 yield send(SERVER, total, part.ring)
-        return ClientMaterial(pairing, mask, values, total, seed)
+        return ClientMaterial(pairing, seed, total)

@@ -16,6 +16,7 @@ import msgspec
 from msgspec import Meta
 
 from ..pillar.guard import InputGuard
+from .kernels import words_of
 from .linear import Expression
 from .products import Factors
 
@@ -99,6 +100,11 @@ class Truncated(Strict, frozen=True):
         return min(KEPT_BITS, self.drop)
 
     @property
+    def unsent(self) -> int:
+        """Low bits of the client's half of the second opening that it keeps."""
+        return self.drop - self.kept
+
+    @property
     def sent_bits(self) -> int:
         """Bits of the client's half of the second opening."""
         return self.ring + self.kept
@@ -133,9 +139,27 @@ class Activation(Truncated, frozen=True, kw_only=True, tag="polynomial"):
         return max(1, len(self.groups))
 
     @property
-    def values(self) -> int:
-        """Dealer values per element for each of a mask's two cases."""
-        return sum(group.degree for group in self.groups) or 1
+    def words(self) -> int:
+        """Words of the dealer for one element."""
+        return words_of([group.degree for group in self.groups] or [1])
+
+    def zeros(self, ring: int) -> tuple[int, ...]:
+        """Low bits that each of the dealer's words is without, in the kernels' order.
+
+        A change is a multiple of 2**(m-s). What else is left out weighs less in the
+        result than what the client does not send of its share.
+        """
+        found = [self.unsent]
+        degrees = [group.degree for group in self.groups] or [1]
+        for shift, degree in zip(self.shifts(ring), degrees, strict=True):
+            width = ring - shift
+            spare = [max(0, self.unsent - power * width) for power in range(degree)]
+            least = width
+            if not self.groups and self.linear is not None:
+                least = ring - self.linear.shift
+            found += spare[1:]
+            found += [max(least, bits) for bits in spare]
+        return tuple(found)
 
     def shifts(self, ring: int) -> tuple[int, ...]:
         """Low bits of each mask's opening that the client does not receive.

@@ -30,8 +30,9 @@ from ..errors import (
 )
 from ..masked.checks import PLAN_BYTES
 from ..masked.drivers import over
-from ..masked.inference import chunks, masked_input
+from ..masked.evaluation import chunks
 from ..masked.inference import client as inference
+from ..masked.inference import masked_input
 from ..masked.material import ClientMaterial, Pairing
 from ..masked.plan import Plan
 from ..wire.channel import Channel

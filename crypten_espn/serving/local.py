@@ -95,7 +95,8 @@ def _cost(
     """The client measured its own; what the others sent follows from the plan."""
     sent = [size for who, size in message_sizes(plan, batch=batch) if who == SERVER]
     frames = HEADER_BYTES * (len(sent) + 1)
-    dealt = plan.dealer_bytes(batch=batch) + HEADER_BYTES * len(plan.parts)
+    messages = plan.dealer_messages(batch=batch)
+    dealt = sum(messages) + HEADER_BYTES * len(messages)
     opened = plan.weight_bytes + HEADER_BYTES * len(plan.weights)
     return SessionCost(
         online.rounds,

@@ -12,8 +12,9 @@ import crypten_espn as espn
 from crypten_espn.masked import kernels
 from crypten_espn.masked.dealing import Dealing, coins
 from crypten_espn.masked.drivers import together
-from crypten_espn.masked.inference import chunks, client, server
-from crypten_espn.masked.material import Pairing, client_draws, inference_seeds
+from crypten_espn.masked.evaluation import chunks
+from crypten_espn.masked.inference import client, server
+from crypten_espn.masked.material import ClientDraws, Pairing, inference_seeds
 from crypten_espn.masked.model import MaskedModel
 from crypten_espn.masked.planning import masked_model
 from crypten_espn.masked.preparing import ClientPreparation, ServerPreparation
@@ -85,56 +86,105 @@ class Pair:
         root = Keystream(self.seed)
         own = inference_seeds(root.fork(b"dealer").bytes(16)).take(index)
         seeds = [inference_seeds(seed).take(index) for seed in self.dealing.seeds]
-        drawn = list(client_draws(self.plan, seeds[1], batch))
+        drawn = ClientDraws(self.plan, seeds[1], batch)
         coin = list(coins(self.plan, own, seeds[0], batch))
 
         def rounding(number: int, z: np.ndarray) -> Rounding:
-            step, mine, theirs = self.plan.steps[number], coin[number], drawn[number]
+            step, mine = self.plan.steps[number], coin[number]
             assert mine is not None
-            bits = step.ring
             masks = [r.astype(np.int64).reshape(z.shape) for r in mine.masks]
+            words = [drawn.words(number, chunk) for chunk in chunks(batch)]
+            hidden = drawn.hidden(number)
             act = step.activation
+            assert act.masks == len(masks)
             if isinstance(act, Product):
-                between = self.plan.evaluations[number]
-                dropped = client_low_bits_of_product(between, z, masks[0], theirs)
-            else:
-                dropped = client_low_bits(step, z, masks, theirs)
-            second = mine.rounding.reshape(dropped.shape) - dropped
-            assert act.masks == len(masks) and bits > 0
+                between, rows = self.plan.evaluations[number], np.concatenate(words)
+                dropped = client_low_bits_of_product(between, z, masks[0], rows, hidden)
+                return Rounding(masks, mine.rounding.reshape(dropped.shape) - dropped)
+            lines = np.concatenate(words, axis=1)
+            second = second_rounding(step, z, masks, mine.rounding, lines, hidden)
             return Rounding(masks, second)
 
         return rounding
 
 
-def client_low_bits(step, z, masks, drawn):
-    """What the client drops of its share y1, by Python integers."""
+def dealt_words(step, masks, rho, channel):
+    """The dealer's words of one element before anything of them is left out.
+
+    In the order in which they travel, each with the number of its group and its power.
+    """
     act, m = step.activation, step.ring
-    degrees = [group.degree for group in act.groups] or [1]
-    flat = z.reshape(-1).tolist()
-    values = drawn.values
-    dropped = np.empty(len(flat), dtype=np.int64)
+
+    def own(columns):
+        return columns[channel if len(columns) > 1 else 0]
+
+    constant, found = own(act.constant) + rho, []
+    for g, mask in enumerate(masks):
+        shift = act.shifts(m)[g]
+        row = own(act.groups[g].coeffs) if act.groups else (0, 0)
+        degree, cases = len(row) - 1, []
+        for signed in (mask - (mask >> (m - 1) << m), mask):
+            t = -(signed >> shift)
+            powers = [
+                sum(
+                    row[k] * math.comb(k, j) * t ** (k - j)
+                    for k in range(j, degree + 1)
+                )
+                for j in range(degree)
+            ]
+            if g == 0 and act.linear is not None:
+                powers[0] -= own(act.linear.coefficient) * (signed >> act.linear.shift)
+            cases.append(powers)
+        first, other = cases
+        constant += first[0]
+        found += [(g, j, first[j]) for j in range(1, degree)]
+        found += [(g, j, other[j] - first[j]) for j in range(degree)]
+    return [(None, 0, constant), *found]
+
+
+def second_rounding(step, z, masks, rounding, words, hidden):
+    """What is added to y before s bits are dropped, by Python integers.
+
+    The dealer's coin, less what is left out of its words, less what the client drops of
+    its own share.
+    """
+    act, m = step.activation, step.ring
+    zeros, flat = act.zeros(m), z.reshape(-1).tolist()
+    second = np.empty(len(flat), dtype=np.int64)
     for i, value in enumerate(flat):
-        total, index = int(drawn.hidden[i]) << act.drop, 0
-        for k, degree in enumerate(degrees):
-            shift = act.shifts(m)[k]
-            c = (value + (1 << (m - 2)) + int(masks[k].reshape(-1)[i])) % (1 << m)
-            case = 0 if c >> (m - 1) else 1
-            opened = (c >> shift) - (1 << (m - 2 - shift)) if degree > 1 else 0
-            for j in range(degree):
-                total += int(values[case, index + j, i]) * opened**j
-            index += degree
-        dropped[i] = total % (1 << (act.drop - act.kept))
-    return dropped.reshape(z.shape)
+        own = [int(mask.reshape(-1)[i]) % (1 << m) for mask in masks]
+        rho, opened, tops = int(rounding[i]), [], []
+        for mask, shift in zip(own, act.shifts(m), strict=True):
+            c = (value + (1 << (m - 2)) + mask) % (1 << m)
+            tops.append(c >> (m - 1))
+            offset = 1 << (m - 2 - shift) if act.groups else 0
+            opened.append((c >> shift) - offset)
+        theirs, left_out, seen = int(hidden.reshape(-1)[i]) << act.drop, 0, set()
+        dealt = dealt_words(step, own, rho, i % z.shape[-1])
+        for j, ((g, power, word), low) in enumerate(zip(dealt, zeros, strict=True)):
+            # A group's second word of a power is what the other case adds.
+            change = g is not None and (power == 0 or (g, power) in seen)
+            seen.add((g, power))
+            if change and not tops[g]:
+                continue
+            factor = 1 if g is None else opened[g] ** power
+            theirs += (int(words[j, i]) << low) * factor
+            left_out += (word % (1 << low)) * factor
+        dropped = theirs % (1 << act.unsent)
+        # It weighs less than what the client drops, a word at a time.
+        assert abs(left_out) < len(dealt) << act.unsent
+        second[i] = rho - left_out - dropped
+    return second.reshape(z.shape)
 
 
-def client_low_bits_of_product(between, z, r, drawn):
+def client_low_bits_of_product(between, z, r, rows, hidden):
     """What the client drops of its share of a product, by Python integers."""
     act, m = between.step.activation, between.step.ring
     sizes, (n, short) = between.factors, between.sizes
     places = np.broadcast_to(np.arange(short).reshape(sizes[1]), sizes[0]).reshape(-1)
     dropped = np.empty((len(z), n), dtype=np.int64)
     for row, (value, mask) in enumerate(zip(z.tolist(), r.tolist(), strict=True)):
-        words = drawn.values[row].tolist()
+        words = rows[row].tolist()
         for i, place in enumerate(places.tolist()):
             cases, opened = [], []
             for k, shift in zip((i, n + place), act.dropped, strict=True):
@@ -142,11 +192,11 @@ def client_low_bits_of_product(between, z, r, drawn):
                 cases.append(0 if c >> (m - 1) else 1)
                 opened.append((c >> shift) - (1 << (m - 2 - shift)))
             a, b = cases
-            total = int(drawn.hidden[row * n + i]) << act.drop
+            total = int(hidden[row, i]) << act.drop
             total += words[(2 + 2 * a + b) * n + i]
             total += opened[0] * words[6 * n + b * short + place]
             total += opened[1] * words[a * n + i]
-            dropped[row, i] = total % (1 << (act.drop - act.kept))
+            dropped[row, i] = total % (1 << act.unsent)
     return dropped.reshape(len(z), *between.result)
 
 

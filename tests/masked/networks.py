@@ -155,7 +155,7 @@ def coins(plan: Plan, seed: int) -> Roundings:
     def rounding(number: int, z: np.ndarray) -> Rounding:
         act, result = plan.steps[number].activation, (len(z), *plan.shapes[number + 1])
         first = [random.integers(0, 1 << 62, z.shape) for _ in range(act.masks)]
-        dropped = random.integers(0, 1 << (act.drop - act.kept), result)
+        dropped = random.integers(0, 1 << act.unsent, result)
         return Rounding(first, random.integers(0, 1 << act.drop, result) - dropped)
 
     return rounding

@@ -168,15 +168,17 @@ def test_a_whole_activation_is_exact_and_hides_all_its_coins(
 ):
     """y = a x**2 + b z through dealing, both shares and the second opening.
 
-    Every mask is listed in every channel; the last is looked at.
+    Every mask is listed in every channel; the last is looked at. Of the words that the
+    parties hold, two are changes that count where the top bit of c is set.
     """
-    m, shift, v, a, b = 4, 1, 5, squares[-1], slopes[-1]
-    s, channels = v - m, len(squares)
-    all_masks = listed(1 << m, 1 << v, 1 << v, 1 << s, 1 << m)
-    r, pad0, pad1, rho, hidden = (np.repeat(x, channels) for x in all_masks)
+    m, shift, v, a, b = 3, 1, 4, squares[-1], slopes[-1]
+    s, channels, width = v - m, len(squares), m - shift
+    zeros = np.array([0, 0, width, width])
+    sizes = [1 << (v - low) for low in zeros.tolist()]
+    all_masks = listed(1 << m, *sizes, 1 << s, 1 << m)
+    r, *pads, rho, hidden = (np.repeat(x, channels) for x in all_masks)
     last = slice(channels - 1, None, channels)
-    taken = np.empty((2, 2, len(r)), dtype=np.int64)
-    taken[:, 0], taken[:, 1] = pad0, pad1
+    taken = np.stack(pads)
     given = np.empty_like(taken)
     shifts, degrees = np.array([shift]), np.array([2])
     coeffs = np.zeros((1, 3, channels), dtype=np.int64)
@@ -191,35 +193,36 @@ def test_a_whole_activation_is_exact_and_hides_all_its_coins(
         coeffs=coeffs,
         linear=np.array(slopes),
         linear_shift=0,
+        zeros=zeros,
         out=given,
     )
-    server_values, client_values = (
+    server_words, client_words = (
         (given, taken) if corrected == "server" else (taken, given)
     )
-    client_values = client_values.copy()
-    client_values[:, 0] += hidden << s
-    for z in (-3, 0, 2):
+    client_words = client_words.copy()
+    client_words[0] += hidden << s
+    for z in inner(m):
         c = (z + (1 << (m - 2)) + r) % (1 << m)
         shifted = (c >> shift)[None]
         shares = []
-        for values, leading in (
-            (server_values, squares),
-            (client_values, [0] * channels),
+        for words, leading in (
+            (server_words, squares),
+            (client_words, [0] * channels),
         ):
             out = np.empty_like(r)
             kernels.polynomial_share(
                 shifted,
-                values,
+                words,
                 widths=m - shifts,
                 degrees=degrees,
+                zeros=zeros,
                 leading=np.array([leading]),
-                start=0,
                 step=0,
                 out=out,
             )
             shares.append(out)
         kernels.add_linear(
-            c, bits=m, shift=0, coefficient=np.array(slopes), start=0, out=shares[0]
+            c, bits=m, shift=0, coefficient=np.array(slopes), out=shares[0]
         )
         sent = shares[1] % (1 << v)
         opened = np.empty_like(r)
@@ -228,20 +231,15 @@ def test_a_whole_activation_is_exact_and_hides_all_its_coins(
         rounded = (z + (r & ((1 << shift) - 1))) >> shift
         y = a * rounded * rounded + b * z
         assert (x == ((y + rho) >> s) % (1 << m))[last].all()
-        top = c >> (m - 1)
-        case = np.where(top == 1, 0, 1)
-        rows = np.arange(len(r))
+        theirs = client_words - np.outer([1, 0, 0, 0], hidden << s)
         held = [
-            values[case, j, rows] % (1 << v)
-            for values in (client_values, server_values)
-            for j in (0, 1)
+            [line[last] % size for line, size in zip(words, sizes, strict=True)]
+            for words in (theirs, server_words)
         ]
-        mine = held[0] - (hidden << s)
-        view = ids(*(x[last] for x in (c >> shift, mine % (1 << v), held[1], hidden)))
+        view = ids((c >> shift)[last], *held[0], hidden[last])
         assert is_product(view, ids(((y + rho) >> s)[last]))
         # As many rows as views: uniform means that no view comes twice.
-        theirs = ids(*(x[last] for x in (c, held[2], held[3], sent)))
-        assert len(np.unique(theirs)) == len(r[last])
+        assert len(np.unique(ids(c[last], *held[1], sent[last]))) == len(r[last])
 
 
 # ---------------------------------------------------------------- products

@@ -11,13 +11,8 @@ from hypothesis import strategies as st
 import crypten_espn as espn
 from crypten_espn.errors import MaterialError, ShapeError
 from crypten_espn.masked.drivers import together
-from crypten_espn.masked.inference import (
-    chunks,
-    client,
-    message_sizes,
-    online_bytes,
-    server,
-)
+from crypten_espn.masked.evaluation import chunks
+from crypten_espn.masked.inference import client, message_sizes, online_bytes, server
 from crypten_espn.masked.plan import Plan
 from crypten_espn.masked.planning.network import parameters_of
 from crypten_espn.masked.reference import evaluate

@@ -126,6 +126,14 @@ def of_channel(columns, i):
     return columns[i % len(columns)]
 
 
+def changes(tables):
+    """By word, whether it is what a power changes by where the top bit of c is set."""
+    found = [False]
+    for degree in tables.degrees.tolist():
+        found += [False] * (degree - 1) + [True] * degree
+    return np.array(found)
+
+
 @pytest.mark.parametrize("bits", [24, 32, 33, 56])
 @pytest.mark.parametrize("linear, groups", POLYNOMIALS)
 def test_polynomial_of_an_opening_is_exact(bits, linear, groups):
@@ -142,7 +150,13 @@ def test_polynomial_of_an_opening_is_exact(bits, linear, groups):
     r = rng.integers(0, 2**bits, (act.masks, count))
     r[0, 4:8] = [0, 2**bits - 1, 2 ** (bits - 1), 2 ** (bits - 1) - 1]
     coins = rng.integers(0, 2**32, count)
-    taken = rng.integers(-(2**63), 2**63 - 1, (2, act.values, count))
+    taken = rng.integers(-(2**63), 2**63 - 1, (act.words, count))
+    # A change is a multiple of 2**(m-s): exact where no more than that is left out.
+    widths = np.repeat(tables.widths, 2 * tables.degrees - 1)
+    if not groups:
+        widths[:] = bits - linear.shift
+    zeros = np.where(changes(tables), [0, *widths], 0)
+    assert (zeros <= tables.zeros).all()
     given = np.empty_like(taken)
     kernels.deal_polynomial(
         kernels.reduce_ring(r, bits),
@@ -154,6 +168,7 @@ def test_polynomial_of_an_opening_is_exact(bits, linear, groups):
         coeffs=tables.coeffs,
         linear=tables.linear,
         linear_shift=tables.linear_shift,
+        zeros=zeros,
         out=given,
     )
     c = kernels.reduce_ring(z + 2 ** (bits - 2) + r[0], bits)
@@ -179,8 +194,8 @@ def test_polynomial_of_an_opening_is_exact(bits, linear, groups):
             values,
             widths=tables.widths,
             degrees=tables.degrees,
+            zeros=zeros,
             leading=tables.leading if server else np.zeros_like(tables.leading),
-            start=0,
             step=0,
             out=out,
         )
@@ -190,7 +205,6 @@ def test_polynomial_of_an_opening_is_exact(bits, linear, groups):
                 bits=bits,
                 shift=tables.linear_shift,
                 coefficient=tables.linear,
-                start=0,
                 out=out,
             )
         shares.append(out)
@@ -210,39 +224,38 @@ def test_polynomial_of_an_opening_is_exact(bits, linear, groups):
 
 
 @pytest.mark.parametrize("count", [1, 7, 1200])
-@pytest.mark.parametrize("start, size, step", [(0, 100, 0), (1501, 1100, 16)])
-def test_a_share_of_some_elements_is_that_of_all(start, size, step, count):
+@pytest.mark.parametrize("rows, step", [(slice(0, 1), 0), (slice(1, 3), 16)])
+def test_a_share_of_some_inputs_is_that_of_all(rows, step, count):
     rng = np.random.default_rng(5)
     degrees, widths = np.array([2, 4]), np.array([30, 20])
-    opened = rng.integers(0, 2**20, (2, 3000)).astype(np.int32)
-    values = rng.integers(-(2**63), 2**63 - 1, (2, 6, 3000))
+    elements = count * (1500 // count)
+    opened = rng.integers(0, 2**20, (2, 3 * elements)).astype(np.int32)
+    words = rng.integers(-(2**63), 2**63 - 1, (11, 3 * elements))
+    zeros = np.array([16, 0, 30, 31, 3, 0, 0, 20, 20, 20, 22])
     leading = rng.integers(-99, 99, (2, count))
     found = []
-    for first, number, drop in ((0, 3000, 0), (start, size, step)):
-        out = np.empty(number, dtype=np.int64)
+    for part, drop in ((slice(0, 3), 0), (rows, step)):
+        here = slice(part.start * elements, part.stop * elements)
+        out = np.empty(here.stop - here.start, dtype=np.int64)
         kernels.polynomial_share(
-            opened[:, first : first + number],
-            values,
+            opened[:, here],
+            np.ascontiguousarray(words[:, here]),
             widths=widths,
             degrees=degrees,
+            zeros=zeros,
             leading=leading,
-            start=first,
             step=drop,
             out=out,
         )
         linear = np.zeros_like(out)
         kernels.add_linear(
-            opened[0, first : first + number],
-            bits=30,
-            shift=3,
-            coefficient=leading[1],
-            start=first,
-            out=linear,
+            opened[0, here], bits=30, shift=3, coefficient=leading[1], out=linear
         )
         found.append((out, linear))
+    here = slice(rows.start * elements, rows.stop * elements)
     (all_shares, all_linear), (shares, linear) = found
-    assert np.array_equal(shares, all_shares[start : start + size] >> step)
-    assert np.array_equal(linear, all_linear[start : start + size])
+    assert np.array_equal(shares, all_shares[here] >> step)
+    assert np.array_equal(linear, all_linear[here])
 
 
 @pytest.mark.parametrize("drop, kept", [(32, 16), (24, 16), (12, 12), (8, 8), (44, 16)])
@@ -314,20 +327,21 @@ def right_calls():
         ),
         "polynomial_share": Call(
             kernels.polynomial_share,
-            {"opened": narrow(2, 5), "values": words(2, 6, 7), "widths": 32 - shifts,
-             "degrees": degrees, "leading": words(2, 3), "start": 2, "step": 16,
-             "out": words(5)},
+            {"opened": narrow(2, 5), "values": words(11, 5), "widths": 32 - shifts,
+             "degrees": degrees, "zeros": words(11), "leading": words(2, 3),
+             "step": 16, "out": words(5)},
         ),
         "add_linear": Call(
             kernels.add_linear,
             {"c": narrow(5), "bits": 32, "shift": 2, "coefficient": words(3),
-             "start": 1, "out": words(5)},
+             "out": words(5)},
         ),
         "deal_polynomial": Call(
             kernels.deal_polynomial,
-            {"masks": narrow(2, 5), "rounding": words(5), "taken": words(2, 6, 5),
+            {"masks": narrow(2, 5), "rounding": words(5), "taken": words(11, 5),
              "bits": 32, "shifts": shifts, "degrees": degrees, "coeffs": words(2, 5, 3),
-             "linear": words(3), "linear_shift": 2, "out": words(2, 6, 5)},
+             "linear": words(3), "linear_shift": 2, "zeros": words(11),
+             "out": words(11, 5)},
         ),
         "truncate": Call(
             kernels.truncate,
@@ -371,12 +385,14 @@ WRONG = [
     ("polynomial_share", {"opened": narrow(1, 5)}),
     ("polynomial_share", {"opened": narrow(5)}),
     ("polynomial_share", {"opened": np.ones((2, 5))}),
-    ("polynomial_share", {"values": words(2, 5, 7)}),
-    ("polynomial_share", {"values": words(1, 6, 7)}),
-    ("polynomial_share", {"values": words(2, 6, 6)}),
-    ("polynomial_share", {"values": words(12, 7)}),
-    ("polynomial_share", {"start": -1}),
-    ("polynomial_share", {"start": 3}),
+    ("polynomial_share", {"values": words(12, 5)}),
+    ("polynomial_share", {"values": words(11, 6)}),
+    ("polynomial_share", {"values": words(1, 11, 5)}),
+    ("polynomial_share", {"values": words(12, 5), "zeros": words(12)}),
+    ("polynomial_share", {"zeros": words(10)}),
+    ("polynomial_share", {"zeros": words(11) + 64}),
+    ("polynomial_share", {"zeros": -words(11)}),
+    ("polynomial_share", {"zeros": narrow(11)}),
     ("polynomial_share", {"degrees": np.array([6])}),
     ("polynomial_share", {"degrees": np.array([6, 0])}),
     ("polynomial_share", {"degrees": np.array([-1, 7])}),
@@ -399,16 +415,18 @@ WRONG = [
     ("add_linear", {"coefficient": words(0)}),
     ("add_linear", {"coefficient": words(1, 3)}),
     ("add_linear", {"coefficient": narrow(3)}),
-    ("add_linear", {"start": -1}),
     ("add_linear", {"shift": 31}),
     ("add_linear", {"shift": -1}),
     ("deal_polynomial", {"masks": narrow(1, 5)}),
     ("deal_polynomial", {"masks": narrow(2, 4)}),
     ("deal_polynomial", {"rounding": words(4)}),
     ("deal_polynomial", {"rounding": words(5, 1)}),
-    ("deal_polynomial", {"taken": words(2, 5, 5)}),
-    ("deal_polynomial", {"out": words(2, 6, 4)}),
-    ("deal_polynomial", {"out": narrow(2, 6, 5)}),
+    ("deal_polynomial", {"taken": words(12, 5)}),
+    ("deal_polynomial", {"out": words(11, 4)}),
+    ("deal_polynomial", {"out": narrow(11, 5)}),
+    ("deal_polynomial", {"zeros": words(10)}),
+    ("deal_polynomial", {"zeros": words(11) + 64}),
+    ("deal_polynomial", {"bits": 64}),
     ("deal_polynomial", {"degrees": np.array([6, 0])}),
     ("deal_polynomial", {"degrees": np.array([1, 5])}),
     ("deal_polynomial", {"coeffs": words(2, 4, 3)}),
@@ -502,7 +520,7 @@ for bits in (32, 64):
 for polynomial in cases.POLYNOMIALS:
     cases.test_polynomial_of_an_opening_is_exact(32, *polynomial)
 for channels in (1, 7, 1200):
-    cases.test_a_share_of_some_elements_is_that_of_all(1501, 1100, 16, channels)
+    cases.test_a_share_of_some_inputs_is_that_of_all(1501, 1100, 16, channels)
 print("all in bounds")
 """
 

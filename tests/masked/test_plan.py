@@ -156,8 +156,17 @@ def test_declared_bytes_follow_from_the_rings(small):
     )
     assert online_bytes(plan) == (down + 4 * 5, 6 * sum(elements) + 4 * 3 * 64)
     assert plan.messages == 8
-    # Two cases of 2 values for the square's group and of 4 for the fourth power's.
-    assert plan.dealer_bytes() == (4 + 2 * 8 * 6) * sum(elements) + 4 * 5
+    # The constant; of the square's group one power and two changes, of the fourth
+    # power's three and four.
+    kept = [[64 - low for low in s.activation.zeros(32)] for s in plan.steps]
+    assert all(len(bits) == 1 + 3 + 7 and bits[0] == 48 for bits in kept)
+    dealt = sum(
+        packed_bytes(count, bits)
+        for count, words in zip(elements, kept, strict=True)
+        for bits in words
+    )
+    assert plan.dealer_bytes() == dealt + 4 * sum(elements) + 4 * 5
+    assert dealt < 0.76 * 2 * 8 * 6 * sum(elements)
     assert plan.dealer_bytes(batch=3) == 3 * plan.dealer_bytes()
     layers = [3 * 8 * 9, 8 * 16 * 9, 16 * 16 * 9, 8 * 16, 16 * 5]
     assert plan.weight_bytes == 4 * sum(layers)
@@ -166,7 +175,7 @@ def test_declared_bytes_follow_from_the_rings(small):
 
 def test_a_dealers_memory_is_bounded_by_what_the_plan_says(small):
     plan = small.plan
-    values = max(plan.elements(i) * 2 * s.activation.values * 2
+    values = max(plan.elements(i) * s.activation.words * 2
                  for i, s in enumerate(plan.steps))  # fmt: skip
     for batch in (1, 10):
         assert plan.dealer_memory(batch=batch) > 8 * batch * values

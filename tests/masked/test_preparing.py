@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import pytest
 import torch
@@ -12,14 +10,14 @@ from crypten_espn.errors import RandomnessError
 from crypten_espn.masked import kernels
 from crypten_espn.masked.dealing import Dealing, coins
 from crypten_espn.masked.drivers import together
+from crypten_espn.masked.evaluation import chunks
 from crypten_espn.masked.inference import client, server
 from crypten_espn.masked.linear import Operands, accumulate
 from crypten_espn.masked.material import (
+    ClientDraws,
     ClientMaterial,
     Pairing,
     ServerMaterial,
-    client_draws,
-    client_input_mask,
     client_layout,
     inference_seeds,
     layout_bytes,
@@ -32,7 +30,15 @@ from crypten_espn.masked.steps import Step
 from crypten_espn.randomness import Keystream
 from crypten_espn.wire.packing import packed_bytes
 
-from .cases import SESSION, Pair, by_channel, planned, residual, without_noise
+from .cases import (
+    SESSION,
+    Pair,
+    by_channel,
+    dealt_words,
+    planned,
+    residual,
+    without_noise,
+)
 
 
 @pytest.fixture(scope="module")
@@ -55,13 +61,14 @@ def test_dealt_values_are_the_powers_of_the_mask(made):
     for event in pair.dealing.deal(0, batch):
         assert isinstance(event, Send)
         dealt.append([array for array, _ in event.parts])
-    draws = list(client_draws(plan, theirs[2], batch))
+    draws = ClientDraws(plan, theirs[2], batch)
     coin = list(coins(plan, theirs[0], theirs[1], batch))
     masks = weight_masks(plan, pair.dealing.seeds[0])
-    sources = {0: client_input_mask(plan, theirs[2], batch)}
+    sources = {0: draws.input_mask}
     checked = 0
     for number, part in enumerate(plan.parts):
-        total = dealt[number][0] + draws[number].linear
+        (given,) = dealt.pop(0)
+        total = given + draws.linear(number)
         product = np.zeros_like(total)
         operands = Operands(plan.shapes, sources, masks, public=False)
         accumulate(part.root, operands, product)
@@ -70,44 +77,25 @@ def test_dealt_values_are_the_powers_of_the_mask(made):
                 kernels.centred(total, part.ring), kernels.centred(product, part.ring)
             )
             continue
-        act, m = part.activation, part.ring
-        secret, drawn = coin[number], draws[number]
-        assert secret is not None and act.linear is not None
-        assert drawn.values is not None and drawn.hidden is not None
+        m, secret = part.ring, coin[number]
+        assert secret is not None
         flat = secret.masks[0].reshape(product.shape)
         assert np.array_equal(
             kernels.centred(total, m), kernels.centred(product + flat, m)
         )
-        whole = dealt[number][1] + drawn.values
-        sources[number + 1] = source_mask(plan, number, drawn.hidden)
+        words = np.stack(dealt.pop(0)) + draws.words(number, slice(0, batch))
+        sources[number + 1] = source_mask(plan, number, draws.hidden(number))
+        zeros = part.activation.zeros(m)
         for i in range(0, flat.size, 97):
-
-            def own(columns, i=i):
-                return columns[i % len(columns)]
-
-            for case in (0, 1):
-                index = 0
-                for g, group in enumerate(act.groups):
-                    mask = int(secret.masks[g, i]) % 2**m
-                    if case == 1 and mask >> (m - 1):
-                        mask -= 1 << m  # an arithmetic shift where the top bit is 0
-                    t = -(mask >> group.shift)
-                    for j in range(group.degree):
-                        # The coefficient of D**j in p(D + t), its own included.
-                        expected = sum(
-                            own(group.coeffs)[k] * math.comb(k, j) * t ** (k - j)
-                            for k in range(j, group.degree + 1)
-                        )
-                        if j == g == 0:
-                            expected += own(act.constant) + int(secret.rounding[i])
-                            expected -= own(act.linear.coefficient) * (
-                                mask >> act.linear.shift
-                            )
-                        got = int(whole[case, index + j, i])
-                        assert (got - expected) % 2**64 == 0
-                        checked += 1
-                    index += group.degree
-    assert checked > 100
+            own = [int(mask[i]) % 2**m for mask in secret.masks]
+            expected = dealt_words(
+                part, own, int(secret.rounding[i]), i % flat.shape[-1]
+            )
+            for j, (_, _, word) in enumerate(expected):
+                kept = 64 - zeros[j]
+                assert (int(words[j, i]) - (word >> zeros[j])) % 2**kept == 0
+                checked += 1
+    assert checked > 100 and not dealt
 
 
 @pytest.mark.parametrize("batch", [1, 9])
@@ -121,7 +109,8 @@ def test_traffic_is_what_the_plan_declares(small, batch):
     }
     dealt = [size for sender, _, size in transcript.messages if sender == "dealer"]
     assert sum(dealt) == plan.dealer_bytes(batch=batch)
-    assert len(dealt) == len(plan.parts)
+    assert dealt == plan.dealer_messages(batch=batch)
+    assert len(dealt) == len(plan.parts) + len(chunks(batch)) * len(plan.steps)
     halves = [size for sender, _, size in transcript.messages if sender == "client"]
     assert halves == [
         packed_bytes(batch * plan.elements(number), step.ring)
@@ -157,13 +146,14 @@ def test_every_inference_and_every_batch_draws_fresh_masks(small):
         index = ratchets[0].next_index
         mine, ours = (ratchet.take(index) for ratchet in ratchets)
         for batch in (1, 2):
-            found: list = [client_input_mask(plan, mine, batch)]
-            for drawn in client_draws(plan, mine, batch):
-                found += [drawn.linear, drawn.values, drawn.hidden]
+            drawn = ClientDraws(plan, mine, batch)
+            found: list = [drawn.input_mask]
+            found += [drawn.linear(n) for n in range(len(plan.parts))]
+            for n in range(len(plan.steps)):
+                found += [drawn.hidden(n), drawn.words(n, slice(0, batch))]
             for coin in coins(plan, ours, ours, batch):
                 if coin is not None:
                     found += [coin.masks, coin.rounding]
-            found = [array for array in found if array is not None]
             arrays += len(found)
             seen |= {array.tobytes()[:64] for array in found if array.size > 8}
             arrays -= sum(array.size <= 8 for array in found)

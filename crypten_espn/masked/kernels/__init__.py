@@ -11,6 +11,7 @@ from .activation import (
     polynomial_share,
     shifted_openings,
     truncate,
+    words_of,
 )
 from .convolution import PIXELS, VECTOR, convolve, pad, pool_sum, windows
 from .product import deal_product, product_share
@@ -34,4 +35,5 @@ __all__ = [
     "shifted_openings",
     "truncate",
     "windows",
+    "words_of",
 ]

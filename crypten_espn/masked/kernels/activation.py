@@ -3,14 +3,22 @@
 An opened value c = z + 2**(m-2) + r hides z behind a uniform mask r. Group k of a
 polynomial's powers reads it through a mask of its own, c_k = c + delta_k, shifted by
 s_k: D_k = (c_k >> s_k) - 2**(m-2-s_k), and x_k = D_k + t_k with the dealer-known
-t_k = -(r_k >> s_k), a logical shift where the top bit of c_k is 1 and an arithmetic one
-where it is 0.
+t_k = -(r_k >> s_k), an arithmetic shift where the top bit of c_k is 0 and a logical one
+where it is 1. The second is the first less 2**(m-s_k) where the top bit of r_k is 1.
+
+So the dealer gives p's coefficients in D_k for the first case, and what each changes by
+in the second, a multiple of 2**(m-s_k): a word for the constants of all groups; for
+each group one for each power 1 to degree - 1, then one change for each from 0 on. The
+leading coefficient is p's own. Of each word only the bits travel that reach the result;
+`zeros` counts the low ones that do not.
 
 Values are channels-last, and coefficients stand by channel: element i reads column
 i % C of C columns. A polynomial for all channels has one column.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -43,8 +51,8 @@ def _polynomial_share(
     widths: np.ndarray,
     degrees: np.ndarray,
     values: np.ndarray,
+    zeros: np.ndarray,
     leading: np.ndarray,
-    first_element: int,
     step: int,
     out: np.ndarray,
 ) -> None:
@@ -54,49 +62,47 @@ def _polynomial_share(
     total, period = out.shape[0], leading.shape[1]
     start = 0
     while start < total:
-        here = first_element + start
-        phase = here % period
+        phase = start % period
         size = min(BLOCK, period - phase, total - start)
-        result = out[start : start + size]
-        index = 0
+        stop = start + size
+        result = out[start:stop]
+        constant, low = values[0, start:stop], zeros[0]
+        for i in range(size):
+            result[i] = constant[i] << low
+        index = 1
         for g in range(opened.shape[0]):
-            width = widths[g]
+            width, degree = widths[g], degrees[g]
             mask = (np.int64(1) << width) - 1
-            line = opened[g, start : start + size]
+            line = opened[g, start:stop]
+            beside = index + degree - 1
+            other, other_low = values[beside, start:stop], zeros[beside]
             for i in range(size):
                 u = np.int64(line[i]) & mask
                 reduced[i] = u
-                # All ones where the top bit is set: the logical case, values[0].
+                # All ones where the top bit is set: the logical case.
                 top[i] = -(u >> (width - 1))
-            first = values[0, index, here : here + size]
-            second = values[1, index, here : here + size]
-            if g == 0:
-                for i in range(size):
-                    result[i] = second[i] ^ ((first[i] ^ second[i]) & top[i])
-            else:
-                for i in range(size):
-                    result[i] += second[i] ^ ((first[i] ^ second[i]) & top[i])
-            degree = degrees[g]
+                result[i] += (other[i] << other_low) & top[i]
             if degree > 1:
                 offset = np.int64(1) << (width - 2)
                 lead = leading[g, phase : phase + size]
                 for i in range(size):
                     reduced[i] -= offset
                     acc[i] = lead[i]
-                # Horner in the opened value; values hold the rising powers 1, 2, ...
+                # Horner in the opened value.
                 for j in range(degree - 1, 0, -1):
-                    first = values[0, index + j, here : here + size]
-                    second = values[1, index + j, here : here + size]
+                    base = values[index + j - 1, start:stop]
+                    other = values[beside + j, start:stop]
+                    low, other_low = zeros[index + j - 1], zeros[beside + j]
                     for i in range(size):
-                        v = second[i] ^ ((first[i] ^ second[i]) & top[i])
+                        v = (base[i] << low) + ((other[i] << other_low) & top[i])
                         acc[i] = acc[i] * reduced[i] + v
                 for i in range(size):
                     result[i] += acc[i] * reduced[i]
-            index += degree
+            index = beside + degree
         if step > 0:
             for i in range(size):
                 result[i] >>= step
-        start += size
+        start = stop
 
 
 @compiled
@@ -105,7 +111,6 @@ def _add_linear(
     bits: int,
     shift: int,
     coefficient: np.ndarray,
-    first_element: int,
     out: np.ndarray,
 ) -> None:
     mask = np.int64(-1) if bits == 64 else (np.int64(1) << bits) - 1
@@ -113,7 +118,7 @@ def _add_linear(
     total, period = out.shape[0], coefficient.shape[0]
     start = 0
     while start < total:
-        phase = (first_element + start) % period
+        phase = start % period
         size = min(period - phase, total - start)
         result, opened = out[start : start + size], c[start : start + size]
         factor = coefficient[phase : phase + size]
@@ -121,6 +126,29 @@ def _add_linear(
             d = ((np.int64(opened[i]) & mask) >> shift) - offset
             result[i] += factor[i] * d
         start += size
+
+
+@compiled
+def _coefficients(
+    t: np.ndarray, rows: np.ndarray, degree: int, phase: int, found: np.ndarray
+) -> None:
+    """The coefficients of p(D + t) in D but the leading one, by repeated division."""
+    size = t.shape[0]
+    for j in range(degree):
+        line, row = found[j], rows[j, phase : phase + size]
+        for i in range(size):
+            line[i] = row[i]
+    if degree == 1:
+        return
+    lead = rows[degree, phase : phase + size]
+    last = found[degree - 1]
+    for k in range(degree):
+        for i in range(size):
+            last[i] += lead[i] * t[i]
+        for j in range(degree - 2, k - 1, -1):
+            line, above = found[j], found[j + 1]
+            for i in range(size):
+                line[i] += above[i] * t[i]
 
 
 @compiled
@@ -132,75 +160,70 @@ def _deal_polynomial(
     coeffs: np.ndarray,
     linear: np.ndarray,
     linear_shift: int,
+    zeros: np.ndarray,
     rounding: np.ndarray,
     taken: np.ndarray,
     out: np.ndarray,
 ) -> None:
-    mask = np.int64(-1) if bits == 64 else (np.int64(1) << bits) - 1
     sign = 64 - bits
     total, period = masks.shape[1], coeffs.shape[2]
     t = np.empty(BLOCK, np.int64)
-    product = np.empty(BLOCK, np.int64)
+    wrap = np.empty(BLOCK, np.int64)
+    constant = np.empty(BLOCK, np.int64)
     found = np.empty((coeffs.shape[1], BLOCK), np.int64)
+    other = np.empty((coeffs.shape[1], BLOCK), np.int64)
     start = 0
     while start < total:
         phase = start % period
         size = min(BLOCK, period - phase, total - start)
         stop = start + size
-        for case in range(2):
-            index = 0
-            for g in range(masks.shape[0]):
-                r = masks[g, start:stop]
-                degree = degrees[g]
-                shift = shifts[g]
-                if case == 0:
-                    for i in range(size):
-                        t[i] = -((np.int64(r[i]) & mask) >> shift)
-                else:
-                    for i in range(size):
-                        t[i] = -(((np.int64(r[i]) << sign) >> sign) >> shift)
-                constant = found[0]
-                row = coeffs[g, 0, phase : phase + size]
+        coins = rounding[start:stop]
+        for i in range(size):
+            constant[i] = coins[i]
+        index = 1
+        for g in range(masks.shape[0]):
+            r = masks[g, start:stop]
+            degree, shift = degrees[g], shifts[g]
+            beside = index + degree - 1
+            for i in range(size):
+                signed = (np.int64(r[i]) << sign) >> sign
+                t[i] = -(signed >> shift)
+                # -1 where the mask's top bit is set; 0 otherwise.
+                wrap[i] = signed >> 63
+            rows = coeffs[g]
+            _coefficients(t[:size], rows, degree, phase, found)
+            for i in range(size):
+                t[i] += wrap[i] << (bits - shift)
+            _coefficients(t[:size], rows, degree, phase, other)
+            line, second = found[0], other[0]
+            for i in range(size):
+                second[i] -= line[i]
+                constant[i] += line[i]
+            if g == 0:
+                factor = linear[phase : phase + size]
                 for i in range(size):
-                    constant[i] = row[i]
-                if degree > 1:
-                    # The coefficients of p(D + t) in D, by repeated division; the
-                    # leading one is p's.
-                    lead = coeffs[g, degree, phase : phase + size]
-                    for i in range(size):
-                        product[i] = lead[i] * t[i]
-                    last = found[degree - 1]
-                    row = coeffs[g, degree - 1, phase : phase + size]
-                    for i in range(size):
-                        last[i] = row[i] + product[i]
-                    for j in range(degree - 2, -1, -1):
-                        line, above = found[j], found[j + 1]
-                        row = coeffs[g, j, phase : phase + size]
-                        for i in range(size):
-                            line[i] = row[i] + above[i] * t[i]
-                    for k in range(1, degree):
-                        for i in range(size):
-                            last[i] += product[i]
-                        for j in range(degree - 2, k - 1, -1):
-                            line, above = found[j], found[j + 1]
-                            for i in range(size):
-                                line[i] += above[i] * t[i]
-                if g == 0:
-                    factor = linear[phase : phase + size]
-                    coins = rounding[start:stop]
-                    for i in range(size):
-                        if case == 0:
-                            d = -((np.int64(r[i]) & mask) >> linear_shift)
-                        else:
-                            d = -(((np.int64(r[i]) << sign) >> sign) >> linear_shift)
-                        constant[i] += factor[i] * d + coins[i]
-                for j in range(degree):
-                    line = found[j]
-                    drawn = taken[case, index + j, start:stop]
-                    given = out[case, index + j, start:stop]
-                    for i in range(size):
-                        given[i] = line[i] - drawn[i]
-                index += degree
+                    signed = (np.int64(r[i]) << sign) >> sign
+                    constant[i] -= factor[i] * (signed >> linear_shift)
+                    second[i] += factor[i] * (wrap[i] << (bits - linear_shift))
+            for j in range(1, degree):
+                line, second = found[j], other[j]
+                for i in range(size):
+                    second[i] -= line[i]
+                low = zeros[index + j - 1]
+                drawn = taken[index + j - 1, start:stop]
+                given = out[index + j - 1, start:stop]
+                for i in range(size):
+                    given[i] = (line[i] >> low) - drawn[i]
+            for j in range(degree):
+                second, low = other[j], zeros[beside + j]
+                drawn = taken[beside + j, start:stop]
+                given = out[beside + j, start:stop]
+                for i in range(size):
+                    given[i] = (second[i] >> low) - drawn[i]
+            index = beside + degree
+        drawn, given, low = taken[0, start:stop], out[0, start:stop], zeros[0]
+        for i in range(size):
+            given[i] = (constant[i] >> low) - drawn[i]
         start = stop
 
 
@@ -266,14 +289,19 @@ def shifted_openings(
     _shifted_openings(c, deltas, bits, shifts, out)
 
 
+def words_of(degrees: Sequence[int] | np.ndarray) -> int:
+    """The dealer's words for one element, the groups' degrees given."""
+    return 1 + sum(2 * int(degree) - 1 for degree in degrees)
+
+
 def polynomial_share(
     opened: np.ndarray,
     values: np.ndarray,
     *,
     widths: np.ndarray,
     degrees: np.ndarray,
+    zeros: np.ndarray,
     leading: np.ndarray,
-    start: int,
     step: int,
     out: np.ndarray,
 ) -> None:
@@ -284,13 +312,13 @@ def polynomial_share(
 
     Args:
         opened: (groups, n), row k modulo 2**widths[k]: c_k >> s_k.
-        values: (2, V, N) this party's shares of the dealer's values, for each group its
-            constant and the powers 1 to degree - 1; [0] where the top bit of opened[k]
-            is 1, [1] where it is 0.
+        values: (V, n) this party's shares of the dealer's words, in the module's order,
+            word j without its zeros[j] low bits; what stands above 64 - zeros[j] does
+            not count.
         widths, degrees: (groups,) int64; a group of degree 1 has its constant alone.
+        zeros: (V,) int64.
         leading: (groups, C) integer coefficients of each group's highest power; zero
-            for the client. Element i of the N belongs to channel i % C.
-        start: which of the N elements the first of the n is.
+            for the client. Element i belongs to channel i % C.
         step: low bits dropped from the share at the end.
         out: (n,) int64, the share modulo 2**64, shifted by `step`.
     """
@@ -299,7 +327,7 @@ def polynomial_share(
         opened.shape == (groups, n)
         and out.ndim == 1
         and same_ring(opened)
-        and same_ring(out, values, leading, widths, degrees)
+        and same_ring(out, values, leading, widths, degrees, zeros)
         and out.dtype == np.int64
         and widths.shape == degrees.shape == (groups,)
         and groups > 0
@@ -307,9 +335,10 @@ def polynomial_share(
         and leading.ndim == 2
         and len(leading) == groups
         and leading.size > 0
-        and values.ndim == 3
-        and values.shape[:2] == (2, int(degrees.sum()))
-        and 0 <= start <= values.shape[2] - n
+        and values.ndim == 2
+        and zeros.shape == (len(values),) == (words_of(degrees),)
+        and 0 <= int(zeros.min()) <= int(zeros.max()) < 64
+        and values.shape[1] == n
         and 0 <= step < 64
         and 1 <= int(widths.min()) <= int(widths.max()) < 64,
         "polynomial_share",
@@ -319,7 +348,7 @@ def polynomial_share(
         out,
     )
     _polynomial_share(
-        opened, widths, degrees, values, _periods(leading), start, step, out
+        opened, widths, degrees, values, zeros, _periods(leading), step, out
     )
 
 
@@ -329,21 +358,20 @@ def add_linear(
     bits: int,
     shift: int,
     coefficient: np.ndarray,
-    start: int,
     out: np.ndarray,
 ) -> None:
     """Add coefficient * ((c >> shift) - 2**(bits-2-shift)): the linear term's D.
 
     Args:
         c: (n,) modulo 2**bits.
-        coefficient: (C,) int64; the first element is of channel start % C.
+        coefficient: (C,) int64; element i is of channel i % C.
         out: (n,) int64.
     """
     fits = c.shape == out.shape and c.ndim == 1 and coefficient.ndim == 1
     fits = fits and same_ring(c) and out.dtype == coefficient.dtype == np.int64
-    fits = fits and coefficient.size > 0 and start >= 0
+    fits = fits and coefficient.size > 0
     require(fits and 0 <= shift <= bits - 2 <= 62, "add_linear", c, coefficient, out)
-    _add_linear(c, bits, shift, _periods(coefficient), start, out)
+    _add_linear(c, bits, shift, _periods(coefficient), out)
 
 
 def deal_polynomial(
@@ -357,32 +385,34 @@ def deal_polynomial(
     coeffs: np.ndarray,
     linear: np.ndarray,
     linear_shift: int,
+    zeros: np.ndarray,
     out: np.ndarray,
 ) -> None:
-    """The dealer's values for both cases of each mask, less the shares already taken.
+    """The dealer's words, less the shares already taken.
 
-    A group's value j is the coefficient of D**j in its polynomial of D + t, for j below
-    its degree. They are found by repeated synthetic division (Shaw and Traub, On the
-    number of multiplications for the evaluation of a polynomial, JACM 1974).
+    Coefficients in D of a group's polynomial of D + t are found by repeated synthetic
+    division (Shaw and Traub, On the number of multiplications for the evaluation of a
+    polynomial, JACM 1974).
 
     Args:
         masks: (groups, n) uniform masks r_k modulo 2**bits.
-        rounding: (n,) int64, added to the first group's constant: the second opening's
-            rounding coins.
-        taken: (2, V, n) the other party's shares, uniform modulo 2**64.
+        rounding: (n,) int64, added to the constant: the second opening's rounding
+            coins.
+        taken: (V, n) the other party's shares, uniform.
         shifts, degrees: (groups,) int64; of a group of degree 1 the constant counts.
         coeffs: (groups, K + 1, C): coeffs[g, k] multiplies x**k; K is at least the
             largest degree. Element i is of channel i % C.
         linear, linear_shift: (C,) the linear term's coefficient, and bits dropped from
-            x; it goes with the first group's constant.
-        out: (2, V, n) what this party gets.
+            x; it goes with the first group's mask.
+        zeros: (V,) int64, low bits that each word is without.
+        out: (V, n) what this party gets; the low 64 - zeros[j] bits of word j count.
     """
     groups, n = len(degrees), len(rounding)
     require(
         masks.shape == (groups, n)
         and rounding.ndim == 1
         and same_ring(masks)
-        and same_ring(out, taken, coeffs, linear, rounding, shifts, degrees)
+        and same_ring(out, taken, coeffs, linear, rounding, shifts, degrees, zeros)
         and out.dtype == np.int64
         and shifts.shape == degrees.shape == (groups,)
         and groups > 0
@@ -391,8 +421,10 @@ def deal_polynomial(
         and 1 <= int(degrees.min()) <= int(degrees.max()) < coeffs.shape[1]
         and linear.shape == (coeffs.shape[2],)
         and linear.size > 0
-        and taken.shape == out.shape == (2, int(degrees.sum()), n)
-        and 1 <= bits <= 64
+        and taken.shape == out.shape == (words_of(degrees), n)
+        and zeros.shape == (len(out),)
+        and 0 <= int(zeros.min()) <= int(zeros.max()) < 64
+        and 1 <= bits < 64
         and 0 <= int(shifts.min()) <= int(shifts.max()) < bits
         and 0 <= linear_shift < bits,
         "deal_polynomial",
@@ -410,6 +442,7 @@ def deal_polynomial(
         _periods(coeffs),
         _periods(linear),
         linear_shift,
+        zeros,
         rounding,
         taken,
         out,
@@ -443,7 +476,7 @@ def truncate(
 def _all_types() -> None:
     shifts, degrees = np.array([1, 2]), np.array([2, 2])
     coeffs = np.zeros((2, 3, 2), np.int64)
-    values = np.zeros((2, 4, 4), np.int64)
+    values, zeros = np.zeros((7, 4), np.int64), np.zeros(7, np.int64)
     half, rounding = np.zeros(4, np.int64), np.zeros(4, np.int64)
     for bits, dtype in ((32, np.int32), (40, np.int64)):
         c = np.zeros(4, dtype)
@@ -456,12 +489,12 @@ def _all_types() -> None:
             values,
             widths=bits - shifts,
             degrees=degrees,
+            zeros=zeros,
             leading=coeffs[:, 2],
-            start=0,
             step=0,
             out=half,
         )
-        add_linear(c, bits=bits, shift=0, coefficient=coeffs[0, 1], start=0, out=half)
+        add_linear(c, bits=bits, shift=0, coefficient=coeffs[0, 1], out=half)
         deal_polynomial(
             openings,
             rounding,
@@ -472,6 +505,7 @@ def _all_types() -> None:
             coeffs=coeffs,
             linear=coeffs[0, 1],
             linear_shift=0,
+            zeros=zeros,
             out=np.empty_like(values),
         )
         truncate(half, half, bits=64, drop=64 - bits, step=0, out=c)
