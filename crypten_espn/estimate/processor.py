@@ -171,7 +171,7 @@ def _polynomials() -> _Task:
     deltas = np.ones((1, _MANY), dtype=np.int32)
     openings = np.empty((2, _MANY), dtype=np.int32)
     words = np.ones((_WORDS, _MANY), dtype=np.int64)
-    leading = np.ones((2, 1), dtype=np.int64)
+    coeffs = np.ones((2, 5, 1), dtype=np.int64)
     out = np.empty(_MANY, dtype=np.int64)
     following = np.empty(_MANY, dtype=np.int32)
 
@@ -179,9 +179,9 @@ def _polynomials() -> _Task:
         kernels.shifted_openings(c, deltas, bits=_RING, shifts=_SHIFTS, out=openings)
         kernels.polynomial_share(
             openings, words, widths=_RING - _SHIFTS, degrees=_DEGREES, zeros=_ZEROS,
-            leading=leading, step=0, out=out,
+            public=coeffs, step=0, out=out,
         )  # fmt: skip
-        kernels.add_linear(c, bits=_RING, shift=0, coefficient=leading[0], out=out)
+        kernels.add_linear(c, bits=_RING, shift=0, coefficient=coeffs[0, 1], out=out)
         kernels.truncate(out, out, bits=64, drop=_DROP, step=_STEP, out=following)
 
     return run, _WORDS * _MANY

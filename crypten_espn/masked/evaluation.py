@@ -126,7 +126,6 @@ class PolynomialTables:
     Args:
         shifts, widths, degrees: (masks,) of each opening.
         coeffs: (masks, K + 1, C) of each mask's powers; the constant is the first's.
-        leading: (masks, C) of each mask's highest power.
         zeros: (words,) low bits that each of the dealer's words is without.
         linear, linear_shift: (C,) the power 1, and bits dropped from it.
     """
@@ -135,7 +134,6 @@ class PolynomialTables:
     widths: np.ndarray
     degrees: np.ndarray
     coeffs: np.ndarray
-    leading: np.ndarray
     zeros: np.ndarray
     linear: np.ndarray
     linear_shift: int
@@ -159,7 +157,6 @@ class PolynomialTables:
             ring - shifts,
             degrees,
             coeffs,
-            coeffs[np.arange(act.masks), degrees],
             np.array(act.zeros(ring), dtype=np.int64),
             linear,
             0 if act.linear is None else act.linear.shift,
@@ -201,7 +198,7 @@ class OfPolynomial(Evaluation):
             widths=tables.widths,
             degrees=tables.degrees,
             zeros=tables.zeros,
-            leading=np.zeros_like(tables.leading) if c is None else tables.leading,
+            public=np.zeros_like(tables.coeffs) if c is None else tables.coeffs,
             step=self.step.activation.unsent if c is None else 0,
             out=half,
         )

@@ -9,7 +9,10 @@ channels, or one for each.
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
+from functools import reduce
+from operator import or_
 from typing import Annotated
 
 import msgspec
@@ -36,6 +39,11 @@ Integers = Annotated[tuple[Int64, ...], Meta(min_length=1, max_length=1 << 22)]
 Row = Annotated[tuple[Int64, ...], Meta(min_length=3, max_length=17)]
 Rows = Annotated[tuple[Row, ...], Meta(min_length=1, max_length=1 << 22)]
 Bounds = Annotated[tuple[float, ...], Meta(min_length=1, max_length=1 << 12)]
+
+
+def _twos(number: int) -> int:
+    """How often 2 divides it; of 0 as often as of any number of 64 bits."""
+    return (number & -number).bit_length() - 1 if number else 63
 
 
 class Strict(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -69,6 +77,18 @@ class Group(Strict, frozen=True):
     def degree(self) -> int:
         """The highest power, of every channel alike."""
         return len(self.coeffs[0]) - 1
+
+    @property
+    def twos(self) -> list[int]:
+        """By power j below the degree, the factors 2 of p's Taylor terms above it.
+
+        Of a_k * binomial(k, j) for every k > j, in all channels.
+        """
+        own = [_twos(reduce(or_, column)) for column in zip(*self.coeffs, strict=True)]
+        return [
+            min(own[k] + _twos(math.comb(k, j)) for k in range(j + 1, len(own)))
+            for j in range(self.degree)
+        ]
 
 
 class Truncated(Strict, frozen=True):
@@ -146,19 +166,24 @@ class Activation(Truncated, frozen=True, kw_only=True, tag="polynomial"):
     def zeros(self, ring: int) -> tuple[int, ...]:
         """Low bits that each of the dealer's words is without, in the kernels' order.
 
-        A change is a multiple of 2**(m-s). What else is left out weighs less in the
-        result than what the client does not send of its share.
+        Word and change of power j are multiples of what binomials and coefficients of
+        the powers above have in common, a change also of 2**(m-s). What else is left
+        out weighs less in the result than what the client does not send of its share.
         """
+        if not self.groups:
+            shift = 0 if self.linear is None else self.linear.shift
+            return self.unsent, max(self.unsent, ring - shift)
         found = [self.unsent]
-        degrees = [group.degree for group in self.groups] or [1]
-        for shift, degree in zip(self.shifts(ring), degrees, strict=True):
+        for group, shift in zip(self.groups, self.shifts(ring), strict=True):
             width = ring - shift
-            spare = [max(0, self.unsent - power * width) for power in range(degree)]
-            least = width
-            if not self.groups and self.linear is not None:
-                least = ring - self.linear.shift
-            found += spare[1:]
-            found += [max(least, bits) for bits in spare]
+            common = group.twos
+            # With a linear term the first one's constant is a multiple of less.
+            common[0] = 0
+            spare = [self.unsent - power * width for power in range(group.degree)]
+            pairs = list(zip(common, spare, strict=True))
+            kept = [max(pair) for pair in pairs[1:]]
+            kept += [max(width + bits, low) for bits, low in pairs]
+            found += [min(bits, 63) for bits in kept]
         return tuple(found)
 
     def shifts(self, ring: int) -> tuple[int, ...]:

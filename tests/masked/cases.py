@@ -137,7 +137,7 @@ def dealt_words(step, masks, rho, channel):
             cases.append(powers)
         first, other = cases
         constant += first[0]
-        found += [(g, j, first[j]) for j in range(1, degree)]
+        found += [(g, j, first[j] - row[j]) for j in range(1, degree)]
         found += [(g, j, other[j] - first[j]) for j in range(degree)]
     return [(None, 0, constant), *found]
 

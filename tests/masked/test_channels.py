@@ -164,7 +164,9 @@ def test_at_degree_two_a_linear_term_costs_nothing_in_any_engine():
         # The constant and a power, what both change by in the other case, and the
         # server's half of the opening.
         width = ring - group.shift
-        bits = (ring + 16) + 64 + 2 * (64 - width)
+        twos = group.twos[1]
+        assert twos >= 1  # of the square's term 2 a t
+        bits = (ring + 16) + (64 - twos) + (64 - width) + (64 - width - twos)
         assert plan.dealer_bytes() == bits + ring + 3 * ring // 8
         assert plan.steps[0].opened_bits == (ring - group.shift,)
         assert plan.steps[0].activation.sent_bits == ring + 16

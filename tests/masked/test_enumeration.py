@@ -205,9 +205,9 @@ def test_a_whole_activation_is_exact_and_hides_all_its_coins(
         c = (z + (1 << (m - 2)) + r) % (1 << m)
         shifted = (c >> shift)[None]
         shares = []
-        for words, leading in (
-            (server_words, squares),
-            (client_words, [0] * channels),
+        for words, public in (
+            (server_words, coeffs),
+            (client_words, np.zeros_like(coeffs)),
         ):
             out = np.empty_like(r)
             kernels.polynomial_share(
@@ -216,7 +216,7 @@ def test_a_whole_activation_is_exact_and_hides_all_its_coins(
                 widths=m - shifts,
                 degrees=degrees,
                 zeros=zeros,
-                leading=np.array([leading]),
+                public=public,
                 step=0,
                 out=out,
             )

@@ -8,9 +8,9 @@ where it is 1. The second is the first less 2**(m-s_k) where the top bit of r_k 
 
 So the dealer gives p's coefficients in D_k for the first case, and what each changes by
 in the second, a multiple of 2**(m-s_k): a word for the constants of all groups; for
-each group one for each power 1 to degree - 1, then one change for each from 0 on. The
-leading coefficient is p's own. Of each word only the bits travel that reach the result;
-`zeros` counts the low ones that do not.
+each group one for each power 1 to degree - 1, less p's own coefficient, then one change
+for each from 0 on. The leading coefficient is p's own. Of each word only the bits
+travel that reach the result; `zeros` counts the low ones that do not.
 
 Values are channels-last, and coefficients stand by channel: element i reads column
 i % C of C columns. A polynomial for all channels has one column.
@@ -52,14 +52,14 @@ def _polynomial_share(
     degrees: np.ndarray,
     values: np.ndarray,
     zeros: np.ndarray,
-    leading: np.ndarray,
+    public: np.ndarray,
     step: int,
     out: np.ndarray,
 ) -> None:
     reduced = np.empty(BLOCK, np.int64)
     top = np.empty(BLOCK, np.int64)
     acc = np.empty(BLOCK, np.int64)
-    total, period = out.shape[0], leading.shape[1]
+    total, period = out.shape[0], public.shape[2]
     start = 0
     while start < total:
         phase = start % period
@@ -84,7 +84,7 @@ def _polynomial_share(
                 result[i] += (other[i] << other_low) & top[i]
             if degree > 1:
                 offset = np.int64(1) << (width - 2)
-                lead = leading[g, phase : phase + size]
+                lead = public[g, degree, phase : phase + size]
                 for i in range(size):
                     reduced[i] -= offset
                     acc[i] = lead[i]
@@ -93,9 +93,10 @@ def _polynomial_share(
                     base = values[index + j - 1, start:stop]
                     other = values[beside + j, start:stop]
                     low, other_low = zeros[index + j - 1], zeros[beside + j]
+                    row = public[g, j, phase : phase + size]
                     for i in range(size):
                         v = (base[i] << low) + ((other[i] << other_low) & top[i])
-                        acc[i] = acc[i] * reduced[i] + v
+                        acc[i] = acc[i] * reduced[i] + (row[i] + v)
                 for i in range(size):
                     result[i] += acc[i] * reduced[i]
             index = beside + degree
@@ -207,13 +208,13 @@ def _deal_polynomial(
                     second[i] += factor[i] * (wrap[i] << (bits - linear_shift))
             for j in range(1, degree):
                 line, second = found[j], other[j]
-                for i in range(size):
-                    second[i] -= line[i]
+                row = rows[j, phase : phase + size]
                 low = zeros[index + j - 1]
                 drawn = taken[index + j - 1, start:stop]
                 given = out[index + j - 1, start:stop]
                 for i in range(size):
-                    given[i] = (line[i] >> low) - drawn[i]
+                    second[i] -= line[i]
+                    given[i] = ((line[i] - row[i]) >> low) - drawn[i]
             for j in range(degree):
                 second, low = other[j], zeros[beside + j]
                 drawn = taken[beside + j, start:stop]
@@ -301,14 +302,14 @@ def polynomial_share(
     widths: np.ndarray,
     degrees: np.ndarray,
     zeros: np.ndarray,
-    leading: np.ndarray,
+    public: np.ndarray,
     step: int,
     out: np.ndarray,
 ) -> None:
     """One party's share of p(x) but for its linear term, each operand read once.
 
-    With D_k = opened[k] - 2**(widths[k]-2), the sum over the groups of
-    leading * D_k**degree and, for each lower power of D_k, its selected value.
+    With D_k = opened[k] - 2**(widths[k]-2), the sum over groups and powers j of
+    public * D_k**j and, for each power below the degree, its selected value.
 
     Args:
         opened: (groups, n), row k modulo 2**widths[k]: c_k >> s_k.
@@ -317,8 +318,9 @@ def polynomial_share(
             not count.
         widths, degrees: (groups,) int64; a group of degree 1 has its constant alone.
         zeros: (V,) int64.
-        leading: (groups, C) integer coefficients of each group's highest power; zero
-            for the client. Element i belongs to channel i % C.
+        public: (groups, K + 1, C) p's own coefficients from power 1 on; zero for the
+            client. K is at least the largest degree; element i belongs to channel
+            i % C.
         step: low bits dropped from the share at the end.
         out: (n,) int64, the share modulo 2**64, shifted by `step`.
     """
@@ -327,14 +329,15 @@ def polynomial_share(
         opened.shape == (groups, n)
         and out.ndim == 1
         and same_ring(opened)
-        and same_ring(out, values, leading, widths, degrees, zeros)
+        and same_ring(out, values, public, widths, degrees, zeros)
         and out.dtype == np.int64
         and widths.shape == degrees.shape == (groups,)
         and groups > 0
         and int(degrees.min()) >= 1
-        and leading.ndim == 2
-        and len(leading) == groups
-        and leading.size > 0
+        and public.ndim == 3
+        and len(public) == groups
+        and public.shape[1] > int(degrees.max())
+        and public.size > 0
         and values.ndim == 2
         and zeros.shape == (len(values),) == (words_of(degrees),)
         and 0 <= int(zeros.min()) <= int(zeros.max()) < 64
@@ -344,11 +347,11 @@ def polynomial_share(
         "polynomial_share",
         opened,
         values,
-        leading,
+        public,
         out,
     )
     _polynomial_share(
-        opened, widths, degrees, values, zeros, _periods(leading), step, out
+        opened, widths, degrees, values, zeros, _periods(public), step, out
     )
 
 
@@ -490,7 +493,7 @@ def _all_types() -> None:
             widths=bits - shifts,
             degrees=degrees,
             zeros=zeros,
-            leading=coeffs[:, 2],
+            public=coeffs,
             step=0,
             out=half,
         )
