@@ -141,7 +141,7 @@ class Keystream:
                 f"an array of {out.dtype} with strides {out.strides} was given; "
                 "fill_array needs contiguous integers"
             )
-        self._fill_bytes(memoryview(out.reshape(-1).view(np.uint8)))
+        self._fill_bytes(out.reshape(-1).view(np.uint8).data)
 
     def fork(self, label: bytes | int) -> Keystream:
         """An independent stream, the same for every holder of this seed.
@@ -180,8 +180,7 @@ class Keystream:
         if out.numel() > 0:
             # One word order for all machines would cost a pass; all of torch's are
             # little-endian.
-            bytes_ = out.view(-1).view(torch.uint8).numpy()
-            self._fill_bytes(memoryview(bytes_))  # type: ignore[arg-type]
+            self._fill_bytes(out.view(-1).view(torch.uint8).numpy().data)
 
     def _fill_bytes(self, target: memoryview) -> None:
         _refuse_after_fork("keystream", self._generation)

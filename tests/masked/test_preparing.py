@@ -26,7 +26,7 @@ from crypten_espn.masked.material import (
     weight_masks,
 )
 from crypten_espn.masked.messages import Send
-from crypten_espn.masked.steps import Step
+from crypten_espn.masked.steps import Activation, Step
 from crypten_espn.randomness import Keystream
 from crypten_espn.wire.packing import packed_bytes
 
@@ -85,6 +85,7 @@ def test_dealt_values_are_the_powers_of_the_mask(made):
         )
         words = np.stack(dealt.pop(0)) + draws.words(number, slice(0, batch))
         sources[number + 1] = source_mask(plan, number, draws.hidden(number))
+        assert isinstance(part.activation, Activation)
         zeros = part.activation.zeros(m)
         for i in range(0, flat.size, 97):
             own = [int(mask[i]) % 2**m for mask in secret.masks]
