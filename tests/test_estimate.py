@@ -167,8 +167,10 @@ def test_masked_engine_as_its_own_plan_says(small, batch, precision):
     x = torch.randn(4, 3, 8, 8)
     plan, _ = make_plan(espn.convert(twin, x), x, precision=precision)
     assert cost.traffic.rounds == plan.messages
-    assert cost.dealer_bytes == plan.dealer_bytes(batch=batch)
-    # What an opening drops follows calibration; everything else hangs on shapes.
+    # What an opening drops and a word is without follows calibration; everything else
+    # hangs on shapes.
+    dealt = plan.dealer_bytes(batch=batch)
+    assert cost.dealer_bytes == pytest.approx(dealt, rel=0.15)
     down, up = online_bytes(plan, batch=batch)
     assert cost.traffic.bytes_sent[1] == up
     assert cost.traffic.bytes_sent[0] == pytest.approx(down, rel=0.15)
@@ -190,7 +192,8 @@ def test_masked_engine_as_simulated(small):
     layers = len(work.linear)
     assert measured.peer_offline_bytes_sent - 20 * layers == cost.once_bytes
     parts = cost.traffic.rounds // 2
-    assert measured.dealer_bytes_sent - 20 * parts == cost.dealer_bytes
+    dealt = measured.dealer_bytes_sent - 20 * (2 * parts - 1)
+    assert cost.dealer_bytes == pytest.approx(dealt, rel=0.15)
     assert measured.offline.bytes_sent - 20 * (parts - 1) == cost.client_bytes
 
 
