@@ -19,7 +19,7 @@ from crypten_espn.masked.material import (
     Pairing,
     inference_seeds,
 )
-from crypten_espn.masked.messages import CLIENT, DEALER, SERVER, Send
+from crypten_espn.masked.messages import CLIENT, DEALER, SERVER, Party, Send
 from crypten_espn.masked.model import MaskedModel
 from crypten_espn.masked.plan import Plan
 from crypten_espn.masked.planning import masked_model
@@ -77,14 +77,21 @@ class Answer:
     coins: dict[str, np.ndarray]
 
 
-def ask(model: MaskedModel, x: torch.Tensor, *, batches: int) -> Iterator[Answer]:
+def ask(
+    model: MaskedModel,
+    x: torch.Tensor,
+    *,
+    batches: int,
+    corrections: Party = SERVER,
+) -> Iterator[Answer]:
     """Query the engine `batches` times with the same batch; note all the client sees.
 
     Args:
         x: (batch, *input shape); rows are usually equal.
+        corrections: who receives the dealer's.
     """
     plan, batch, seed = model.plan, len(x), bytes(range(16))
-    dealing = Dealing(plan, seed=seed)
+    dealing = Dealing(plan, seed=seed, corrections=corrections)
     ours = ServerPreparation(plan, model.weights, dealing.seeds[0])
     theirs = ClientPreparation(plan, dealing.seeds[1])
     together({SERVER: ours.open_weights(), CLIENT: theirs.open_weights()})
@@ -96,7 +103,7 @@ def ask(model: MaskedModel, x: torch.Tensor, *, batches: int) -> Iterator[Answer
     ]
     encoded = plan.encode(x, force=True)
     for index in range(batches):
-        pairing = Pairing(bytes(16), index, batch)
+        pairing = Pairing(bytes(16), index, batch, corrections)
         ready, offline = together(
             {
                 DEALER: dealing.deal(index, batch),
@@ -106,6 +113,8 @@ def ask(model: MaskedModel, x: torch.Tensor, *, batches: int) -> Iterator[Answer
             keep=True,
         )
         held = _held(plan, ready[CLIENT], batch)
+        if corrections == CLIENT:
+            held |= _corrected(plan, offline.sends, batch)
         values, online = together(
             {
                 SERVER: server(plan, model.weights, ready[SERVER]),
@@ -123,23 +132,41 @@ def ask(model: MaskedModel, x: torch.Tensor, *, batches: int) -> Iterator[Answer
 
 
 def _held(plan: Plan, material: ClientMaterial, batch: int) -> dict[str, np.ndarray]:
-    """Everything the client's seed gives, and what it made of it."""
+    """Everything the client's seed gives, what it made of it, its halves of words."""
     draws = material.draws(plan)
     held = {
         "input mask": draws.input_mask.reshape(batch, -1),
         "output": material.output.reshape(batch, -1).copy(),
     }
-    for number in range(len(plan.parts)):
-        held[f"linear {number}"] = draws.linear(number).reshape(batch, -1)
+    if material.pairing.corrections == SERVER:
+        for number in range(len(plan.parts)):
+            held[f"linear {number}"] = draws.linear(number).reshape(batch, -1)
     for number, between in enumerate(plan.evaluations):
         held[f"hidden {number}"] = draws.hidden(number)
         words = [
-            _lines(between, draws.words(number, chunk), chunk.stop - chunk.start)
+            _lines(
+                between,
+                material.chunk(plan, number, chunk),
+                chunk.stop - chunk.start,
+            )
             for chunk in chunks(batch)
         ]
         for place, lines in enumerate(zip(*words, strict=True)):
             held[f"word {number} {place}"] = np.concatenate(lines)
     return held
+
+
+def _corrected(
+    plan: Plan, sends: list[tuple[str, Send]], batch: int
+) -> dict[str, np.ndarray]:
+    """What the dealer sends the client for each linear part; the words it keeps."""
+    events = [event for sender, event in sends if sender == DEALER]
+    found: dict[str, np.ndarray] = {}
+    for number in range(len(plan.parts)):
+        assert events[0].to == CLIENT
+        found |= _joined(f"linear {number}", [events[0]], batch)
+        events = events[1 + len(chunks(batch)) :]
+    return found
 
 
 def _lines(between: Evaluation, words: np.ndarray, rows: int) -> list[np.ndarray]:
@@ -189,7 +216,7 @@ def _coins(plan, own, at_server, material, batch) -> dict[str, np.ndarray]:
         scale = 2.0**-step.activation.drop
         found[f"second coins {number}"] = coin.rounding.reshape(batch, -1) * scale
         c = material.linear[number].reshape(batch, -1).astype(np.int64)
-        deltas = material.deltas[number]
+        deltas = material.draws(plan).deltas(number)
         act = step.activation
         if isinstance(act, Product):
             sizes = plan.evaluations[number].sizes

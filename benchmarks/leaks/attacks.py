@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from crypten_espn.masked.messages import SERVER, Party
 from crypten_espn.masked.model import MaskedModel
 from crypten_espn.masked.plan import Plan
 from crypten_espn.masked.steps import Product
@@ -58,7 +59,12 @@ Cosines = dict[str, np.ndarray]
 
 
 def attack_words(
-    model: MaskedModel, x: torch.Tensor, *, batches: int, progress: str = ""
+    model: MaskedModel,
+    x: torch.Tensor,
+    *,
+    batches: int,
+    corrections: Party = SERVER,
+    progress: str = "",
 ) -> tuple[Cosines, Cosines]:
     """|cosine| of the last layer's rows by word and bits, and by coin.
 
@@ -71,7 +77,7 @@ def attack_words(
     sums: dict[str, Regression] = {}
     known: dict[str, Regression] = {}
     widths = dropped_bits(model.plan, last)
-    asked = ask(model, x, batches=batches)
+    asked = ask(model, x, batches=batches, corrections=corrections)
     for answer in tqdm(asked, progress, total=batches, disable=not progress):
         z = answer.logits.astype(np.float64)
         for name, words in answer.words.items():

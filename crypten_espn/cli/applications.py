@@ -19,6 +19,7 @@ from .clients import Server
 from .options import checked, option, whole
 from .sessions import (
     Config,
+    Corrections,
     Dealer,
     Insecure,
     LogJson,
@@ -70,6 +71,7 @@ def sidecar(
     expose: Annotated[list[str] | None, option(_EXPOSE, "NAME...")] = None,
     limit: Annotated[list[str] | None, limit_option(SidecarLimits())] = None,
     material: Material = None,
+    corrections: Corrections = None,
     tls: Tls = None,
     revoked: Revoked = None,
     timeout: Timeout = TIMEOUT_S,
@@ -90,7 +92,8 @@ def sidecar(
 
     limits = limits_of(SidecarLimits(), limit)
     log_to_stderr(verbose=verbose, as_json=log_json)
-    link = Link(dealer, material, certificates(tls, revoked), timeout, insecure)
+    files = certificates(tls, revoked)
+    link = Link(dealer, material, files, timeout, insecure, corrections)
     mark = ahead // 2 if low is None else low
     if mark > ahead:
         raise typer.BadParameter(

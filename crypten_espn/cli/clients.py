@@ -27,6 +27,7 @@ from ..serving.link import TIMEOUT_S, Link
 from .options import argument, choice, option, whole
 from .sessions import (
     Config,
+    Corrections,
     Dealer,
     Insecure,
     LogJson,
@@ -65,6 +66,7 @@ def predict(
     out: Annotated[Path | None, option(_OUT, "FILE")] = None,
     force: Annotated[bool, option(_FORCE, None, "--force")] = False,
     material: Material = None,
+    corrections: Corrections = None,
     tls: Tls = None,
     revoked: Revoked = None,
     timeout: Timeout = TIMEOUT_S,
@@ -84,7 +86,8 @@ def predict(
         --input x.npy --out logits.npy
     """
     log_to_stderr(verbose=verbose, as_json=log_json)
-    link = Link(dealer, material, certificates(tls, revoked), timeout, insecure)
+    files = certificates(tls, revoked)
+    link = Link(dealer, material, files, timeout, insecure, corrections)
     if bool(inputs) == (input is not None):
         raise typer.BadParameter(
             "give images, folders or .npy files, or one .npy as --input; one of both",
@@ -133,6 +136,7 @@ def prepare(
     material: Annotated[Path, option(_FOLDER, "DIR")],
     count: Annotated[int, whole("inferences")] = 1,
     batch: Annotated[int, whole("inputs in each")] = 1,
+    corrections: Corrections = None,
     tls: Tls = None,
     revoked: Revoked = None,
     timeout: Timeout = TIMEOUT_S,
@@ -148,7 +152,8 @@ def prepare(
         --count 100 --batch 8 --tls client.pem client.key authority.pem
     """
     log_to_stderr(verbose=verbose, as_json=log_json)
-    link = Link(dealer, material, certificates(tls, revoked), timeout, insecure)
+    files = certificates(tls, revoked)
+    link = Link(dealer, material, files, timeout, insecure, corrections)
     with connect(address, link=link) as server:
         server.prepare(count, batch=batch)
         cost = server.offline

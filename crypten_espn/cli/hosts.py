@@ -9,6 +9,7 @@ from pathlib import Path
 from ..bundle import Bundle, load
 from ..bundle.sealed import is_bundle
 from ..errors import EspnError
+from ..masked.messages import Party
 from ..serving.dealer import DealerServer
 from ..serving.events import log_to_stderr
 from ..serving.link import Limits, Link
@@ -86,6 +87,7 @@ class Serving:
     network: Network
     dealers: Sequence[str]
     material: Path | None
+    corrections: Party | None
     quota: tuple[int, Path] | None
     bundle: Bundle | None = None
 
@@ -94,7 +96,12 @@ class Serving:
         told = self.common
         told.begin()
         link = Link(
-            self.dealers, self.material, told.certificates, told.timeout, told.insecure
+            self.dealers,
+            self.material,
+            told.certificates,
+            told.timeout,
+            told.insecure,
+            self.corrections,
         )
         return ModelServer(
             self.bundle or self.network.read(),

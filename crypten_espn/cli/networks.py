@@ -19,6 +19,7 @@ from ..estimate.workload import ALIASES, workload
 from ..explain import compare_precisions
 from ..explain import explain as explain_network
 from ..inputs import check_batch
+from ..masked.messages import SERVER, Party
 from ..masked.model import MaskedModel
 from ..masked.planning import masked_model
 from ..masked.planning.tails import IMAGES
@@ -51,6 +52,7 @@ _MACS = (
     "in proportion (default: all measured here)"
 )
 _TRUNCATION = "of espn, opened_mask and beaver"
+_RECEIVER = "who receives the masked engine's corrections from the dealer"
 _PROTOCOL = "what computes it (default: masked, with --precision-bits espn)"
 _LOCAL = "of CrypTen's protocols (default: local)"
 _STRESSED = (
@@ -113,6 +115,7 @@ def estimate(
     ] = None,
     precision: Precision = "fast",
     truncation: Annotated[str, choice(_TRUNCATION, *TRUNCATIONS)] = "local",
+    corrections: Annotated[Party, choice(_RECEIVER, "server", "client")] = SERVER,
     json: Annotated[Path | None, option("write the rows", "FILE")] = None,
 ) -> int:
     """Project what private inference costs: rounds, bytes, seconds, capacity, money.
@@ -144,7 +147,9 @@ def estimate(
     )
     costs = [
         cost
-        for cost in engine_costs(work, batch=batch, truncation=truncation)
+        for cost in engine_costs(
+            work, batch=batch, truncation=truncation, corrections=corrections
+        )
         if engines is None or cost.engine in engines
     ]
     processor = calibrate() if macs is None else REFERENCE.scaled(1e9 * macs)

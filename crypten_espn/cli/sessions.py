@@ -13,6 +13,7 @@ import typer
 from typer.models import OptionInfo
 
 from ..bundle.sealed import is_bundle
+from ..masked.messages import Party
 from ..masked.store import material_info
 from ..pillar.storage import network_file
 from ..serving.admin import Admin
@@ -71,6 +72,14 @@ _DAILY = checked(
     range(1, INDEX_LIMIT).__contains__,
     f"was given; give a whole number from 1 on, below {INDEX_LIMIT}",
 )
+_ONLY = (
+    "offer clients corrections to this party alone (default: what each asks for); to "
+    "the client they leave the server's line and disk to others"
+)
+_RECEIVER = (
+    "who receives the dealer's corrections (default: server); the client's line is "
+    "spared if the server does, the server's if the client does"
+)
 _QUOTA_FILE = "where they are counted (default: quota.json in the --material folder)"
 _DIGESTS = checked(
     "deal only for plans with this digest; may be repeated",
@@ -107,6 +116,7 @@ LogJson = Annotated[bool, option(_LOG_JSON, None, "--log-json")]
 Timeout = Annotated[float, positive(_TIMEOUT)]
 Revoked = Annotated[Path | None, option(_REVOKED, "FILE")]
 AdminAddress = Annotated[str | None, option(_ADMIN, "HOST:PORT", "--admin")]
+Corrections = Annotated[Party | None, choice(_RECEIVER, "server", "client")]
 Config = Annotated[Path | None, configuration()]
 
 
@@ -119,6 +129,7 @@ def serve(
     guard: GuardFile = None,
     material: Material = None,
     workers: Workers = 1,
+    corrections: Annotated[Party | None, choice(_ONLY, "server", "client")] = None,
     limit: LimitList = None,
     quota: Annotated[int | None, _DAILY] = None,
     quota_file: Annotated[Path | None, option(_QUOTA_FILE, "FILE")] = None,
@@ -149,7 +160,7 @@ def serve(
     print(bundle.model)
     # Every worker reads a bundle for itself; what took planning is given to it.
     given = None if workers > 1 and is_bundle(network) else bundle
-    make = Serving(common, told, dealer, material, counted, given)
+    make = Serving(common, told, dealer, material, corrections, counted, given)
     host = make() if workers == 1 else _crew(make, "server", workers)
     return _until_stopped(host, "listening on", admin)
 

@@ -42,19 +42,21 @@ def capacities(
 ) -> dict[str, float]:
     """Images a second that each part of a deployment can sustain; the least counts.
 
-    The server's figures include what it receives and adds up offline.
+    The server's figures include what it receives and adds up offline; so does a
+    client's line, which may take longer than its inference.
     """
-    down, up = cost.traffic.bytes_sent
+    down, _ = cost.traffic.bytes_sent
+    server, client = cost.received
     online = cost.online_s(
         processor,
         rtt_s=deployment.rtt_s,
         bits_per_second=deployment.bits_per_second,
     )
-    received = max(down, up + cost.client_bytes + cost.dealer_bytes)
+    download = 8 * client / (PAYLOAD * deployment.bits_per_second)
     seconds = {
-        "clients": online / deployment.clients,
+        "clients": max(online, download) / deployment.clients,
         "server cores": cost.server.seconds(processor) / deployment.server_cores,
-        "server line": 8 * received / (PAYLOAD * deployment.server_bits),
+        "server line": 8 * max(down, server) / (PAYLOAD * deployment.server_bits),
         "dealer cores": cost.dealer.seconds(processor) / deployment.dealer_cores,
         "dealer line": 8 * cost.dealer_bytes / (PAYLOAD * deployment.dealer_bits),
     }

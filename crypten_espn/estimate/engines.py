@@ -13,6 +13,7 @@ from ..cost import GLOO_DELAYS, PAYLOAD, RING_BYTES, Cost, Traffic
 from ..errors import EspnError
 from ..masked.inference import online_bytes
 from ..masked.material import client_layout, layout_bytes, server_layout
+from ..masked.messages import CLIENT, SERVER, Party
 from ..masked.plan import Plan
 from ..protocols import PROTOCOLS, settings
 from ..protocols.beaver import product_cost
@@ -72,7 +73,8 @@ class EngineCost:
         engine: one of `engines()`.
         batch: images of the inference.
         traffic: online, between rank 0 (server) and rank 1 (client).
-        dealer_bytes: offline, from the dealer to the server.
+        dealer_bytes: offline, from the dealer to one of the two.
+        corrections: to which.
         client_bytes: offline, from the client to the server.
         once_bytes: from the server to the client once per model and client.
         stored: bytes of prepared material at the server and at the client.
@@ -84,6 +86,7 @@ class EngineCost:
     batch: int
     traffic: Traffic
     dealer_bytes: int
+    corrections: Party
     client_bytes: int
     once_bytes: int
     stored: tuple[int, int]
@@ -91,6 +94,16 @@ class EngineCost:
     server: Load
     client: Load
     dealer: Load
+
+    @property
+    def received(self) -> tuple[int, int]:
+        """Bytes that server and client receive in both phases, without `once_bytes`."""
+        down, up = self.traffic.bytes_sent
+        dealt = [
+            self.dealer_bytes if self.corrections == party else 0
+            for party in (SERVER, CLIENT)
+        ]
+        return up + self.client_bytes + dealt[0], down + dealt[1]
 
     def online_s(
         self, processor: Processor, *, rtt_s: float, bits_per_second: float
@@ -113,7 +126,7 @@ class EngineCost:
         """Seconds to prepare one inference when nothing overlaps.
 
         The dealer makes and sends its part over a line of `dealer_bits`, the client
-        sends its own over its path; the server takes in both.
+        sends its own over its path; the server takes it in.
         """
         sent = self.dealer_bytes + self.client_bytes
         work = (self.dealer + Load(stream=sent)).seconds(processor)
@@ -136,7 +149,11 @@ class EngineCost:
 
 
 def engine_costs(
-    work: Workload, *, batch: int = 1, truncation: str = "local"
+    work: Workload,
+    *,
+    batch: int = 1,
+    truncation: str = "local",
+    corrections: Party = SERVER,
 ) -> list[EngineCost]:
     """Every engine's cost of one inference; the masked one only where it has a plan.
 
@@ -144,6 +161,7 @@ def engine_costs(
         work: the network.
         batch: images at once.
         truncation: of the CrypTen protocols, "local" or "exact".
+        corrections: who receives the masked engine's from the dealer.
 
     Raises:
         EspnError: a batch below 1.
@@ -151,7 +169,9 @@ def engine_costs(
     """
     if batch < 1:
         raise EspnError(f"batch {batch}: give 1 or more images")
-    costs = [] if work.plan is None else [_masked(work, work.plan, batch)]
+    costs = []
+    if work.plan is not None:
+        costs.append(_masked(work, work.plan, batch, corrections))
     for name, protocol in PROTOCOLS.items():
         with settings(protocol=name, truncation=truncation) as chosen:
             declared, stored = Cost(), 0
@@ -173,7 +193,7 @@ def engine_costs(
     return [*costs, relu, replace(relu.over_gloo(), engine=GLOO)]
 
 
-def _masked(work: Workload, plan: Plan, batch: int) -> EngineCost:
+def _masked(work: Workload, plan: Plan, batch: int, corrections: Party) -> EngineCost:
     down, up = online_bytes(plan, batch=batch)
     halves = values = hidden = 0
     for between in plan.evaluations:
@@ -182,24 +202,40 @@ def _masked(work: Workload, plan: Plan, batch: int) -> EngineCost:
         hidden += batch * between.elements
     dealt = plan.dealer_bytes(batch=batch)
     macs = batch * work.macs
-    # A share of each value, and per opening a mask and the linear part's share.
-    drawn = values + 2 * hidden + 2 * batch * plan.elements(len(plan.steps))
+    # By the dealer for both: the halves of each word and linear part, and the client's
+    # mask of each second opening.
+    shared = values + hidden + batch * plan.elements(len(plan.steps))
+    drawn = {SERVER: 0, CLIENT: hidden}
+    drawn[CLIENT if corrections == SERVER else SERVER] += shared
+    dealing = Load(macs32=macs, dealt=shared + hidden, stream=dealt)
+    taken = {party: dealt if corrections == party else 0 for party in drawn}
     online = Load(macs32=macs, values=values, stream=down + up, messages=plan.messages)
     stored = tuple(
-        layout_bytes(layout(plan, batch)) for layout in (server_layout, client_layout)
+        layout_bytes(layout(plan, batch, corrections=corrections))
+        for layout in (server_layout, client_layout)
     )
     return EngineCost(
         MASKED,
         batch,
         Traffic(plan.messages, (down, up), alternating=True),
         dealt,
+        corrections,
         halves,
         plan.weight_bytes,
         (stored[0], stored[1]),
         online,
-        replace(online, stream=down + up + dealt + halves),
-        Load(macs32=macs, values=values, dealt=drawn, stream=down + up + halves),
-        Load(macs32=macs, dealt=drawn, stream=dealt),
+        replace(
+            online,
+            dealt=drawn[SERVER],
+            stream=down + up + halves + taken[SERVER],
+        ),
+        Load(
+            macs32=macs,
+            values=values,
+            dealt=drawn[CLIENT],
+            stream=down + up + halves + taken[CLIENT],
+        ),
+        dealing,
     )
 
 
@@ -242,6 +278,7 @@ def _crypten(
         batch,
         traffic,
         corrections,
+        SERVER,
         0,
         0,
         (RING_BYTES * words, RING_BYTES * words),

@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ..masked.messages import CLIENT, SERVER
 from ..table import aligned
 from .deployment import Deployment, capacities, per_million
 from .engines import EngineCost
@@ -61,7 +62,11 @@ class Projection:
 def row(cost: EngineCost, processor: Processor, deployment: Deployment) -> Row:
     """Everything about one engine as plain values."""
     path = {"rtt_s": deployment.rtt_s, "bits_per_second": deployment.bits_per_second}
-    dealt = min(deployment.dealer_bits, deployment.server_bits)
+    lines = {
+        SERVER: deployment.server_bits,
+        CLIENT: deployment.bits_per_second,
+    }
+    dealt = min(deployment.dealer_bits, lines[cost.corrections])
     capacity = capacities(cost, processor, deployment)
     bottleneck = min(capacity, key=capacity.__getitem__)
     return {
@@ -70,6 +75,7 @@ def row(cost: EngineCost, processor: Processor, deployment: Deployment) -> Row:
         "rounds": cost.traffic.rounds,
         "bytes_sent": cost.traffic.bytes_sent,
         "dealer_bytes": cost.dealer_bytes,
+        "corrections": cost.corrections,
         "client_bytes": cost.client_bytes,
         "once_bytes": cost.once_bytes,
         "stored_bytes": cost.stored,
@@ -150,8 +156,9 @@ def _text(found: Projection) -> str:
         "",
         *aligned(phases, left=1),
         "Rounds and bytes are exact, but for the masked engine's openings: what they "
-        "drop follows calibration, a few bits an activation. Seconds are estimates of "
-        "one inference alone, on one core; after silence TCP starts slowly.",
+        "drop follows calibration, a few bits an activation. The dealer's bytes go to "
+        f"{_receivers(rows)}. Seconds are estimates of one inference alone, on one "
+        "core; after silence TCP starts slowly.",
         "",
         f"Assumed: {d.clients} such clients, a server of {d.server_cores} cores and "
         f"{d.server_bits / 1e6:g} Mbit/s, a dealer of {d.dealer_cores} cores and "
@@ -164,6 +171,15 @@ def _text(found: Projection) -> str:
         *aligned(bills, left=1),
     ]
     return "\n".join(lines)
+
+
+def _receivers(rows: list[Row]) -> str:
+    """Who receives the dealer's bytes, engine by engine where that differs."""
+    by_client = [row["engine"] for row in rows if row["corrections"] == CLIENT]
+    if not by_client:
+        return "the server"
+    others = ", the others' to the server" if len(rows) > len(by_client) else ""
+    return f"the client for {', '.join(by_client)}{others}"
 
 
 _PARTS = ("clients", "server cores", "server line", "dealer cores", "dealer line")

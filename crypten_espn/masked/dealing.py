@@ -1,18 +1,23 @@
 """The dealer's part of the offline phase; it sees neither weights nor data.
 
 For each linear part and inference, with t of every source, G, delta and r as
-`material` and this file draw them:
+`material` and this file draw them; G and shares of the words from the seed of the party
+that receives no corrections, which the session chooses:
 
-1. Send the server B*t + r - G: with the client's (W-B)*t + G, its opening is ready but
-   for W*D.
+1. Send the other party B*t + r - G. The client adds (W-B)*t to its half of the two, and
+   with both the opening is ready but for W*D.
 2. For a step's polynomial, compute the word that belongs to each power of D and what
    it changes by in the other case of the mask, r_k = r + delta_k; for a product the
-   masks of both factors and their products. Send the server what the client's
-   seed-drawn shares leave, in the bits that reach the result. The second opening's
-   rounding coins, uniform below 2**s, are added to the constant: the client's share
-   hides them from the server, and the client never sees them.
+   masks of both factors and their products. Send that party what the seed-drawn shares
+   leave, in the bits that reach the result. The second opening's rounding coins,
+   uniform below 2**s, are added to the constant: the drawn share hides them from
+   whoever receives what is left, and whoever draws never sees them.
 
-The client receives a seed from the dealer and nothing else.
+The party that receives no corrections gets a seed from the dealer and nothing else.
+
+Who learns what does not hang on the choice. A value v that is shared out is held as
+(G, v - G) or as (v - G, G), with G uniform in v's ring: the same distribution, jointly
+with all else. So both parties' views are as `inference` says, whoever draws.
 
 Source: Delphi (Mishra et al., USENIX Security 2020) for the server-held weights; the
 two-valued truncation mask after Escudero et al., CRYPTO 2020, and Dalskov et al.,
@@ -30,17 +35,13 @@ from . import kernels
 from .evaluation import Coins, chunks
 from .linear import Operands, accumulate
 from .material import (
-    CLIENT,
-    SERVER,
-    ClientDraws,
+    Draws,
     draw,
     inference_seeds,
-    server_draws,
     source_mask,
     weight_masks,
 )
-from .messages import SERVER as TO_SERVER
-from .messages import Protocol, Send
+from .messages import SERVER, Party, Protocol, Send
 from .plan import Plan
 
 
@@ -49,6 +50,7 @@ class Dealing:
 
     Args:
         plan: the parties' plan.
+        corrections: the party that receives them.
         seed: the dealer's own 16 bytes; from the operating system if None.
         seeds: the parties', where they have them already; drawn from `seed` if None.
 
@@ -60,61 +62,62 @@ class Dealing:
         self,
         plan: Plan,
         *,
+        corrections: Party = SERVER,
         seed: bytes | None = None,
         seeds: tuple[bytes, bytes] | None = None,
     ) -> None:
         self.plan = plan
+        self._corrections: Party = corrections
         root = Keystream(new_seed() if seed is None else seed)
         self.seeds = seeds or (
             root.fork(b"server").bytes(16),
             root.fork(b"client").bytes(16),
         )
-        self._masks = weight_masks(plan, self.seeds[SERVER])
-        self._ratchets = (
-            inference_seeds(root.fork(b"dealer").bytes(16)),
-            inference_seeds(self.seeds[SERVER]),
-            inference_seeds(self.seeds[CLIENT]),
-        )
+        self._masks = weight_masks(plan, self.seeds[0])
+        own = root.fork(b"dealer").bytes(16)
+        self._ratchets = tuple(inference_seeds(seed) for seed in (own, *self.seeds))
 
     def deal(self, index: int, batch: int) -> Protocol[None]:
-        """Send the server everything for inference `index`.
+        """Send one party its corrections for inference `index`.
 
         Args:
             index: must rise from call to call.
             batch: inputs in it.
 
         Cost: offline, one message a linear part, m bits for each element, and one a
-            chunk of each step, the bits of each word that count; the client receives
-            nothing.
+            chunk of each step, the bits of each word that count; the other party
+            receives nothing.
 
         Raises: RandomnessError if the index was dealt before.
         """
         plan = self.plan
         own, server, client = (ratchet.take(index) for ratchet in self._ratchets)
-        draws = ClientDraws(plan, client, batch)
-        sources = {0: draws.input_mask}
+        masks = Draws(plan, client, batch)
+        to = self._corrections
+        halves = masks if to == SERVER else Draws(plan, server, batch)
+        sources = {0: masks.input_mask}
         dealt = coins(plan, own, server, batch)
         for number, (part, coin) in enumerate(zip(plan.parts, dealt, strict=True)):
-            out = -draws.linear(number)
+            out = -halves.linear(number)
             operands = Operands(plan.shapes, sources, self._masks, public=False)
             accumulate(part.root, operands, out)
             if coin is not None:
                 out += coin.masks[0].reshape(out.shape)
-            yield Send(TO_SERVER, ((out, part.ring),))
+            yield Send(to, ((out, part.ring),))
             if coin is None:
                 continue
             between = plan.evaluations[number]
             for chunk in chunks(batch):
                 given = between.deal(
-                    coin.part(chunk, batch), draws.words(number, chunk)
+                    coin.part(chunk, batch), halves.words(number, chunk)
                 )
                 bits = between.dealt(chunk.stop - chunk.start)
                 lines = given.reshape(len(bits), -1)
                 parts = tuple(
                     (line, width) for line, (_, width) in zip(lines, bits, strict=True)
                 )
-                yield Send(TO_SERVER, parts)
-            sources[number + 1] = source_mask(plan, number, draws.hidden(number))
+                yield Send(to, parts)
+            sources[number + 1] = source_mask(plan, number, masks.hidden(number))
             for dead in plan.last_reads[number]:
                 del sources[dead]
 
@@ -126,9 +129,11 @@ def coins(plan: Plan, own: bytes, server: bytes, batch: int) -> Iterator[Coins |
         own, server: the dealer's and the server's seed of the inference.
     """
     stream = Keystream(own).fork(b"batch").fork(batch)
-    deltas = server_draws(plan, server, batch)
-    for number, (step, delta) in enumerate(zip(plan.steps, deltas, strict=True)):
-        between = plan.evaluations[number]
+    draws = Draws(plan, server, batch)
+    for number, (step, between) in enumerate(
+        zip(plan.steps, plan.evaluations, strict=True)
+    ):
+        delta = draws.deltas(number)
         first = draw(stream, (1, batch * between.opened), bits=step.ring)
         masks = first if not len(delta) else np.concatenate([first, first + delta])
         drop = step.activation.drop

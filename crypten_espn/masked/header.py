@@ -20,6 +20,7 @@ from msgspec import Meta
 from ..errors import MaterialError
 from . import journal
 from .journal import Journal
+from .messages import SERVER, Party
 
 PAGE = 4096
 
@@ -42,6 +43,7 @@ class Identity(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         first: index of the first; later dealings of a session count on.
         plan: digest of the plan, 32 bytes.
         model: digest of the weights, 32 bytes; empty for a party that holds none.
+        corrections: who received the dealer's.
     """
 
     session: Annotated[bytes, Meta(min_length=16, max_length=16)]
@@ -51,11 +53,26 @@ class Identity(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     first: Annotated[int, Meta(ge=0, le=1 << 62)] = 0
     plan: Annotated[bytes, Meta(min_length=32, max_length=32)]
     model: Annotated[bytes, Meta(max_length=32)] = b""
+    corrections: Party = SERVER
 
     @property
     def indices(self) -> range:
         """The records' indices."""
         return range(self.first, self.first + self.count)
+
+    def check_corrections(self, wanted: Party, folder: Path) -> None:
+        """Refuse material that was dealt the other way than it is asked for.
+
+        Raises:
+            MaterialError: it names both.
+        """
+        if self.corrections != wanted:
+            raise MaterialError(
+                f"{folder} holds material with corrections to the {self.corrections}; "
+                f"corrections to the {wanted} were asked for. Ask for those "
+                f"(corrections=, --corrections) until it is used up, or name another "
+                "folder."
+            )
 
 
 class Header(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

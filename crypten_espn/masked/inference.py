@@ -11,8 +11,8 @@ Sources are x = D + t with D known to the server and t to the client.
    dealer-known truncation -(r_k >> s_k), logical if the top bit of c_k is 1 and
    arithmetic if it is 0, (c_k >> s_k) - 2**(m-2-s_k) plus it equals z >> s_k or one
    more, over the integers. The dealer supplied the polynomial's coefficients in D, and
-   what they change by where the public top bit is 1. The client draws its words from
-   its seed while the server computes.
+   what they change by where the public top bit is 1. Whoever draws its words does so
+   while it waits for the other.
 4. The client sends the top bits of its share plus its own mask r'. The server adds its
    share and drops s bits: the next D. Back to 2; the last layer's z goes to the client
    instead, with noise.
@@ -23,13 +23,16 @@ neither party waits for the other.
 
 Who learns what; of products `evaluation.OfProduct` says more. The client sees every
 c_k >> s_k, uniform because r_k is uniform, used once and known to the dealer alone; its
-seed-drawn shares; W - B, uniform because B is the server's; and the logits. What rounds
-a value is hidden from it: the bits of c_k below s_k, and the dealer's coins in the
-server's share. Of its own share it drops bits worth 2**-16 of a unit, and what the
-dealer leaves out of a word weighs no more: signals so small take 2**32 times as many
-queries to average out. The server sees
-c, and D of each source, uniform because t follows from the client's uniform mask, used
-once. It learns nothing of input or logits.
+shares of what the dealer shared out, uniform whether its seed gave them or the dealer
+took the server's from them; W - B, uniform because B is the server's; and the logits.
+What rounds a value is hidden from it: the bits of c_k below s_k, and the dealer's
+coins, which the server's share covers or holds. Of its own share it drops bits worth
+2**-16 of a unit, and what the dealer leaves out of a word weighs no more: signals so
+small take 2**32 times as many queries to average out. The server sees c, its own
+shares, likewise uniform, and D of each source, uniform because t follows from the
+client's uniform mask, used once; what the client sends of its share of a value is
+hidden by that mask from bit s on, and by the coins below. It learns nothing of input or
+logits.
 Both know the plan. The dealer sees neither data nor weights nor any message between the
 parties. The claim is: semi-honest, two parties, a dealer that does not collude.
 
@@ -46,7 +49,7 @@ from ..wire.packing import packed_bytes
 from . import kernels
 from .evaluation import chunks
 from .linear import Operands, accumulate
-from .material import ClientMaterial, ServerMaterial, chunk_words
+from .material import ClientMaterial, ServerMaterial
 from .messages import (
     CLIENT,
     SERVER,
@@ -105,7 +108,7 @@ def server_layers(
 
     Cost, Error: as `server`, without its first message and its last.
     """
-    parts = chunks(material.pairing.batch)
+    parts, draws = chunks(material.pairing.batch), material.draws(plan)
     sources = {INPUT: data}
     halves: list[np.ndarray] = []  # by chunk, the last polynomial's share
     for number, part in enumerate(plan.parts):
@@ -115,8 +118,11 @@ def server_layers(
             sources[number] = np.empty(
                 (len(opened), *source.shape), dtype=kernels.ring_dtype(source.ring)
             )
+        # What is drawn is drawn before a message is waited for.
+        deltas = draws.deltas(number) if isinstance(part, Step) else None
         mine: list[np.ndarray] = []
         for place, chunk in enumerate(parts):
+            words = None if deltas is None else material.chunk(plan, number, chunk)
             if number > 0:
                 yield from _truncated(
                     plan.steps[number - 1], halves[place], sources[number][chunk]
@@ -124,8 +130,10 @@ def server_layers(
             here = {s: sources[s][chunk] for s in part.root.sources}
             operands = Operands(plan.shapes, here, weights.integers)
             accumulate(part.root, operands, opened[chunk])
-            if isinstance(part, Step):
-                half = yield from _open(plan, material, number, chunk)
+            if deltas is not None and words is not None:
+                within = _within(chunk, plan.elements(number))
+                c = opened[chunk]
+                half = yield from _open(plan, number, c, deltas[:, within], words)
                 mine.append(half)
         halves = mine
         for dead in plan.last_reads[number]:
@@ -134,15 +142,12 @@ def server_layers(
 
 
 def _open(
-    plan: Plan, material: ServerMaterial, number: int, chunk: slice
+    plan: Plan, number: int, c: np.ndarray, deltas: np.ndarray, words: np.ndarray
 ) -> Protocol[np.ndarray]:
     """Send a chunk's openings; return the server's share of the value."""
     step, between = plan.steps[number], plan.evaluations[number]
-    c = material.linear[number][chunk]
-    deltas = material.deltas[number][:, _within(chunk, between.opened)]
     openings = between.open(c, deltas)
     yield Send(CLIENT, tuple(zip(openings, step.opened_bits, strict=True)))
-    words = chunk_words(plan, number, material.words[number], chunk)
     return between.share(openings, words, c=c)
 
 
@@ -222,7 +227,7 @@ def client_layers(plan: Plan, material: ClientMaterial) -> Protocol[np.ndarray]:
         hidden = draws.hidden(number)
         for chunk in chunks(material.pairing.batch):
             # While the server computes.
-            words = draws.words(number, chunk)
+            words = material.chunk(plan, number, chunk)
             between.hide(words, hidden[chunk])
             rows = chunk.stop - chunk.start
             openings = yield Receive(SERVER, between.payload(rows))

@@ -1,5 +1,9 @@
 """What each party draws and holds for one inference.
 
+Halves. Of everything that the dealer shares out (a linear part's B*t + r, a step's
+words) one party draws its half from its seed and the other receives what that leaves,
+the corrections. Which of the two is a choice of the session, `Pairing.corrections`.
+
 Seeds. A session gives the server and the client a seed each; the dealer knows both and
 has its own. Every inference takes the next seeds of a ratchet, so that used ones can be
 forgotten, and forks them by the batch: the same seed never serves two shapes.
@@ -9,19 +13,18 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import ClassVar
 
 import numpy as np
 
 from ..randomness import Keystream, Ratchet
 from . import kernels
 from .linear import Shape
+from .messages import CLIENT, SERVER, Party
 from .plan import Plan
-from .steps import Step
-
-SERVER, CLIENT = 0, 1
 
 
 def draw(stream: Keystream, shape: Shape, *, bits: int) -> np.ndarray:
@@ -51,15 +54,17 @@ def _inference(seed: bytes, batch: int) -> Keystream:
 # ---------------------------------------------------------------- drawn from seeds
 
 
-class ClientDraws:
-    """What the client's seed of an inference gives, drawn when it is asked for.
+class Draws:
+    """What a party's seed of an inference gives, drawn when it is asked for.
 
-    Each is a stream of its own: asked for again, it is the same. So what the online
-    phase needs is drawn there, and nothing of it is kept before.
+    The input's mask and the second openings' are the client's, the deltas the
+    server's, and the halves are of whoever receives no corrections. Each is a stream of
+    its own: asked for again, it is the same. So what the online phase needs is drawn
+    there, and nothing of it is kept before.
 
     Args:
         plan, batch: the inference's.
-        seed: the client's seed of it.
+        seed: the party's seed of it.
     """
 
     def __init__(self, plan: Plan, seed: bytes, batch: int) -> None:
@@ -67,7 +72,7 @@ class ClientDraws:
         self._stream = _inference(seed, batch)
 
     def __repr__(self) -> str:
-        return "ClientDraws(<hidden>)"
+        return "Draws(<hidden>)"
 
     @cached_property
     def input_mask(self) -> np.ndarray:
@@ -77,7 +82,7 @@ class ClientDraws:
         return draw(self._stream.fork(b"input"), shape, bits=first.ring)
 
     def linear(self, number: int) -> np.ndarray:
-        """G, the client's half of a linear part's mask, (batch, *shape)."""
+        """G, this party's half of a linear part's B*t + r, (batch, *shape)."""
         part = self._plan.parts[number]
         shape = self._batch, *self._plan.part_shapes[number]
         return draw(self._of(b"linear", number), shape, bits=part.ring)
@@ -89,8 +94,14 @@ class ClientDraws:
         bits = between.step.activation.ring
         return draw(self._of(b"hidden", number), shape, bits=bits)
 
+    def deltas(self, number: int) -> np.ndarray:
+        """What each further group's mask adds to a step's first, (masks - 1, n)."""
+        step = self._plan.steps[number]
+        shape = step.activation.masks - 1, self._batch * self._plan.elements(number)
+        return draw(self._of(b"deltas", number), shape, bits=step.ring)
+
     def words(self, number: int, chunk: slice) -> np.ndarray:
-        """Shares of the dealer's words for a chunk, as the step's evaluation has them.
+        """This party's half of the words for a chunk, as the evaluation has them.
 
         Args:
             chunk: one of `chunks(batch)`.
@@ -101,14 +112,6 @@ class ClientDraws:
 
     def _of(self, label: bytes, number: int) -> Keystream:
         return self._stream.fork(label).fork(number)
-
-
-def server_draws(plan: Plan, seed: bytes, batch: int) -> Iterator[np.ndarray]:
-    """delta of every step, (masks - 1, n): what a further group's mask adds."""
-    stream = _inference(seed, batch).fork(b"parts")
-    for number, step in enumerate(plan.steps):
-        count = batch * plan.elements(number)
-        yield draw(stream, (step.activation.masks - 1, count), bits=step.ring)
 
 
 def chunk_words(plan: Plan, number: int, words: np.ndarray, chunk: slice) -> np.ndarray:
@@ -136,49 +139,71 @@ class Pairing:
         session: 16 bytes that both parties' material of one dealing share.
         index: which inference of it.
         batch: inputs in it.
+        corrections: who receives the dealer's; the other party draws its halves.
     """
 
     session: bytes
     index: int
     batch: int
+    corrections: Party = SERVER
 
     def digest(self, plan: Plan) -> bytes:
         """32 bytes that both parties compare after the last layer."""
-        text = f"{self.session.hex()} {self.index} {self.batch} {plan.digest.hex()}"
-        return hashlib.sha256(b"pairing " + text.encode()).digest()
+        text = f"{self.session.hex()} {self.index} {self.batch} {self.corrections} "
+        return hashlib.sha256(b"pairing " + text.encode() + plan.digest).digest()
 
 
 @dataclass
-class ServerMaterial:
-    """The server's prepared inference; used up by it.
+class Material:
+    """One party's prepared inference; used up by it.
 
     Args:
         pairing: which it is.
-        linear: by linear part, what the online pass starts from, (batch, *shape).
-        deltas: by step, (masks - 1, n).
-        words: by step, shares of the dealer's words, one chunk after the other.
+        seed: this party's of the inference, from which it draws; 16 bytes.
+        words: by step, its halves of the words, one chunk after the other, if it
+            receives the corrections; it draws them otherwise.
     """
 
+    party: ClassVar[Party]
+
     pairing: Pairing
-    linear: list[np.ndarray] = field(repr=False)
-    deltas: list[np.ndarray] = field(repr=False)
+    seed: bytes = field(repr=False)
     words: list[np.ndarray] = field(repr=False)
+
+    def draws(self, plan: Plan) -> Draws:
+        """What its seed gives."""
+        return Draws(plan, self.seed, self.pairing.batch)
+
+    def chunk(self, plan: Plan, number: int, chunk: slice) -> np.ndarray:
+        """Its half of a step's words for a chunk, as the evaluation has them."""
+        if self.pairing.corrections == self.party:
+            return chunk_words(plan, number, self.words[number], chunk)
+        return self.draws(plan).words(number, chunk)
+
+
+@dataclass
+class ServerMaterial(Material):
+    """The server's prepared inference.
+
+    Args:
+        linear: by linear part, what the online pass starts from, (batch, *shape).
+    """
+
+    party = SERVER
+
+    linear: list[np.ndarray] = field(repr=False)
 
     def arrays(self) -> list[np.ndarray]:
         """Everything secret in it, laid out as `server_layout` says."""
-        return [*self.linear, *self.deltas, *self.words]
+        return [np.frombuffer(self.seed, dtype=np.uint8), *self.linear, *self.words]
 
     @staticmethod
     def from_arrays(
         plan: Plan, pairing: Pairing, arrays: Sequence[np.ndarray]
     ) -> ServerMaterial:
-        parts, steps = len(plan.parts), len(plan.steps)
-        return ServerMaterial(
-            pairing,
-            list(arrays[:parts]),
-            list(arrays[parts : parts + steps]),
-            list(arrays[parts + steps :]),
-        )
+        seed, *others = arrays
+        parts = len(plan.parts)
+        return ServerMaterial(pairing, seed.tobytes(), others[parts:], others[:parts])
 
 
 Layout = tuple[tuple[Shape, np.dtype], ...]
@@ -189,52 +214,54 @@ def layout_bytes(layout: Layout) -> int:
     return sum(math.prod(shape) * dtype.itemsize for shape, dtype in layout)
 
 
-def server_layout(plan: Plan, batch: int) -> Layout:
+def _layout(
+    plan: Plan, batch: int, arrays: Layout, *, corrections: Party, party: Party
+) -> Layout:
+    """A seed, a party's own arrays, and the words if it receives corrections."""
+    words: Layout = ()
+    if corrections == party:
+        words = tuple(
+            ((batch * one.words,), np.dtype(np.int64)) for one in plan.evaluations
+        )
+    return (((16,), np.dtype(np.uint8)), *arrays, *words)
+
+
+def server_layout(plan: Plan, batch: int, *, corrections: Party) -> Layout:
     """Shapes and types of a stored `ServerMaterial`'s arrays."""
-    linear, deltas, words = [], [], []
-    for number, part in enumerate(plan.parts):
-        dtype = np.dtype(kernels.ring_dtype(part.ring))
-        linear.append(((batch, *plan.part_shapes[number]), dtype))
-        if isinstance(part, Step):
-            act, count = part.activation, batch * plan.elements(number)
-            deltas.append(((act.masks - 1, count), dtype))
-            dealt = batch * plan.evaluations[number].words
-            words.append(((dealt,), np.dtype(np.int64)))
-    return (*linear, *deltas, *words)
+    linear = tuple(
+        ((batch, *shape), np.dtype(kernels.ring_dtype(part.ring)))
+        for shape, part in zip(plan.part_shapes, plan.parts, strict=True)
+    )
+    return _layout(plan, batch, linear, corrections=corrections, party=SERVER)
 
 
 @dataclass
-class ClientMaterial:
-    """The client's prepared inference; used up by it.
+class ClientMaterial(Material):
+    """The client's prepared inference.
 
     Args:
-        pairing: which it is.
-        seed: what all but `output` follows from; 16 bytes.
         output: its share of the logits for D = 0, (batch, *shape).
     """
 
-    pairing: Pairing
-    seed: bytes = field(repr=False)
+    party = CLIENT
+
     output: np.ndarray = field(repr=False)
 
     def arrays(self) -> list[np.ndarray]:
         """Everything secret in it, laid out as `client_layout` says."""
-        return [np.frombuffer(self.seed, dtype=np.uint8), self.output]
+        return [np.frombuffer(self.seed, dtype=np.uint8), self.output, *self.words]
 
     @staticmethod
     def from_arrays(
         plan: Plan, pairing: Pairing, arrays: Sequence[np.ndarray]
     ) -> ClientMaterial:
         del plan
-        seed, output = arrays
-        return ClientMaterial(pairing, seed.tobytes(), output)
-
-    def draws(self, plan: Plan) -> ClientDraws:
-        """What else its seed gives."""
-        return ClientDraws(plan, self.seed, self.pairing.batch)
+        seed, output, *words = arrays
+        return ClientMaterial(pairing, seed.tobytes(), words, output)
 
 
-def client_layout(plan: Plan, batch: int) -> Layout:
+def client_layout(plan: Plan, batch: int, *, corrections: Party) -> Layout:
     """Shapes and types of a stored `ClientMaterial`'s arrays."""
     dtype = np.dtype(kernels.ring_dtype(plan.output.ring))
-    return (((16,), np.dtype(np.uint8)), ((batch, *plan.logits_shape), dtype))
+    output = (((batch, *plan.logits_shape), dtype),)
+    return _layout(plan, batch, output, corrections=corrections, party=CLIENT)

@@ -8,13 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Final, Literal, TypeVar
 
 import numpy as np
 
 from ..wire.packing import packed_bytes
 
-SERVER, CLIENT, DEALER = "server", "client", "dealer"
+SERVER: Final = "server"
+CLIENT: Final = "client"
+DEALER: Final = "dealer"
+
+# Of the two that compute. One of them receives the dealer's corrections, the other
+# draws its shares from its seed: a choice of each session.
+Party = Literal["server", "client"]
 
 
 @dataclass(frozen=True)

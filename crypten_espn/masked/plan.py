@@ -240,7 +240,7 @@ class Plan(Strict, frozen=True, dict=True):
         return sum(packed_bytes(w.elements, w.ring) for w in self.weights)
 
     def dealer_messages(self, *, batch: int = 1) -> list[int]:
-        """Bytes of each of the dealer's messages to the server for one inference."""
+        """Bytes of each of the dealer's corrections for one inference."""
         found = []
         for number, part in enumerate(self.parts):
             found.append(packed_bytes(batch * self.elements(number), part.ring))
@@ -252,7 +252,7 @@ class Plan(Strict, frozen=True, dict=True):
         return found
 
     def dealer_bytes(self, *, batch: int = 1) -> int:
-        """Offline bytes the dealer sends the server for one inference."""
+        """Offline bytes that the dealer sends one party for an inference."""
         return sum(self.dealer_messages(batch=batch))
 
     @property

@@ -1,9 +1,13 @@
 """Both parties' part of the offline phase, before an input exists.
 
-Once a session the server sends W - B, its weights under a mask. For each inference the
-client computes (W-B)*t + (public paths of t) + G, its half of every opening, and sends
-it; the server adds what the dealer sent, its bias and 2**(m-2). What is left online is
-W*D.
+Once a session the server sends W - B, its weights under a mask. For each inference and
+linear part both hold a half of B*t + r: one party draws it, the other receives what is
+left from the dealer. The client adds (W-B)*t and the public paths of t, and sends the
+sum; the server adds its own half, its bias and 2**(m-2). What is left online is W*D.
+The output has no r and is not sent: the client keeps its sum.
+
+With r uniform, the sum that the server receives is uniform beside its own half; of what
+the dealer sends, `dealing` says why it is uniform for either party.
 """
 
 from __future__ import annotations
@@ -17,14 +21,13 @@ from . import kernels
 from .evaluation import chunks
 from .linear import Operands, accumulate
 from .material import (
-    ClientDraws,
     ClientMaterial,
+    Material,
     Pairing,
     ServerMaterial,
     chunk_words,
     draw,
     inference_seeds,
-    server_draws,
     source_mask,
     weight_masks,
 )
@@ -74,35 +77,50 @@ class ServerPreparation:
     def prepare(self, pairing: Pairing) -> Protocol[ServerMaterial]:
         """Make one inference's material; indices rise from call to call.
 
-        Cost: receives the dealer's message and the client's half for each part.
+        Cost: receives the client's sum for each step, m bits an opened element, and the
+            corrections if they are the server's.
         """
-        plan, batch = self.plan, pairing.batch
+        plan = self.plan
         seed = self._ratchet.take(pairing.index)
-        material = ServerMaterial(pairing, [], [], [])
+        material = ServerMaterial(pairing, seed, [], [])
         for number, part in enumerate(plan.parts):
-            count = batch * plan.elements(number)
-            shape = (batch, *plan.part_shapes[number])
-            (total,) = yield receive(DEALER, count, part.ring)
+            total = yield from _half(plan, material, number)
             if isinstance(part, Step):
-                material.words.append((yield from self._words(number, batch)))
-                (half,) = yield receive(CLIENT, count, part.ring)
-                total = total + half
-            material.linear.append(total.reshape(shape) + self._biases[number])
-        material.deltas.extend(server_draws(plan, seed, batch))
+                (theirs,) = yield receive(CLIENT, total.size, part.ring)
+                total = total + theirs.reshape(total.shape)
+            material.linear.append(total + self._biases[number])
         material.linear[-1] += _noise(plan, material.linear[-1])
         return material
 
-    def _words(self, number: int, batch: int) -> Protocol[np.ndarray]:
-        """A step's words from the dealer, one chunk after the other."""
-        between = self.plan.evaluations[number]
-        words = np.empty(batch * between.words, dtype=np.int64)
-        for chunk in chunks(batch):
-            parts = between.dealt(chunk.stop - chunk.start)
-            found = yield Receive(DEALER, parts)
-            place = chunk_words(self.plan, number, words, chunk)
-            for line, given in zip(place.reshape(len(parts), -1), found, strict=True):
-                line[:] = given
-        return words
+
+def _half(plan: Plan, material: Material, number: int) -> Protocol[np.ndarray]:
+    """A party's half of a linear part's B*t + r, (batch, *shape).
+
+    Whoever receives the corrections keeps its half of the step's words too; whoever
+    draws them does so when it needs them.
+    """
+    pairing = material.pairing
+    if pairing.corrections != material.party:
+        return material.draws(plan).linear(number)
+    part, batch = plan.parts[number], pairing.batch
+    (given,) = yield receive(DEALER, batch * plan.elements(number), part.ring)
+    if isinstance(part, Step):
+        material.words.append((yield from _words(plan, number, batch)))
+    half: np.ndarray = given.reshape(batch, *plan.part_shapes[number])
+    return half
+
+
+def _words(plan: Plan, number: int, batch: int) -> Protocol[np.ndarray]:
+    """A step's words from the dealer, one chunk after the other."""
+    between = plan.evaluations[number]
+    words = np.empty(batch * between.words, dtype=np.int64)
+    for chunk in chunks(batch):
+        parts = between.dealt(chunk.stop - chunk.start)
+        found = yield Receive(DEALER, parts)
+        place = chunk_words(plan, number, words, chunk)
+        for line, given in zip(place.reshape(len(parts), -1), found, strict=True):
+            line[:] = given
+    return words
 
 
 def _noise(plan: Plan, like: np.ndarray) -> np.ndarray:
@@ -138,15 +156,16 @@ class ClientPreparation:
     def prepare(self, pairing: Pairing) -> Protocol[ClientMaterial]:
         """Make one inference's material; indices rise from call to call.
 
-        Cost: sends one message for each step, m bits an opened element.
+        Cost: sends one message for each step, m bits an opened element; receives the
+            corrections if they are the client's.
         """
-        plan, batch = self.plan, pairing.batch
+        plan = self.plan
         seed = self._ratchet.take(pairing.index)
-        draws = ClientDraws(plan, seed, batch)
+        material = ClientMaterial(pairing, seed, [], np.empty(0))
+        draws = material.draws(plan)
         sources = {0: draws.input_mask}
-        total = np.empty(0)
         for number, part in enumerate(plan.parts):
-            total = draws.linear(number)
+            total = yield from _half(plan, material, number)
             operands = Operands(plan.shapes, sources, self._opened)
             accumulate(part.root, operands, total)
             if isinstance(part, Step):
@@ -154,4 +173,6 @@ class ClientPreparation:
                 for dead in plan.last_reads[number]:
                     del sources[dead]
                 yield send(SERVER, total, part.ring)
-        return ClientMaterial(pairing, seed, total)
+            else:
+                material.output = total
+        return material

@@ -10,9 +10,9 @@
    without a request costs nothing.
 
 Records are lists of arrays whose layout the caller knows. The MAC of each covers its
-content, its index and the header: session, rank, batch, plan, model. Its key is drawn
-for the file and lies in the header: it finds accidents and mix-ups, not an owner who
-forges.
+content, its index and the header: session, rank, batch, plan, model, corrections. Its
+key is drawn for the file and lies in the header: it finds accidents and mix-ups, not an
+owner who forges.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from .header import (
     room,
 )
 from .journal import Journal
+from .messages import SERVER, Party
 from .private_files import erase, locked, named, opened
 
 DATA = "material.espn"
@@ -72,6 +73,7 @@ class MaterialInfo:
         plan: the plan's digest, hex.
         model: the weights' digest, hex; empty for a party that does not hold them.
         session: which dealing both parties' material comes from, hex.
+        corrections: who received the dealer's.
     """
 
     rank: int
@@ -82,12 +84,13 @@ class MaterialInfo:
     plan: str
     model: str
     session: str
+    corrections: Party
 
     def __str__(self) -> str:
         return (
             f"rank {self.rank}: {self.remaining} of {self.count} inferences left, "
             f"batch {self.batch}, {self.bytes_on_disk:,} bytes, plan {self.plan[:16]}, "
-            f"session {self.session[:16]}"
+            f"session {self.session[:16]}, corrections to the {self.corrections}"
         )
 
 
@@ -108,6 +111,7 @@ def material_info(directory: str | os.PathLike[str]) -> MaterialInfo:
             identity.plan.hex(),
             identity.model.hex(),
             identity.session.hex(),
+            identity.corrections,
         )
 
 
@@ -120,10 +124,11 @@ class MaterialStore:
         plan: digest of the plan, must be that it was made for.
         layout: gives a record's layout for a batch size.
         model: rank 0's weights' digest, compared if both are known.
+        corrections: who must have received the dealer's.
 
     Raises:
         MaterialError: it is missing, open to others, damaged, cut short, or made for
-            another party, plan or model.
+            another party, plan or model, or with corrections to the other party.
     """
 
     def __init__(
@@ -134,6 +139,7 @@ class MaterialStore:
         plan: bytes,
         layout: Callable[[int], Layout],
         model: bytes = b"",
+        corrections: Party = SERVER,
     ) -> None:
         self._folder = Path(directory)
         self._lock = threading.Lock()
@@ -147,6 +153,7 @@ class MaterialStore:
                 _refuse_another(
                     "model", identity.model.hex(), model.hex(), self._folder
                 )
+            identity.check_corrections(corrections, self._folder)
             self._layout = layout(identity.batch)
             if record_bytes(self._layout) != header.record:
                 raise MaterialError(

@@ -34,6 +34,7 @@ from ..masked.evaluation import chunks
 from ..masked.inference import client as inference
 from ..masked.inference import masked_input
 from ..masked.material import ClientMaterial, Pairing
+from ..masked.messages import SERVER, Party
 from ..masked.plan import Plan
 from ..wire.channel import Channel
 from ..wire.tls import TLS
@@ -86,6 +87,7 @@ class Client:
     def __init__(self, address: str, link: Link, *, plan: Plan | None = None) -> None:
         self.online = self.offline = Cost()
         self._address, self._link = address, link
+        self._corrections: Party = link.corrections or SERVER
         self._folder = None if link.directory is None else Path(link.directory)
         self._pinned = plan
         self._others: list[Channel] = []
@@ -95,7 +97,7 @@ class Client:
         # Its session first: the server must have the same one.
         self.session: str | None = None
         if self._folder is not None:
-            self.session, self._following = stored_session(self._folder)
+            self.session, self._following = self._stored(self._folder)
         # Inputs that the server still answers today; None for any number.
         self._allowed: int | None = None
         # As the server calls them, in the order in which it wants them tried.
@@ -108,9 +110,13 @@ class Client:
             self.plan, self.description, following = self._greet(self._channel, plan)
             self._stock = self._open_stock(following)
 
+    def _stored(self, folder: Path) -> tuple[str | None, int]:
+        """Whose unused material a folder holds, dealt as this client asks for."""
+        return stored_session(folder, self._corrections)
+
     def _open_stock(self, following: int) -> Stock[ClientMaterial]:
         """What the folder holds, which must fit the server's next index."""
-        stock = Stock(ClientMaterial, "client", self.plan, b"")
+        stock = Stock(ClientMaterial, "client", self.plan, b"", self._corrections)
         if self._folder is not None and self.session is not None:
             stock.open(self._folder, session=self.session)
             stock.compare(following)
@@ -122,7 +128,12 @@ class Client:
         """Say who this is; the server's plan, its description, and its next index."""
         channel.pace()
         channel.handshake(digest=GREETING)
-        tell(channel, Hello(session=self.session, next_index=self._following))
+        hello = Hello(
+            session=self.session,
+            next_index=self._following,
+            corrections=self._corrections,
+        )
+        tell(channel, hello)
         welcome = hear(channel, Welcome)
         theirs = receive_plan(channel, limit=PLAN_BYTES)
         described = receive_description(
@@ -168,7 +179,8 @@ class Client:
             batch: inputs in each.
 
         Cost: offline, this side sends m bits per activation and inference, and receives
-            one ring element per weight, once a session.
+            one ring element per weight, once a session, and the dealer's corrections
+            if they were asked for.
 
         Raises:
             MaterialError: a side knows no dealer, unused material is in the way, or
@@ -201,13 +213,15 @@ class Client:
         name = secrets.token_hex(16) if self._dealing is None else self._dealing.session
         start = 0 if fresh else self._following
         sent, received = channel.bytes_sent, channel.bytes_received
-        pairing = Pairing(bytes.fromhex(name), start, batch)
+        pairing = Pairing(bytes.fromhex(name), start, batch, self._corrections)
         adding = self._stock.adding(pairing, count=count, folder=self._folder)
         with telling(channel), adding as added:
             if self._dealing is None:
                 # The dealer is shown the certificate that the server was shown.
                 link = replace(self._link, tls=channel.tls)
-                self._dealing = ClientDealing(dealers, link, name, self.plan)
+                self._dealing = ClientDealing(
+                    dealers, link, name, self.plan, self._corrections
+                )
             dealing = self._dealing
             order = Prepare(
                 session=name,
@@ -446,7 +460,7 @@ class Client:
             self.session, self._following = None, 0
             self._stock = self._open_stock(0)
         else:
-            self.session, self._following = stored_session(self._folder)
+            self.session, self._following = self._stored(self._folder)
         try:
             channel = reach(
                 self._address, self._link, role="client", peer_role="server"
@@ -532,6 +546,7 @@ def connect(
     tls: TLS | None = None,
     timeout: float | None = None,
     insecure: bool = False,
+    corrections: Party | None = None,
 ) -> Client:
     """Connect to a served model.
 
@@ -539,18 +554,24 @@ def connect(
         address: "host:port" of the server.
         plan: the plan the server must have; None accepts the one it sends, and after a
             lost connection another one of the same shapes.
-        link: the next five as one object, instead of them.
+        link: the next six as one object, instead of them.
         dealer: "host:port" of the dealer, or of several that are trusted.
         directory: where to keep material; in memory if None.
         tls: mutual TLS certificates, or None.
         timeout: seconds the server may be silent.
         insecure: allow addresses that others reach without TLS.
+        corrections: who receives the dealer's, "server" (as with None) or "client". To
+            the client, this side downloads and keeps them, tens of bytes an
+            activation, and the server's line carries many more clients.
 
     Raises:
         PeerError: the server cannot be reached.
+        LimitError: it does not offer corrections to this party.
         PlanMismatchError: on both sides, if it holds another plan.
         MaterialError: stored material is not for it.
     """
     return Client(
-        address, one_link(link, dealer, directory, tls, timeout, insecure), plan=plan
+        address,
+        one_link(link, dealer, directory, tls, timeout, insecure, corrections),
+        plan=plan,
     )

@@ -15,7 +15,9 @@ from ..errors import LimitError, MaterialError, PeerError, PlanError
 from ..masked.dealing import Dealing
 from ..masked.drivers import over
 from ..masked.kernels import ring_dtype
+from ..masked.messages import Party
 from ..masked.plan import Plan
+from ..wire.channel import Channel
 from ..wire.tls import TLS
 from .boundary import session_tag, told
 from .connection import Connection
@@ -87,7 +89,7 @@ class DealerServer(Host):
             address,
             role="dealer",
             peer_roles=("server", "client"),
-            link=one_link(link, None, None, tls, timeout, insecure),
+            link=one_link(link, None, None, tls, timeout, insecure, None),
             limits=Limits() if limits is None else limits,
             log=log,
             share=share,
@@ -209,6 +211,11 @@ class DealerServer(Host):
                 f"The parties' plans differ: the server's is {join.digest[:16]}, the "
                 f"client's {seat.join.digest[:16]}."
             )
+        if join.corrections != seat.join.corrections:
+            raise PeerError(
+                "The parties disagree on who receives the corrections: the server says "
+                f"the {join.corrections}, the client the {seat.join.corrections}."
+            )
         if self._plans is not None and bytes.fromhex(join.digest) not in self._plans:
             raise PlanError(
                 f"This dealer does not deal for plan {join.digest[:16]}; it has a list "
@@ -222,7 +229,9 @@ class DealerServer(Host):
     def _deal_plan(self, plan: Plan, server: Connection, seat: _Seat) -> None:
         down, up = server.channel, seat.connection.channel
         tag, client = session_tag(seat.join.session), seat.connection.client
-        dealing = Dealing(plan)
+        corrections = seat.join.corrections
+        dealing = Dealing(plan, corrections=corrections)
+        receiver = {"server": down, "client": up}[corrections]
         for mine, other, secret in ((down, up, 0), (up, down, 1)):
             seed = dealing.seeds[secret].hex()
             tell(mine, Seed(seed=seed, partner=other.fingerprint))
@@ -236,11 +245,12 @@ class DealerServer(Host):
                 return
             with self.under_way(server):
                 up.check_revoked()
-                self._check(order, plan, following)
+                self._check(order, plan, following, corrections)
                 following = order.start + order.count
-                began, sent = time.perf_counter(), down.bytes_sent
+                began, sent = time.perf_counter(), receiver.bytes_sent
+                channels: dict[str, Channel] = {corrections: receiver}
                 for index in range(order.start, following):
-                    over(dealing.deal(index, order.batch), {"server": down}, tag=index)
+                    over(dealing.deal(index, order.batch), channels, tag=index)
                 self.report(
                     Dealt(
                         tag,
@@ -248,7 +258,7 @@ class DealerServer(Host):
                         order.count,
                         order.batch,
                         seconds=time.perf_counter() - began,
-                        sent=down.bytes_sent - sent,
+                        sent=receiver.bytes_sent - sent,
                     )
                 )
 
@@ -264,14 +274,17 @@ class DealerServer(Host):
             with self._lock:
                 self._held -= size
 
-    def _check(self, order: Order, plan: Plan, following: int) -> None:
+    def _check(
+        self, order: Order, plan: Plan, following: int, corrections: Party
+    ) -> None:
         self.limits.check_order(start=order.start, count=order.count, batch=order.batch)
         if order.start < following:
             raise MaterialError(
                 f"Inference {order.start} was prepared before, and a mask is used "
                 f"once; go on from {following}, or start a new session."
             )
-        self.limits.check_bytes(material_bytes(plan, "server", order.batch))
+        size = material_bytes(plan, corrections, order.batch, corrections)
+        self.limits.check_bytes(size)
 
 
 def _mask_bytes(plan: Plan) -> int:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 from ..errors import LimitError
 from ..masked.checks import PLAN_BYTES
+from ..masked.messages import Party
 from ..wire.tls import TLS
 from .dealers import DEALERS
 
@@ -27,6 +29,8 @@ class Link:
         timeout: seconds the other side may be silent while something is under way.
         insecure: allow connections that leave this machine without TLS; seeds and
             masked values then travel in the clear.
+        corrections: who must receive the dealer's, "server" or "client". None leaves it
+            open: a client then asks for the server, a server takes what a client asks.
     """
 
     dealer: str | Sequence[str] | None = None
@@ -34,8 +38,13 @@ class Link:
     tls: TLS | None = None
     timeout: float = TIMEOUT_S
     insecure: bool = False
+    corrections: Party | None = None
 
     def __post_init__(self) -> None:
+        if self.corrections not in (None, *get_args(Party)):
+            raise ValueError(
+                f"corrections={self.corrections!r} was given; give 'server' or 'client'"
+            )
         if len(self.dealers) > DEALERS:
             raise ValueError(
                 f"{len(self.dealers)} dealers were given; at most {DEALERS} are allowed"
@@ -49,13 +58,14 @@ class Link:
         return (self.dealer,) if isinstance(self.dealer, str) else tuple(self.dealer)
 
 
-def one_link(
+def one_link(  # noqa: PLR0913 - a link's fields, as a user may give them
     link: Link | None,
     dealer: str | Sequence[str] | None,
     directory: str | os.PathLike[str] | None,
     tls: TLS | None,
     timeout: float | None,
     insecure: bool,
+    corrections: Party | None,
 ) -> Link:
     """The link that was given, whole or field by field, and not both.
 
@@ -64,10 +74,12 @@ def one_link(
     """
     if link is None:
         seconds = TIMEOUT_S if timeout is None else timeout
-        return Link(dealer, directory, tls, seconds, insecure)
-    if (dealer, directory, tls, timeout, insecure) != (None, None, None, None, False):
+        return Link(dealer, directory, tls, seconds, insecure, corrections)
+    fields = (dealer, directory, tls, timeout, insecure, corrections)
+    if fields != (None, None, None, None, False, None):
         raise TypeError(
-            "give link=, or dealer=, directory=, tls=, timeout= and insecure=, not both"
+            "give link=, or dealer=, directory=, tls=, timeout=, insecure= and "
+            "corrections=, not both"
         )
     return link
 

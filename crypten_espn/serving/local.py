@@ -11,7 +11,7 @@ from ..cost import Cost, SessionCost
 from ..launch import run_parties
 from ..masked.drivers import TOLD_BYTES
 from ..masked.inference import message_sizes
-from ..masked.messages import SERVER
+from ..masked.messages import SERVER, Party
 from ..masked.model import MaskedModel
 from ..masked.plan import Plan
 from ..wire.frames import HEADER_BYTES
@@ -29,6 +29,7 @@ def run_session(
     *,
     timeout: float = TIMEOUT_S,
     force: bool = False,
+    corrections: Party = SERVER,
 ) -> list[tuple[torch.Tensor, SessionCost]]:
     """Prepare and do one inference for each batch, over TCP between three processes.
 
@@ -37,6 +38,7 @@ def run_session(
         batches: each (batch, *input_shape); all are checked before a process starts.
         timeout: seconds without progress before a dead process is an error.
         force: as `Client.predict`.
+        corrections: who receives the dealer's.
 
     Returns: the logits and the cost of each, in order.
 
@@ -44,7 +46,8 @@ def run_session(
     """
     for x in batches:
         model.plan.encode(x, force=force)
-    results = run_parties(_party, world_size=3, args=(model, batches, timeout, force))
+    args = model, batches, timeout, force, corrections
+    results = run_parties(_party, world_size=3, args=args)
     plan = model.plan
     return [
         (logits, _cost(plan, len(x), online, offline, first=number == 0))
@@ -55,7 +58,11 @@ def run_session(
 
 
 def _party(
-    model: MaskedModel, batches: Sequence[torch.Tensor], timeout: float, force: bool
+    model: MaskedModel,
+    batches: Sequence[torch.Tensor],
+    timeout: float,
+    force: bool,
+    corrections: Party,
 ) -> list[tuple[torch.Tensor, Cost, Cost]] | None:
     """One of the three; the addresses and the end are told over CrypTen's channel."""
     import crypten.communicator as comm
@@ -78,7 +85,9 @@ def _party(
         return None
     found = []
     try:
-        with connect(address, dealer=dealing, timeout=timeout) as client:
+        with connect(
+            address, dealer=dealing, timeout=timeout, corrections=corrections
+        ) as client:
             for x in batches:
                 client.online = client.offline = Cost()
                 client.prepare(1, batch=len(x))

@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import operator
-from typing import Annotated, Literal, TypeVar, overload
+from typing import Annotated, TypeVar, overload
 
 import msgspec
 
@@ -27,6 +27,7 @@ from ..errors import (
     PlanMismatchError,
     ShapeError,
 )
+from ..masked.messages import SERVER, Party
 from ..masked.plan import Plan
 from ..wire.channel import Channel
 from .dealers import DEALERS
@@ -40,7 +41,6 @@ INDEX_LIMIT = 1 << 32
 # Longest message in bytes; the plan travels apart, under Limits.plan_bytes.
 MESSAGE_BYTES = 4096
 
-Party = Literal["server", "client"]
 SessionName = Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{32}\Z")]
 SeedText = Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{32}\Z")]
 Digest = Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{64}\Z")]
@@ -64,10 +64,12 @@ class Hello(Message, frozen=True, tag="hello"):
     Args:
         session: whose material this side holds; None for a new session.
         next_index: the first inference this side has not used.
+        corrections: who receives the dealer's in this session.
     """
 
     session: SessionName | None
     next_index: Index
+    corrections: Party = SERVER
 
 
 class Welcome(Message, frozen=True, tag="welcome"):
@@ -122,10 +124,12 @@ class Join(Message, frozen=True, tag="join"):
     Args:
         session: what both parties call this dealing.
         digest: of the plan that material is wanted for.
+        corrections: who is to receive them, as both parties must say alike.
     """
 
     session: SessionName
     digest: Digest
+    corrections: Party = SERVER
 
 
 class Joined(Message, frozen=True, tag="joined"):

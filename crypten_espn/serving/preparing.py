@@ -1,13 +1,15 @@
 """How server and client prepare inferences with the dealer.
 
-1. The client joins at the dealer under a session's name that it has just drawn.
+1. The client joins at the dealer under a session's name that it has just drawn, and
+   says who is to receive the corrections.
 2. It tells the server this name and what it wants prepared.
-3. The server joins under the same name, which pairs the two, and sends the plan.
+3. The server joins under the same name and with the same receiver, which pairs the two,
+   and sends the plan.
 4. The dealer checks the plan and gives each its seed, and the digest of the certificate
    that the other one showed: each compares it with the one it talks to.
 5. The server sends its weights under a mask, once a session, and says when it is ready.
-6. For each inference the dealer sends the server its part, the client sends its half of
-   every opening.
+6. For each inference the dealer sends that party the corrections, and the client sends
+   the server its half of every opening.
 """
 
 from __future__ import annotations
@@ -20,9 +22,10 @@ from dataclasses import replace
 from ..errors import EspnError, PeerError
 from ..masked.drivers import over
 from ..masked.material import ClientMaterial, Pairing, ServerMaterial
+from ..masked.messages import Party
+from ..masked.model import MaskedModel
 from ..masked.plan import Plan
 from ..masked.preparing import ClientPreparation, ServerPreparation
-from ..masked.weights import Weights
 from ..wire.channel import Channel
 from ..wire.connect import connect_channel
 from .boundary import telling
@@ -34,7 +37,6 @@ from .messages import (
     Joined,
     Order,
     Paired,
-    Party,
     Seed,
     hear,
     send_plan,
@@ -65,15 +67,14 @@ def _join(
     address: str,
     link: Link,
     party: Party,
-    session: str,
-    plan: Plan,
+    join: Join,
     *,
     again: bool = True,
 ) -> Channel:
     channel = reach(address, link, role=party, peer_role="dealer", again=again)
     with telling(channel):
         channel.handshake(digest=GREETING)
-        tell(channel, Join(session=session, digest=plan.digest.hex()))
+        tell(channel, join)
     return channel
 
 
@@ -95,8 +96,9 @@ class ServerDealing:
         dealer: its address.
         link: how to reach it.
         session: the name the client drew.
-        plan, weights: the model.
+        model: what is served.
         client: the connection to the client.
+        corrections: who receives the dealer's.
 
     Attributes:
         channel: to the dealer.
@@ -110,17 +112,19 @@ class ServerDealing:
         dealer: str,
         link: Link,
         session: str,
-        plan: Plan,
-        weights: Weights,
+        model: MaskedModel,
         client: Channel,
+        corrections: Party,
     ) -> None:
-        self.session = session
-        self.channel = _join(dealer, link, "server", session, plan)
+        self.session, self._corrections = session, corrections
+        plan = model.plan
+        join = Join(session, plan.digest.hex(), corrections)
+        self.channel = _join(dealer, link, "server", join)
         with telling(self.channel):
             hear(self.channel, Paired)
             send_plan(self.channel, plan)
             seed = _seed(self.channel, client)
-            self._preparation = ServerPreparation(plan, weights, seed)
+            self._preparation = ServerPreparation(plan, model.weights, seed)
 
     def open_weights(self, client: Channel) -> None:
         """Send the client the weights under a mask, once a session."""
@@ -132,7 +136,8 @@ class ServerDealing:
         """Order `count` inferences and make their material, one after the other."""
         channels = {"client": client, "dealer": self.channel}
         tell(self.channel, Order(start=start, count=count, batch=batch))
-        for pairing in _pairings(self.session, start, count, batch):
+        first = Pairing(bytes.fromhex(self.session), start, batch, self._corrections)
+        for pairing in _following(first, count):
             part = self._preparation.prepare(pairing)
             yield over(part, channels, tag=pairing.index)
 
@@ -151,6 +156,7 @@ class ClientDealing:
         link: how to reach it.
         session: a name drawn for it.
         plan: the server's.
+        corrections: who receives the dealer's.
 
     Attributes:
         channel: to the dealer.
@@ -166,8 +172,9 @@ class ClientDealing:
         link: Link,
         session: str,
         plan: Plan,
+        corrections: Party,
     ) -> None:
-        self.session = session
+        self.session, self._corrections = session, corrections
         self._plan = plan
         self._preparation: ClientPreparation | None = None
         self.dealer, self.channel = self._first(dealers, link)
@@ -177,15 +184,14 @@ class ClientDealing:
         self, dealers: Sequence[tuple[str, str]], link: Link
     ) -> tuple[str, Channel]:
         end, failures = time.monotonic() + link.timeout, []
+        join = Join(self.session, self._plan.digest.hex(), self._corrections)
         for left, (called, address) in zip(
             range(len(dealers), 0, -1), dealers, strict=True
         ):
             # One that holds still takes its share of the time, one that is gone none.
             share = replace(link, timeout=max(0.1, (end - time.monotonic()) / left))
             try:
-                channel = _join(
-                    address, share, "client", self.session, self._plan, again=left == 1
-                )
+                channel = _join(address, share, "client", join, again=left == 1)
                 with telling(channel):
                     hear(channel, Joined)
                 return called, channel
@@ -206,16 +212,17 @@ class ClientDealing:
     ) -> Iterator[ClientMaterial]:
         """Make the material of `count` inferences, one after the other."""
         assert self._preparation is not None, "begin() comes first"
-        for pairing in _pairings(self.session, start, count, batch):
+        channels = {"server": server, "dealer": self.channel}
+        first = Pairing(bytes.fromhex(self.session), start, batch, self._corrections)
+        for pairing in _following(first, count):
             part = self._preparation.prepare(pairing)
-            yield over(part, {"server": server}, tag=pairing.index)
+            yield over(part, channels, tag=pairing.index)
 
     def close(self) -> None:
         """Leave the dealer."""
         self.channel.close()
 
 
-def _pairings(session: str, start: int, count: int, batch: int) -> Iterator[Pairing]:
-    name = bytes.fromhex(session)
-    for index in range(start, start + count):
-        yield Pairing(name, index, batch)
+def _following(first: Pairing, count: int) -> Iterator[Pairing]:
+    for index in range(first.index, first.index + count):
+        yield replace(first, index=index)

@@ -18,6 +18,7 @@ from ..errors import EspnError, LimitError, MaterialError, PeerError
 from ..masked.drivers import over
 from ..masked.inference import server as inference
 from ..masked.material import Pairing
+from ..masked.messages import Party
 from ..masked.model import MaskedModel
 from ..masked.planning import masked_model
 from ..pillar.guarding import in_words
@@ -47,7 +48,6 @@ from .reporting import reported
 from .session import Session, write_owner
 from .sessions import Sessions
 from .share import Share
-from .stock import material_bytes
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +70,7 @@ class ModelServer(Host):
         tls: TLS | None = None,
         timeout: float | None = None,
         insecure: bool = False,
+        corrections: Party | None = None,
         limits: Limits | None = None,
         quota: Quota | None = None,
         share: Share | None = None,
@@ -80,7 +81,7 @@ class ModelServer(Host):
             address,
             role="server",
             peer_roles=("client",),
-            link=one_link(link, dealer, directory, tls, timeout, insecure),
+            link=one_link(link, dealer, directory, tls, timeout, insecure, corrections),
             limits=Limits() if limits is None else limits,
             log=log,
             share=share,
@@ -133,6 +134,7 @@ class ModelServer(Host):
         if hello.session and self.is_elsewhere(hello.session, hello, connection):
             return
         self.greeted(connection)
+        self._check_corrections(hello.corrections)
         channel.pace()
         quota = None if self._quota is None else self._quota.check(connection.client)
         with self._sessions.using(hello, channel.peer_name) as session:
@@ -157,6 +159,20 @@ class ModelServer(Host):
             self.report(SessionOpened(number, client, session.tag, left))
             while self._answer_one(session, connection):
                 pass
+
+    def _check_corrections(self, wanted: Party) -> None:
+        """Refuse what this server does not offer.
+
+        Raises:
+            LimitError: it names what is offered.
+        """
+        only = self._link.corrections
+        if only not in (None, wanted):
+            raise LimitError(
+                f"Corrections to the {wanted} were asked for; this server offers those "
+                f"to the {only} alone (corrections=, --corrections).",
+                "corrections",
+            )
 
     # -- requests
 
@@ -210,17 +226,21 @@ class ModelServer(Host):
         start, count, batch = order.start, order.count, order.batch
         folder = None if self._directory is None else self._directory / order.session
         fresh = self._check(session, order)
-        pairing = Pairing(bytes.fromhex(order.session), start, batch)
+        name, to = bytes.fromhex(order.session), session.corrections
+        pairing = Pairing(name, start, batch, to)
         with session.stock.adding(pairing, count=count, folder=folder) as adding:
             if fresh:
-                model = session.bundle.model
-                plan, weights = model.plan, model.weights
                 # The dealer is shown the certificate that the client was shown.
                 link = replace(self._link, tls=channel.tls)
                 dealer = self._dealers.chosen(order.dealer)
                 try:
                     session.dealing = ServerDealing(
-                        dealer, link, order.session, plan, weights, channel
+                        dealer,
+                        link,
+                        order.session,
+                        session.bundle.model,
+                        channel,
+                        to,
                     )
                 except PeerError:
                     self._dealers.failed(dealer)
@@ -269,7 +289,7 @@ class ModelServer(Host):
                 f"at most {limits.prepared} of a session may be.",
                 "prepared",
             )
-        each = material_bytes(session.bundle.model.plan, "server", batch)
+        each = session.stock.bytes_of(batch)
         fresh = session.dealing is None or order.session != session.name
         # Memory holds all sessions' material; a folder is as large as its disk.
         held = 0 if self._directory else self._sessions.held
@@ -306,6 +326,7 @@ def serve(
     tls: TLS | None = None,
     timeout: float | None = None,
     insecure: bool = False,
+    corrections: Party | None = None,
     limits: Limits | None = None,
     quota: Quota | None = None,
 ) -> None:
@@ -316,13 +337,16 @@ def serve(
         address: "host:port" to listen on.
         example: calibration inputs, as in `masked_model`; a bundle has its plan.
         precision, headroom: as `masked_model`.
-        link: the next five as one object, instead of them.
+        link: the next six as one object, instead of them.
         dealer: "host:port" of the dealer, or of several.
         directory: where to keep material, one folder per session; in memory if None.
         tls: mutual TLS certificates, or None.
         timeout: seconds a client may be silent while an inference is under way.
         insecure: allow addresses that others reach without TLS; masked values and seeds
             then travel in the clear.
+        corrections: who alone may receive the dealer's, "server" or "client"; None
+            takes what each client asks for. To the client, this side receives a
+            twentieth offline and keeps a tenth.
         limits: what it puts up with; the defaults of `Limits` if None.
         quota: what a client may have answered in a day; all it likes if None.
 
@@ -338,7 +362,7 @@ def serve(
     with ModelServer(
         private,
         address,
-        link=one_link(link, dealer, directory, tls, timeout, insecure),
+        link=one_link(link, dealer, directory, tls, timeout, insecure, corrections),
         limits=limits,
         quota=quota,
     ) as server:

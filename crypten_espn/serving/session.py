@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..bundle import Bundle
 from ..masked.material import ServerMaterial
+from ..masked.messages import Party
 from .boundary import session_tag
 from .preparing import ServerDealing
 from .stock import Stock
@@ -22,16 +23,19 @@ class Session:
         bundle: what it is served, to its end.
         name: as both parties and the dealer call it; empty before anything is prepared.
         owner: the name in the client's certificate; empty without TLS.
+        corrections: who receives the dealer's.
         users: its connections.
     """
 
-    def __init__(self, bundle: Bundle, owner: str) -> None:
+    def __init__(self, bundle: Bundle, owner: str, corrections: Party) -> None:
         model = bundle.model
         self.bundle = bundle
         self.name = ""
-        self.owner = owner
+        self.owner, self.corrections = owner, corrections
         self.users = 0
-        self.stock = Stock(ServerMaterial, "server", model.plan, model.weights.digest)
+        self.stock = Stock(
+            ServerMaterial, "server", model.plan, model.weights.digest, corrections
+        )
         self.dealing: ServerDealing | None = None
         self.following = 0
         self.preparing = threading.Lock()

@@ -64,7 +64,8 @@ class Sessions:
         """The session of a client with this name in its certificate.
 
         Raises:
-            MaterialError: there is none of the name it gives, or it cannot be used.
+            MaterialError: there is none of the name it gives, it cannot be used, or its
+                corrections go to the other party.
             PeerError: it is another client's.
         """
         with self._lock:
@@ -112,12 +113,12 @@ class Sessions:
     def _enter(self, hello: Hello, owner: str) -> Session:
         """The session that a client names: one in use, one on disk, or a new one."""
         if hello.session is None:
-            return Session(self.bundle, owner)
+            return Session(self.bundle, owner, hello.corrections)
         if not self._is_ours(hello.session):
             raise PeerError("This session has just moved to another process; go on.")
         session = self._found.get(hello.session)
         if session is None:
-            session = self._stored(hello.session, hello.next_index)
+            session = self._stored(hello.session, hello)
             if session.owner == owner:
                 self._found[hello.session] = session
         if session.owner != owner:
@@ -125,9 +126,14 @@ class Sessions:
                 "This session belongs to another certificate's name than the one that "
                 "was shown. Prepare material again."
             )
+        if session.corrections != hello.corrections:
+            raise MaterialError(
+                f"This session has its corrections sent to the {session.corrections}; "
+                f"corrections to the {hello.corrections} were asked for."
+            )
         return session
 
-    def _stored(self, name: str, client_next: int) -> Session:
+    def _stored(self, name: str, hello: Hello) -> Session:
         if self._directory is None or not (self._directory / name).is_dir():
             kept = "" if self._directory else ", and keeps none without a folder for it"
             raise MaterialError(
@@ -135,10 +141,10 @@ class Sessions:
                 ". Delete the client's and prepare material together again."
             )
         folder = self._directory / name
-        session = Session(self.bundle, read_owner(folder))
+        session = Session(self.bundle, read_owner(folder), hello.corrections)
         session.name = name
-        session.stock.open(folder, session=name, floor=client_next)
-        session.stock.compare(client_next)
+        session.stock.open(folder, session=name, floor=hello.next_index)
+        session.stock.compare(hello.next_index)
         return session
 
     def _forget(self, session: Session) -> None:

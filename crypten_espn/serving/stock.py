@@ -19,29 +19,33 @@ from ..masked.material import (
     layout_bytes,
     server_layout,
 )
+from ..masked.messages import Party
 from ..masked.plan import Plan
 from ..masked.store import DATA, MaterialStore, Record, open_data
 from ..masked.store_writer import MaterialWriter
 from ..wire.packing import packed_bytes
-from .messages import Party
 
 # How far an inference may be asked for ahead of the next: requests of several
 # connections overtake each other.
 WINDOW = 64
 
 
-def layout_of(plan: Plan, party: Party, batch: int) -> Layout:
+def layout_of(plan: Plan, party: Party, batch: int, corrections: Party) -> Layout:
     """Shapes and types of the arrays of one inference's material."""
-    return (server_layout if party == "server" else client_layout)(plan, batch)
+    layout = server_layout if party == "server" else client_layout
+    return layout(plan, batch, corrections=corrections)
 
 
-def material_bytes(plan: Plan, party: Party, batch: int) -> int:
+def material_bytes(plan: Plan, party: Party, batch: int, corrections: Party) -> int:
     """Bytes of one inference's material; nothing is allocated to find out."""
-    return layout_bytes(layout_of(plan, party, batch))
+    return layout_bytes(layout_of(plan, party, batch, corrections))
 
 
-def stored_session(folder: Path) -> tuple[str | None, int]:
+def stored_session(folder: Path, corrections: Party) -> tuple[str | None, int]:
     """Whose unused material a folder holds: the session, and the next index.
+
+    Args:
+        corrections: who must have received the dealer's.
 
     Returns: (None, 0) if there is none.
 
@@ -54,6 +58,7 @@ def stored_session(folder: Path) -> tuple[str | None, int]:
         identity, following = data.header.identity, data.journal.next_index()
     if following == identity.indices.stop:
         return None, 0
+    identity.check_corrections(corrections, folder)
     return identity.session.hex(), following
 
 
@@ -68,11 +73,20 @@ class Stock(Generic[T]):
         party: which party.
         plan: what the material is for.
         model: digest of the server's weights; empty at the client.
+        corrections: who receives the dealer's.
     """
 
-    def __init__(self, kind: type[T], party: Party, plan: Plan, model: bytes) -> None:
+    def __init__(
+        self,
+        kind: type[T],
+        party: Party,
+        plan: Plan,
+        model: bytes,
+        corrections: Party,
+    ) -> None:
         self._kind: type[T] = kind
         self._party, self._plan, self._model = party, plan, model
+        self._corrections: Party = corrections
         self._session = bytes(16)
         self._store: MaterialStore | None = None
         self._ready: dict[int, T] = {}
@@ -90,15 +104,16 @@ class Stock(Generic[T]):
 
         Raises:
             MaterialError: it is missing, damaged, or of another session, plan, model
-                or party.
+                or party, or its corrections went to the other one.
         """
         rank = 0 if self._party == "server" else 1
         store = MaterialStore(
             folder,
             rank=rank,
             plan=self._plan.digest,
-            layout=lambda batch: layout_of(self._plan, self._party, batch),
+            layout=self._layout,
             model=self._model,
+            corrections=self._corrections,
         )
         if store.identity.session.hex() != session:
             raise MaterialError(
@@ -167,7 +182,7 @@ class Stock(Generic[T]):
         """Take in new material, all of it or none.
 
         Args:
-            pairing: session, first index and batch.
+            pairing: session, first index and batch; corrections as this stock's.
             count: inferences.
             folder: where to keep them; None for memory.
 
@@ -176,7 +191,7 @@ class Stock(Generic[T]):
                 into it, or the disk is full or cannot be written.
         """
         if folder is None:
-            size = count * material_bytes(self._plan, self._party, pairing.batch)
+            size = count * self.bytes_of(pairing.batch)
             with self._lock:
                 self._promised += size
             adding = _Adding[T](None)
@@ -197,8 +212,9 @@ class Stock(Generic[T]):
             first=pairing.index,
             plan=self._plan.digest,
             model=self._model,
+            corrections=self._corrections,
         )
-        layout = layout_of(self._plan, self._party, pairing.batch)
+        layout = self._layout(pairing.batch)
         with MaterialWriter(folder, identity=identity, layout=layout) as writer:
             yield _Adding(writer)
         self.open(folder, session=pairing.session.hex(), floor=pairing.index)
@@ -285,11 +301,19 @@ class Stock(Generic[T]):
         )
 
     def _material(self, store: MaterialStore, record: Record) -> T:
-        pairing = Pairing(self._session, record.index, store.identity.batch)
+        batch, to = store.identity.batch, self._corrections
+        pairing = Pairing(self._session, record.index, batch, to)
         return self._kind.from_arrays(self._plan, pairing, record.arrays)
 
+    def bytes_of(self, batch: int) -> int:
+        """What one inference of so many inputs takes."""
+        return material_bytes(self._plan, self._party, batch, self._corrections)
+
+    def _layout(self, batch: int) -> Layout:
+        return layout_of(self._plan, self._party, batch, self._corrections)
+
     def _size(self, material: T) -> int:
-        return material_bytes(self._plan, self._party, material.pairing.batch)
+        return self.bytes_of(material.pairing.batch)
 
     @staticmethod
     def _check_batch(prepared: int, given: int) -> None:

@@ -14,7 +14,8 @@ from crypten_espn.masked.dealing import Dealing, coins
 from crypten_espn.masked.drivers import together
 from crypten_espn.masked.evaluation import chunks
 from crypten_espn.masked.inference import client, server
-from crypten_espn.masked.material import ClientDraws, Pairing, inference_seeds
+from crypten_espn.masked.material import Draws, Pairing, inference_seeds
+from crypten_espn.masked.messages import SERVER, Party
 from crypten_espn.masked.model import MaskedModel
 from crypten_espn.masked.planning import masked_model
 from crypten_espn.masked.preparing import ClientPreparation, ServerPreparation
@@ -43,26 +44,34 @@ def without_noise(model: MaskedModel) -> MaskedModel:
 class Pair:
     """A server, a client and their dealer, from a known seed."""
 
-    def __init__(self, model: MaskedModel, *, seed: bytes = bytes(16)) -> None:
+    def __init__(
+        self,
+        model: MaskedModel,
+        *,
+        seed: bytes = bytes(16),
+        corrections: Party = SERVER,
+    ) -> None:
         self.model = model
         self.plan = model.plan
         self.seed = seed
-        self.dealing = Dealing(self.plan, seed=seed)
+        self.corrections: Party = corrections
+        self.dealing = Dealing(self.plan, seed=seed, corrections=corrections)
         self.server = ServerPreparation(self.plan, model.weights, self.dealing.seeds[0])
         self.client = ClientPreparation(self.plan, self.dealing.seeds[1])
         _, self.opening = together(
             {"server": self.server.open_weights(), "client": self.client.open_weights()}
         )
 
-    def prepare(self, index: int, batch: int):
-        """The material of both parties."""
-        pairing = Pairing(SESSION, index, batch)
+    def prepare(self, index: int, batch: int, *, keep: bool = False):
+        """The material of both parties, and what was sent for it."""
+        pairing = Pairing(SESSION, index, batch, self.corrections)
         ready, transcript = together(
             {
                 "dealer": self.dealing.deal(index, batch),
                 "server": self.server.prepare(pairing),
                 "client": self.client.prepare(pairing),
-            }
+            },
+            keep=keep,
         )
         return ready["server"], ready["client"], transcript
 
@@ -86,7 +95,8 @@ class Pair:
         root = Keystream(self.seed)
         own = inference_seeds(root.fork(b"dealer").bytes(16)).take(index)
         seeds = [inference_seeds(seed).take(index) for seed in self.dealing.seeds]
-        drawn = ClientDraws(self.plan, seeds[1], batch)
+        server_draws, client_draws = (Draws(self.plan, seed, batch) for seed in seeds)
+        drawn = client_draws if self.corrections == SERVER else server_draws
         coin = list(coins(self.plan, own, seeds[0], batch))
 
         def rounding(number: int, z: np.ndarray) -> Rounding:
@@ -94,18 +104,27 @@ class Pair:
             assert mine is not None
             masks = [r.astype(np.int64).reshape(z.shape) for r in mine.masks]
             words = [drawn.words(number, chunk) for chunk in chunks(batch)]
-            hidden = drawn.hidden(number)
+            hidden = client_draws.hidden(number)
             act = step.activation
             assert act.masks == len(masks)
             if isinstance(act, Product):
                 between, rows = self.plan.evaluations[number], np.concatenate(words)
-                dropped = client_low_bits_of_product(between, z, masks[0], rows, hidden)
-                return Rounding(masks, mine.rounding.reshape(dropped.shape) - dropped)
+                rounding = mine.rounding.reshape(len(z), -1)
+                dropped = client_low_bits_of_product(
+                    between, z, masks[0], rounding, rows, hidden, self.client_word
+                )
+                return Rounding(masks, rounding.reshape(dropped.shape) - dropped)
             lines = np.concatenate(words, axis=1)
-            second = second_rounding(step, z, masks, mine.rounding, lines, hidden)
+            second = second_rounding(
+                step, z, masks, mine.rounding, lines, hidden, self.client_word
+            )
             return Rounding(masks, second)
 
         return rounding
+
+    def client_word(self, word: int, drawn: int) -> int:
+        """The client's half of a word, where one party has drawn its own."""
+        return drawn if self.corrections == SERVER else word - drawn
 
 
 def dealt_words(step, masks, rho, channel):
@@ -142,7 +161,7 @@ def dealt_words(step, masks, rho, channel):
     return [(None, 0, constant), *found]
 
 
-def second_rounding(step, z, masks, rounding, words, hidden):
+def second_rounding(step, z, masks, rounding, words, hidden, client_word):
     """What is added to y before s bits are dropped, by Python integers.
 
     The dealer's coin, less what is left out of its words, less what the client drops of
@@ -168,7 +187,7 @@ def second_rounding(step, z, masks, rounding, words, hidden):
             if change and not tops[g]:
                 continue
             factor = 1 if g is None else opened[g] ** power
-            theirs += (int(words[j, i]) << low) * factor
+            theirs += (client_word(word >> low, int(words[j, i])) << low) * factor
             left_out += (word % (1 << low)) * factor
         dropped = theirs % (1 << act.unsent)
         # It weighs less than what the client drops, a word at a time.
@@ -177,7 +196,7 @@ def second_rounding(step, z, masks, rounding, words, hidden):
     return second.reshape(z.shape)
 
 
-def client_low_bits_of_product(between, z, r, rows, hidden):
+def client_low_bits_of_product(between, z, r, rounding, rows, hidden, client_word):
     """What the client drops of its share of a product, by Python integers."""
     act, m = between.step.activation, between.step.ring
     sizes, (n, short) = between.factors, between.sizes
@@ -186,16 +205,23 @@ def client_low_bits_of_product(between, z, r, rows, hidden):
     for row, (value, mask) in enumerate(zip(z.tolist(), r.tolist(), strict=True)):
         words = rows[row].tolist()
         for i, place in enumerate(places.tolist()):
-            cases, opened = [], []
+            cases, opened, known = [], [], []
             for k, shift in zip((i, n + place), act.dropped, strict=True):
-                c = (value[k] + (1 << (m - 2)) + mask[k]) % (1 << m)
-                cases.append(0 if c >> (m - 1) else 1)
+                own = mask[k] % (1 << m)
+                c = (value[k] + (1 << (m - 2)) + own) % (1 << m)
+                top = c >> (m - 1)
+                cases.append(1 - top)
                 opened.append((c >> shift) - (1 << (m - 2 - shift)))
+                signed = own if top else own - (own >> (m - 1) << m)
+                known.append(-(signed >> shift))
             a, b = cases
+            lift, coin = between.lift, int(rounding[row, i])
+            both = (known[0] * known[1] << lift) + coin
+            first, second = known[0] << lift, known[1] << lift
             total = int(hidden[row, i]) << act.drop
-            total += words[(2 + 2 * a + b) * n + i]
-            total += opened[0] * words[6 * n + b * short + place]
-            total += opened[1] * words[a * n + i]
+            total += client_word(both, words[(2 + 2 * a + b) * n + i])
+            total += opened[0] * client_word(second, words[6 * n + b * short + place])
+            total += opened[1] * client_word(first, words[a * n + i])
             dropped[row, i] = total % (1 << act.unsent)
     return dropped.reshape(len(z), *between.result)
 

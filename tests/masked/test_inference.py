@@ -13,6 +13,7 @@ from crypten_espn.errors import MaterialError, ShapeError
 from crypten_espn.masked.drivers import together
 from crypten_espn.masked.evaluation import chunks
 from crypten_espn.masked.inference import client, message_sizes, online_bytes, server
+from crypten_espn.masked.messages import CLIENT, SERVER
 from crypten_espn.masked.plan import Plan
 from crypten_espn.masked.planning.network import parameters_of
 from crypten_espn.masked.reference import evaluate
@@ -21,6 +22,7 @@ from . import oracle
 from .cases import (
     QUARTIC,
     Pair,
+    gated,
     layers,
     message_count,
     planned,
@@ -42,9 +44,9 @@ def images(count, example, seed=5):
     return torch.randn(count, *example.shape[1:], generator=toss).clamp(-2, 2)
 
 
-def check_bit_exact(model, x, *, index=0):
+def check_bit_exact(model, x, *, index=0, corrections=SERVER):
     """The pair's integers are the reference's, given the parties' own coins."""
-    pair = Pair(without_noise(model))
+    pair = Pair(without_noise(model), corrections=corrections)
     z, transcript = pair.infer(x, index=index)
     _, trace = evaluate(
         pair.plan, model.weights, x, roundings=pair.roundings(index, len(x))
@@ -65,6 +67,36 @@ def test_results_are_the_references_bit_for_bit(made, precision, batch):
     z, _ = check_bit_exact(model, x, index=batch)
     error = (model.plan.decode(z) - network(x)).abs().max()
     assert float(error) < {26: 0.3, "fast": 0.02}.get(precision, 0.002)
+
+
+@pytest.mark.parametrize("batch", [1, 9])
+@pytest.mark.parametrize("made", [residual, layers, gated])
+def test_corrections_to_the_client_are_as_exact(made, batch):
+    network, example = made()
+    model = planned(network, example)
+    x = images(batch, example)
+    z, transcript = check_bit_exact(model, x, index=3, corrections=CLIENT)
+    error = (model.plan.decode(z) - network(x)).abs().max()
+    assert float(error) < 0.02
+    # Online nothing tells the choice.
+    _, usual = check_bit_exact(model, x)
+    assert transcript.messages == usual.messages
+
+
+@pytest.mark.parametrize("mine, theirs", [(SERVER, CLIENT), (CLIENT, SERVER)])
+def test_material_of_the_other_choice_ends_in_an_error_on_both_sides(mine, theirs):
+    net, example = residual()
+    model = planned(net, example)
+    pairs = [Pair(model, corrections=to) for to in (mine, theirs)]
+    ours, _, _ = pairs[0].prepare(0, 1)
+    _, other, _ = pairs[1].prepare(0, 1)
+    with pytest.raises(MaterialError, match="another inference"):
+        together(
+            {
+                "server": server(model.plan, model.weights, ours),
+                "client": client(model.plan, other, model.plan.encode(example[:1])),
+            }
+        )
 
 
 POLYNOMIALS = {
@@ -271,10 +303,11 @@ def assert_uniform(values, bits):
         assert 150 < chi < 400, (shift, chi)
 
 
-def test_every_opened_value_is_uniform():
+@pytest.mark.parametrize("corrections", [SERVER, CLIENT])
+def test_every_opened_value_is_uniform(corrections):
     """One constant input, many inferences: what crosses the wire looks like noise."""
     net, example = residual()
-    pair = Pair(planned(net, example), seed=bytes(range(16)))
+    pair = Pair(planned(net, example), seed=bytes(range(16)), corrections=corrections)
     batch = 64
     _, transcript = pair.infer(torch.ones(batch, 3, 8, 8), keep=True)
     pieces = len(chunks(batch))

@@ -14,8 +14,8 @@ from crypten_espn.masked.evaluation import chunks
 from crypten_espn.masked.inference import client, server
 from crypten_espn.masked.linear import Operands, accumulate
 from crypten_espn.masked.material import (
-    ClientDraws,
     ClientMaterial,
+    Draws,
     Pairing,
     ServerMaterial,
     client_layout,
@@ -25,7 +25,7 @@ from crypten_espn.masked.material import (
     source_mask,
     weight_masks,
 )
-from crypten_espn.masked.messages import Send
+from crypten_espn.masked.messages import CLIENT, SERVER, Send
 from crypten_espn.masked.steps import Activation, Step
 from crypten_espn.randomness import Keystream
 from crypten_espn.wire.packing import packed_bytes
@@ -52,23 +52,25 @@ def seeds_of(pair, index):
     return [inference_seeds(s).take(index) for s in (own, *pair.dealing.seeds)]
 
 
+@pytest.mark.parametrize("corrections", [SERVER, CLIENT])
 @pytest.mark.parametrize("made", [residual, by_channel])
-def test_dealt_values_are_the_powers_of_the_mask(made):
+def test_dealt_values_are_the_powers_of_the_mask(made, corrections):
     """The linear parts add up to B*t + r, the values to powers of t, by integers."""
-    pair, batch = Pair(planned(*made())), 2
+    pair, batch = Pair(planned(*made()), corrections=corrections), 2
     plan = pair.plan
     dealt, theirs = [], seeds_of(pair, 0)
     for event in pair.dealing.deal(0, batch):
-        assert isinstance(event, Send)
+        assert isinstance(event, Send) and event.to == corrections
         dealt.append([array for array, _ in event.parts])
-    draws = ClientDraws(plan, theirs[2], batch)
+    draws = Draws(plan, theirs[2], batch)
+    halves = draws if corrections == SERVER else Draws(plan, theirs[1], batch)
     coin = list(coins(plan, theirs[0], theirs[1], batch))
     masks = weight_masks(plan, pair.dealing.seeds[0])
     sources = {0: draws.input_mask}
     checked = 0
     for number, part in enumerate(plan.parts):
         (given,) = dealt.pop(0)
-        total = given + draws.linear(number)
+        total = given + halves.linear(number)
         product = np.zeros_like(total)
         operands = Operands(plan.shapes, sources, masks, public=False)
         accumulate(part.root, operands, product)
@@ -83,7 +85,7 @@ def test_dealt_values_are_the_powers_of_the_mask(made):
         assert np.array_equal(
             kernels.centred(total, m), kernels.centred(product + flat, m)
         )
-        words = np.stack(dealt.pop(0)) + draws.words(number, slice(0, batch))
+        words = np.stack(dealt.pop(0)) + halves.words(number, slice(0, batch))
         sources[number + 1] = source_mask(plan, number, draws.hidden(number))
         assert isinstance(part.activation, Activation)
         zeros = part.activation.zeros(m)
@@ -99,13 +101,14 @@ def test_dealt_values_are_the_powers_of_the_mask(made):
     assert checked > 100 and not dealt
 
 
+@pytest.mark.parametrize("corrections", [SERVER, CLIENT])
 @pytest.mark.parametrize("batch", [1, 9])
-def test_traffic_is_what_the_plan_declares(small, batch):
-    pair = Pair(small)
+def test_traffic_is_what_the_plan_declares(small, batch, corrections):
+    pair = Pair(small, corrections=corrections)
     *_, transcript = pair.prepare(0, batch)
     plan = pair.plan
     assert {(a, b) for a, b, _ in transcript.messages} == {
-        ("dealer", "server"),
+        ("dealer", corrections),
         ("client", "server"),
     }
     dealt = [size for sender, _, size in transcript.messages if sender == "dealer"]
@@ -147,11 +150,14 @@ def test_every_inference_and_every_batch_draws_fresh_masks(small):
         index = ratchets[0].next_index
         mine, ours = (ratchet.take(index) for ratchet in ratchets)
         for batch in (1, 2):
-            drawn = ClientDraws(plan, mine, batch)
+            drawn, other = (Draws(plan, seed, batch) for seed in (mine, ours))
             found: list = [drawn.input_mask]
-            found += [drawn.linear(n) for n in range(len(plan.parts))]
+            for draws in (drawn, other):
+                found += [draws.linear(n) for n in range(len(plan.parts))]
+                for n in range(len(plan.steps)):
+                    found.append(draws.words(n, slice(0, batch)))
             for n in range(len(plan.steps)):
-                found += [drawn.hidden(n), drawn.words(n, slice(0, batch))]
+                found += [drawn.hidden(n), other.deltas(n)]
             for coin in coins(plan, ours, ours, batch):
                 if coin is not None:
                     found += [coin.masks, coin.rounding]
@@ -193,8 +199,9 @@ def test_weights_are_opened_under_a_uniform_mask(small):
         assert 150 < chi < 400  # 255 degrees of freedom
 
 
+@pytest.mark.parametrize("corrections", [SERVER, CLIENT])
 @pytest.mark.parametrize("precision, batch", [("fast", 1), ("high", 9)])
-def test_material_comes_back_from_its_arrays(precision, batch):
+def test_material_comes_back_from_its_arrays(precision, batch, corrections):
     """What is stored has the declared layout and gives the same result."""
     network, example = residual()
     model = without_noise(planned(network, example, precision=precision))
@@ -202,10 +209,18 @@ def test_material_comes_back_from_its_arrays(precision, batch):
     x = model.plan.encode(torch.from_numpy(x))
     results = []
     for stored in (False, True):
-        pair = Pair(model)
+        pair = Pair(model, corrections=corrections)
         ours, theirs, _ = pair.prepare(3, batch)
         if stored:
-            layouts = server_layout(pair.plan, batch), client_layout(pair.plan, batch)
+            layouts = [
+                layout(pair.plan, batch, corrections=corrections)
+                for layout in (server_layout, client_layout)
+            ]
+            # Words lie with whoever received them, and nowhere else.
+            words = 8 * batch * sum(one.words for one in pair.plan.evaluations)
+            small, large = sorted(map(layout_bytes, layouts))
+            assert large > words > 4 * small
+            assert layouts[corrections == CLIENT] == max(layouts, key=layout_bytes)
             copies = []
             for material, layout in zip((ours, theirs), layouts, strict=True):
                 arrays = material.arrays()
@@ -224,8 +239,33 @@ def test_material_comes_back_from_its_arrays(precision, batch):
     assert np.array_equal(*results)
 
 
-def test_what_material_holds_is_not_printed(small):
-    ours, theirs, _ = Pair(small).prepare(0, 1)
+def test_what_is_received_offline_is_uniform_for_either_party():
+    """Every message of the dealer and of the client: nothing of it is small or even."""
+    batch = 64
+    for corrections in (SERVER, CLIENT):
+        pair = Pair(planned(*residual()), corrections=corrections)
+        *_, transcript = pair.prepare(0, batch, keep=True)
+        senders = {(sender, event.to) for sender, event in transcript.sends}
+        assert senders == {("dealer", corrections), ("client", "server")}
+        # Parts of a kind, of all chunks and steps, are looked at together.
+        kinds: dict[tuple, list[np.ndarray]] = {}
+        for sender, event in transcript.sends:
+            for place, (array, bits) in enumerate(event.parts):
+                values = array.reshape(-1).astype(np.int64)
+                kinds.setdefault((sender, place, bits), []).append(values)
+        assert len(kinds) > 10
+        for (*kind, bits), arrays in kinds.items():
+            values = np.concatenate(arrays)
+            for shift in (0, bits - 8):
+                counts = np.bincount((values >> shift) & 255, minlength=256)
+                mean = values.size / 256
+                chi = float(((counts - mean) ** 2 / mean).sum())
+                assert values.size > 8192 and 150 < chi < 400, (kind, bits, shift)
+
+
+@pytest.mark.parametrize("corrections", [SERVER, CLIENT])
+def test_what_material_holds_is_not_printed(small, corrections):
+    ours, theirs, _ = Pair(small, corrections=corrections).prepare(0, 1)
     for material in (ours, theirs):
         text = repr(material)
         assert "array" not in text and "seed" not in text and len(text) < 200

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from crypten_espn.errors import PeerError
+from crypten_espn.masked.messages import Party
 from crypten_espn.masked.plan import Plan
 from crypten_espn.serving.link import Link
 from crypten_espn.serving.messages import (
@@ -17,7 +18,6 @@ from crypten_espn.serving.messages import (
     Join,
     Joined,
     Paired,
-    Party,
     Seed,
     Welcome,
     hear,

@@ -82,7 +82,7 @@ def test_a_wish_beyond_a_limit_is_refused_before_anything_is_prepared(
 def test_material_in_memory_is_bounded_over_all_sessions(
     model: MaskedModel, run: Run
 ) -> None:
-    each = material_bytes(model.plan, "server", 1)
+    each = material_bytes(model.plan, "server", 1, "server")
     served = serving(model, run, limits=Limits(material_bytes=3 * each))
     with connect(served.server.address, link=served.link) as first:
         first.prepare(2)
