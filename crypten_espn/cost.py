@@ -70,12 +70,14 @@ class SessionCost(Cost):
         offline: the client's part of the offline phase.
         peer_offline_bytes_sent: bytes the server sends offline: its masked weights.
         dealer_bytes_sent: bytes the dealer sends offline.
+        corrections: to whom, "server" or "client".
     """
 
     peer_bytes_sent: int = 0
     offline: Cost = field(default_factory=Cost)
     peer_offline_bytes_sent: int = 0
     dealer_bytes_sent: int = 0
+    corrections: str = "server"
 
 
 @dataclass(frozen=True)

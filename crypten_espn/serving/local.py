@@ -50,7 +50,17 @@ def run_session(
     results = run_parties(_party, world_size=3, args=args)
     plan = model.plan
     return [
-        (logits, _cost(plan, len(x), online, offline, first=number == 0))
+        (
+            logits,
+            _cost(
+                plan,
+                len(x),
+                online,
+                offline,
+                first=number == 0,
+                corrections=corrections,
+            ),
+        )
         for number, (x, (logits, online, offline)) in enumerate(
             zip(batches, results[_CLIENT_RANK], strict=True)
         )
@@ -99,7 +109,13 @@ def _party(
 
 
 def _cost(
-    plan: Plan, batch: int, online: Cost, offline: Cost, *, first: bool
+    plan: Plan,
+    batch: int,
+    online: Cost,
+    offline: Cost,
+    *,
+    first: bool,
+    corrections: Party,
 ) -> SessionCost:
     """The client measured its own; what the others sent follows from the plan."""
     sent = [size for who, size in message_sizes(plan, batch=batch) if who == SERVER]
@@ -116,4 +132,5 @@ def _cost(
         offline,
         opened if first else 0,
         dealt,
+        corrections,
     )
