@@ -242,6 +242,120 @@ def test_a_whole_activation_is_exact_and_hides_all_its_coins(
         assert len(np.unique(ids(c[last], *held[1], sent[last]))) == len(r[last])
 
 
+def test_a_corrected_clients_message_is_uniform_to_a_server_that_knows_its_own_words():
+    """The client drops low bits, and the dealer leaves out what they cover.
+
+    For any words that the server drew, every mask and coin is listed.
+    """
+    m, shift, s, unsent = 3, 1, 3, 2
+    v, width = m + s, m - shift
+    zeros = np.array([unsent, 0, width, width])
+    shifts, degrees = np.array([shift]), np.array([2])
+    r, rho, hidden = listed(1 << m, 1 << s, 1 << m)
+    coeffs = np.zeros((1, 3, 1), dtype=np.int64)
+    coeffs[0, 2] = 3
+    draws = np.random.default_rng(0)
+    for _ in range(32):
+        drawn = draws.integers(0, 1 << v, 4)
+        taken = np.repeat(drawn[:, None], len(r), axis=1)
+        words = np.empty_like(taken)
+        kernels.deal_polynomial(
+            r[None],
+            rho,
+            taken,
+            bits=m,
+            shifts=shifts,
+            degrees=degrees,
+            coeffs=coeffs,
+            linear=np.array([1]),
+            linear_shift=0,
+            zeros=zeros,
+            out=words,
+        )
+        words[0] += hidden << (s - unsent)
+        for z in inner(m):
+            c = (z + (1 << (m - 2)) + r) % (1 << m)
+            share = np.empty_like(r)
+            kernels.polynomial_share(
+                (c >> shift)[None],
+                words,
+                widths=m - shifts,
+                degrees=degrees,
+                zeros=zeros,
+                leading=np.zeros((1, 1), dtype=np.int64),
+                step=unsent,
+                out=share,
+            )
+            sent = share % (1 << (v - unsent))
+            assert is_uniform(ids(c, sent), 1 << (m + v - unsent))
+
+
+@pytest.mark.parametrize("corrections", ["server", "client"])
+@pytest.mark.parametrize("weight, x", [(0, 1), (1, -1), (3, 1)])
+def test_a_whole_linear_part_is_exact_and_uniform_for_both_parties(
+    corrections, weight, x
+):
+    """From the dealer's B t + r - G to the opening: every t, B, r and G is listed.
+
+    Beside these halves the parties hold those of the words, which draw masks of their
+    own: the whole dealing is this part and the activation of the tests above.
+    """
+    m, shift = 3, 1
+    size = 1 << m
+    t, mask, r, drawn = listed(*[size] * 4)
+    dealt = (mask * t + r - drawn) % size
+    mine, theirs = (dealt, drawn) if corrections == "server" else (drawn, dealt)
+    # The client adds (W - B) t, the server its half, W D and 2**(m-2).
+    opened = (weight - mask) % size
+    sent = (opened * t + theirs) % size
+    d = (x - t) % size
+    c = (mine + sent + weight * d + (1 << (m - 2))) % size
+    assert (c == (weight * x + (1 << (m - 2)) + r) % size).all()
+    # As many rows as views: uniform means that no view comes twice.
+    server_view = ids(mask, mine, sent, d)
+    assert is_uniform(server_view, size**4)
+    client_view = ids(opened, t, theirs, c >> shift)
+    assert is_uniform(client_view, size**3 << (m - shift))
+    z = weight * x
+    assert is_product(client_view, ids((z + (r & ((1 << shift) - 1))) >> shift))
+
+
+@pytest.mark.parametrize("corrections", ["server", "client"])
+def test_an_output_shows_the_client_its_value_and_the_server_nothing(corrections):
+    """The last linear part has no r: the halves are the shares of its value."""
+    m, weight, noise_bits = 3, 3, 1
+    size = 1 << m
+    t, mask, drawn, noise = listed(size, size, size, 1 << noise_bits)
+    views = []
+    for x in (-1, 0, 1):
+        dealt = (mask * t - drawn) % size
+        mine, theirs = (dealt, drawn) if corrections == "server" else (drawn, dealt)
+        opened, d = (weight - mask) % size, (x - t) % size
+        kept = (opened * t + theirs) % size
+        sent = (mine + weight * d + noise) % size
+        assert ((sent + kept) % size == (weight * x + noise) % size).all()
+        assert is_uniform(ids(mask, mine, d, noise), size**3 << noise_bits)
+        # Beside the logits nothing of what the client holds tells the noise.
+        held = ids(opened, t, theirs)
+        assert is_uniform(held, size**3) and is_product(held, noise)
+        views.append(np.bincount(held * size + (sent + kept) % size))
+    assert len({view.tobytes() for view in views}) > 1  # it learns the value
+
+
+def test_halves_that_one_party_knew_both_of_would_be_found():
+    """A dealer that sent G beside what it leaves, or used one G twice."""
+    m = 3
+    size = 1 << m
+    t, mask, r, drawn = listed(*[size] * 4)
+    dealt = (mask * t + r - drawn) % size
+    weight = 2
+    sent = ((weight - mask) * t + drawn) % size
+    # The server would know the client's t where B is odd.
+    assert not is_product(ids(mask, drawn, dealt, sent), t)
+    again = (mask * t + (r + 1) * mask - drawn) % size
+    assert not is_product(ids(mask, dealt, again), r)
+
+
 # ---------------------------------------------------------------- products
 
 

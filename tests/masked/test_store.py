@@ -339,6 +339,7 @@ def test_a_header_of_other_indices_does_not_fit_its_journal(tmp_path: Path) -> N
         ({"rank": 1}, "made for rank 0, this is rank 1"),
         ({"plan": bytes(32)}, "made for plan 0001.*this is plan 0000"),
         ({"model": b"n" * 32}, "made for model 7777.*this is model 6e6e"),
+        ({"corrections": "client"}, "corrections to the server; corrections to the cl"),
         ({"layout": lambda batch: LAYOUT[:1]}, "records of 12,288 bytes; this plan's"),
     ],
 )
@@ -411,7 +412,7 @@ def test_mutated_files_raise_nothing_else_and_take_no_memory(tmp_path: Path) -> 
         ("count", 2**20), ("count", 2**63), ("record", 2**40), ("record", 4097),
         ("record", 0), ("record", -4096), ("batch", 10**15), ("first", 2**63),
         ("count", "3"), ("count", 3.0), ("count", None), ("rank", [0] * 100),
-        ("key", b""), ("plan", "x" * 32), ("more", 1),
+        ("key", b""), ("plan", "x" * 32), ("more", 1), ("corrections", "dealer"),
     ],
 )  # fmt: skip
 def test_a_header_that_promises_too_much_is_refused_before_anything_is_allocated(
@@ -423,7 +424,7 @@ def test_a_header_that_promises_too_much_is_refused_before_anything_is_allocated
     (fields if field in fields else fields["identity"])[field] = value
     text = msgspec.msgpack.encode(fields)
     mac = journal.tag(header.key, journal.HEADER, 0, (text,))
-    page = b"ESPNMAT2" + struct.pack("<I", len(text)) + text + mac
+    page = path.read_bytes()[:8] + struct.pack("<I", len(text)) + text + mac
     path.write_bytes(page.ljust(PAGE, b"\0") + path.read_bytes()[PAGE:])
     tracemalloc.start()
     try:

@@ -12,13 +12,13 @@ from crypten_espn.serving.messages import Message, encode
 NAME, DIGEST = "0123456789abcdef" * 2, "0123456789abcdef" * 4
 EXAMPLES: tuple[Message, ...] = (
     messages.Hello(session=None, next_index=0),
-    messages.Hello(session=NAME, next_index=7),
+    messages.Hello(session=NAME, next_index=7, corrections="client"),
     messages.Welcome(next_index=3, description=DIGEST, keeps=True),
     messages.Prepare(session=NAME, start=0, count=4, batch=2),
     messages.Accepted(),
     messages.Prepared(),
     messages.Goodbye(),
-    messages.Join(session=NAME, digest=DIGEST),
+    messages.Join(session=NAME, digest=DIGEST, corrections="client"),
     messages.Joined(),
     messages.Paired(),
     messages.Seed(seed=NAME, partner=""),
