@@ -28,18 +28,15 @@ def _pack(values: np.ndarray, bits: int, out: np.ndarray) -> None:
 
 
 @compiled
-def _unpack(words: np.ndarray, bits: int, out: np.ndarray) -> None:
+def _unpack(words: np.ndarray, bits: int, first: int, out: np.ndarray) -> None:
+    # Every element on its own, so that several are under way at once. It lies in two
+    # words at most; a shift by 64 is undefined, hence the second one's two shifts.
     mask = (np.uint64(1) << np.uint64(bits)) - np.uint64(1)
-    position = 0
-    used = 0
     for i in range(out.shape[0]):
-        value = words[position] >> np.uint64(used)
-        used += bits
-        if used >= 64:
-            position += 1
-            used -= 64
-            if used > 0:
-                value |= words[position] << np.uint64(bits - used)
+        place = first + i * bits
+        position, used = place >> 6, np.uint64(place & 63)
+        value = words[position] >> used
+        value |= (words[position + 1] << np.uint64(1)) << (np.uint64(63) - used)
         out[i] = value & mask
 
 
@@ -70,21 +67,41 @@ def pack(values: np.ndarray, *, bits: int) -> memoryview:
     return words.data.cast("B")[: packed_bytes(flat.size, bits)]
 
 
-def unpack(data: memoryview | bytes, count: int, *, bits: int) -> np.ndarray:
+def unpack(
+    data: memoryview | bytes, count: int, *, bits: int, out: np.ndarray | None = None
+) -> np.ndarray:
     """Undo `pack`: int32 for up to 32 bits, int64 for more.
 
     Values lie in [0, 2**bits), save that a 32-bit or 64-bit ring fills its type.
+
+    Args:
+        data: `packed_bytes(count, bits)` bytes.
+        out: (count,) contiguous, of that type; a new array if None.
     """
+    dtype = np.dtype(np.int32 if bits <= 32 else np.int64)
     if bits in (32, 64):
-        dtype = np.int32 if bits == 32 else np.int64
         whole = np.frombuffer(data, dtype=dtype, count=count)
+        if out is not None:
+            out[:] = whole
+            return out
         # A part of a message may start at any byte; kernels want it aligned.
         return whole if whole.flags.aligned else whole.copy()
-    # One word more than the data needs, so the last element may read past its end.
-    words = np.zeros((count * bits + 63) // 64 + 1, dtype=np.uint64)
-    words.view(np.uint8)[: len(data)] = np.frombuffer(data, dtype=np.uint8)
-    out = np.empty(count, dtype=np.int32 if bits < 32 else np.int64)
-    _unpack(words, bits, out)
+    if out is None:
+        out = np.empty(count, dtype=dtype)
+    # An element may end in the word after its first: the last ones are read from a
+    # copy with a word more.
+    words = np.frombuffer(data, dtype=np.uint64, count=len(data) // 8)
+    if not words.flags.aligned:
+        words = words.copy()
+    words.flags.writeable = False  # one type, whatever the bytes lie in
+    whole_count = min(count, max(0, len(words) - 1) * 64 // bits)
+    _unpack(words, bits, 0, out[:whole_count])
+    start = whole_count * bits // 64
+    rest = np.zeros(-(-count * bits // 64) - start + 1, dtype=np.uint64)
+    tail = np.frombuffer(data, dtype=np.uint8)[8 * start :]
+    rest.view(np.uint8)[: len(tail)] = tail
+    rest.flags.writeable = False
+    _unpack(rest, bits, whole_count * bits - 64 * start, out[whole_count:])
     return out
 
 
