@@ -282,7 +282,7 @@ def test_a_corrected_clients_message_is_uniform_to_a_server_that_knows_its_own_w
                 widths=m - shifts,
                 degrees=degrees,
                 zeros=zeros,
-                leading=np.zeros((1, 1), dtype=np.int64),
+                public=np.zeros_like(coeffs),
                 step=unsent,
                 out=share,
             )

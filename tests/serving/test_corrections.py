@@ -307,7 +307,7 @@ def test_serve_offers_the_one_choice_that_it_was_told(
     network, images = tmp_path / "network.onnx", tmp_path / "images.npy"
     network.write_bytes(export(served.network, served.inputs[:1]))
     np.save(images, served.inputs.numpy())
-    answered = []
+    answered: list[bool] = []
 
     def run(server: ModelServer) -> None:
         thread = threading.Thread(target=original, args=(server,))
