@@ -13,7 +13,7 @@ import numpy as np
 from ..errors import MaterialError
 from ..wire.channel import Channel
 from ..wire.frames import HEADER_BYTES
-from ..wire.packing import pack, packed_bytes, unpack
+from ..wire.packing import pack, packed_bytes, unpack_parts
 from .messages import Compare, Protocol, Receive, Send, Tell
 
 T = TypeVar("T")
@@ -42,7 +42,9 @@ def over(part: Protocol[T], channels: Mapping[str, Channel], *, tag: int = 0) ->
             if isinstance(event, Send):
                 channels[event.to].send_parts(event.parts, tag=tag)
             elif isinstance(event, Receive):
-                answer = channels[event.of].receive_parts(event.parts, tag=tag)
+                answer = channels[event.of].receive_parts(
+                    event.parts, tag=tag, out=event.out
+                )
             elif isinstance(event, Tell):
                 channels[event.to].send_bytes(event.digest, tag=tag)
             else:
@@ -161,7 +163,6 @@ def _take(event: Receive | Compare, message: _Message) -> list[np.ndarray] | Non
     expected = [packed_bytes(count, bits) for count, bits in event.parts]
     if [len(data) for data, _ in message] != expected:
         raise RuntimeError(f"The {event.of} sent parts of another size than expected.")
-    return [
-        unpack(memoryview(bytearray(data)), count, bits=bits)
-        for (data, _), (count, bits) in zip(message, event.parts, strict=True)
-    ]
+    return unpack_parts(
+        [memoryview(bytearray(data)) for data, _ in message], event.parts, event.out
+    )

@@ -38,7 +38,7 @@ from ..errors import MaterialError, RandomnessError, WorldSizeError
 from ..protocols.shares import shared
 from ..protocols.truncation import exact
 from ..randomness import new_seed
-from ..wire.packing import pack, packed_bytes, unpack
+from ..wire.packing import pack, packed_bytes, unpack_parts
 from . import kernels
 from .dealing import Dealing
 from .inference import client_layers, server_layers
@@ -59,13 +59,12 @@ class _Deal:
         self._position = 0
 
     def read(self, event: Receive) -> list[np.ndarray]:
-        arrays = []
+        found = []
         for count, bits in event.parts:
             start = self._position
             self._position += packed_bytes(count, bits)
-            data = memoryview(bytearray(self._data[start : self._position]))
-            arrays.append(unpack(data, count, bits=bits))
-        return arrays
+            found.append(memoryview(bytearray(self._data[start : self._position])))
+        return unpack_parts(found, event.parts, event.out)
 
 
 def _packed(parts: tuple[tuple[np.ndarray, int], ...]) -> bytes:

@@ -39,11 +39,13 @@ class Send:
 class Receive:
     """Wait for one message; each part is a number of elements and their bits.
 
-    The driver answers with the parts' elements, flat.
+    The driver answers with the parts' elements, flat: in `out` if it is given, as
+    `wire.packing.unpack` takes them, in new arrays otherwise.
     """
 
     of: str
     parts: tuple[tuple[int, int], ...]
+    out: tuple[np.ndarray, ...] | None = None
 
 
 @dataclass(frozen=True)

@@ -116,10 +116,8 @@ def _words(plan: Plan, number: int, batch: int) -> Protocol[np.ndarray]:
     words = np.empty(batch * between.words, dtype=np.int64)
     for chunk in chunks(batch):
         parts = between.dealt(chunk.stop - chunk.start)
-        found = yield Receive(DEALER, parts)
         place = chunk_words(plan, number, words, chunk)
-        for line, given in zip(place.reshape(len(parts), -1), found, strict=True):
-            line[:] = given
+        yield Receive(DEALER, parts, tuple(place.reshape(len(parts), -1)))
     return words
 
 

@@ -39,7 +39,7 @@ from .frames import (
     printable,
     reason,
 )
-from .packing import pack, packed_bytes, unpack
+from .packing import pack, packed_bytes, unpack, unpack_parts
 from .stream import Reading, Stream, nothing
 from .tls import TLS, common_name
 
@@ -217,13 +217,18 @@ class Channel:
         self._send(Kind.RING, packed, tag=tag)
 
     def receive_parts(
-        self, sizes: Sequence[tuple[int, int]], *, tag: int = 0
+        self,
+        sizes: Sequence[tuple[int, int]],
+        *,
+        tag: int = 0,
+        out: Sequence[np.ndarray] | None = None,
     ) -> list[np.ndarray]:
         """Receive what `send_parts` sent: exactly these parts, each of them flat.
 
         Args:
             sizes: (number of elements, bits of their ring) of each part, in order.
             tag: number the message must carry.
+            out: where each part's elements go; new arrays if None.
 
         Returns: an array for each part as `unpack` makes it.
 
@@ -235,10 +240,7 @@ class Channel:
                 Kind.RING, tag, [packed_bytes(count, bits) for count, bits in sizes]
             )
         )
-        return [
-            unpack(data, count, bits=bits)
-            for data, (count, bits) in zip(buffers, sizes, strict=True)
-        ]
+        return unpack_parts(buffers, sizes, out)
 
     # -- ring elements that are packed already
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from ..compiled import compiled, heats
@@ -103,6 +105,19 @@ def unpack(
     rest.flags.writeable = False
     _unpack(rest, bits, whole_count * bits - 64 * start, out[whole_count:])
     return out
+
+
+def unpack_parts(
+    buffers: Sequence[memoryview | bytes],
+    parts: Sequence[tuple[int, int]],
+    out: Sequence[np.ndarray] | None = None,
+) -> list[np.ndarray]:
+    """A message's parts, each of so many elements and bits; see `unpack`."""
+    places = [None] * len(parts) if out is None else out
+    return [
+        unpack(data, count, bits=bits, out=place)
+        for data, (count, bits), place in zip(buffers, parts, places, strict=True)
+    ]
 
 
 @heats

@@ -50,8 +50,8 @@ def received(monkeypatch: pytest.MonkeyPatch) -> Counter[tuple[str, str]]:
     counted: Counter[tuple[str, str]] = Counter()
     original = Channel.receive_parts
 
-    def count(channel, sizes, *, tag=0):
-        arrays = original(channel, sizes, tag=tag)
+    def count(channel, sizes, *, tag=0, out=None):
+        arrays = original(channel, sizes, tag=tag, out=out)
         size = sum(packed_bytes(*part) for part in sizes)
         counted[channel.role, channel.peer_role] += size
         return arrays
@@ -218,10 +218,10 @@ def test_a_client_that_goes_while_it_is_dealt_to_ends_the_servers_preparation(
     served = serving(model, run)
     original = Channel.receive_parts
 
-    def leave(channel, sizes, *, tag=0):
+    def leave(channel, sizes, *, tag=0, out=None):
         if (channel.role, channel.peer_role, tag) == ("client", "dealer", 1):
             raise KeyboardInterrupt
-        return original(channel, sizes, tag=tag)
+        return original(channel, sizes, tag=tag, out=out)
 
     monkeypatch.setattr(Channel, "receive_parts", leave)
     link = asking(served, CLIENT)

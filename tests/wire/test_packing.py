@@ -22,3 +22,8 @@ def test_pack_is_exact_and_tight(bits, count, seed):
     assert packed == number.to_bytes(packed_bytes(count, bits), "little")
     back = unpack(packed, count, bits=bits)
     assert [int(v) & mask for v in back] == [int(v) & mask for v in values]
+    # Into a given array, from bytes that start anywhere.
+    place = np.zeros_like(back)
+    shifted = memoryview(b"." + packed)[1:]
+    assert unpack(shifted, count, bits=bits, out=place) is place
+    assert np.array_equal(place, back)
