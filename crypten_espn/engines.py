@@ -17,7 +17,7 @@ class Masked:
     """The masked engine: exact truncation, an offline phase, a fraction of the bytes.
 
     Args:
-        precision: "fast" (a linear ring of 32 bits) or "high" (40), wider where the
+        precision: "compact", "fast" or "high", as `make_plan` says, wider where the
             network needs it, as its plan then says; or the bits, 20 to 56.
         headroom: how far beyond the calibration inputs values may go.
 

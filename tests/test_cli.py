@@ -98,7 +98,10 @@ def test_every_command_has_help_with_examples_that_parse(capsys, command):
         (["estimate", "minionn", "--batch", "1.5"], ["--batch", "'1.5'", "1 on"]),
         (["estimate", "minionn", "--batch", "-2"], ["--batch", "'-2'", "1 on"]),
         (["estimate", "minionn", "--bacth", "2"], ["--bacth", "--batch"]),
-        (["plan", "x", "--calibration", "i", "--precision", "8"], ["'8'", "fast, hi"]),
+        (
+            ["plan", "x", "--calibration", "i", "--precision", "8"],
+            ["'8'", "compact, fast, hi"],
+        ),
         (["train", "--threads", "0"], ["--threads", "'0'", "1 on"]),
         (["train", "--penalty", "l2"], ["--penalty", "'l2'", "sum, mean, boundary"]),
         (["train", "--epochs", "many"], ["--epochs", "'many'", "1 on"]),

@@ -29,6 +29,7 @@ from ..pillar.storage import BUNDLED, load_network
 from ..protocols import PROTOCOLS, TRUNCATIONS
 from .options import (
     INPUTS,
+    PRECISIONS,
     SEVERAL_BITS,
     Calibration,
     GuardFile,
@@ -176,7 +177,7 @@ def explain(
     precision_bits: Annotated[list[int] | None, SEVERAL_BITS] = None,
     precision: Annotated[
         list[str] | None,
-        choice("of the masked engine; several compare", "fast", "high", several=True),
+        choice("of the masked engine; several compare", *PRECISIONS, several=True),
     ] = None,
     calibration: Annotated[Path | None, option(_BOUNDING, "FILE")] = None,
 ) -> int:

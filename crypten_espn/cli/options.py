@@ -217,4 +217,10 @@ _GUARD = (
 )
 GuardFile = Annotated[Path | None, option(_GUARD, "FILE")]
 Calibration = Annotated[Path, option(f"{INPUTS}; they bound every layer", "FILE")]
-Precision = Annotated[str, choice("32-bit or 40-bit linear layers", "fast", "high")]
+# The masked engine's; planning knows what they are.
+PRECISIONS = ("compact", "fast", "high")
+_PRECISION = (
+    "the fewest bytes at the error of espn with 12 bits, or 32-bit or 40-bit linear "
+    "layers"
+)
+Precision = Annotated[str, choice(_PRECISION, *PRECISIONS)]

@@ -27,6 +27,7 @@ from ..wire.tls import TLS
 from .hosts import Common, Dealing, Network, Serving
 from .options import (
     INPUTS,
+    PRECISIONS,
     GuardFile,
     argument,
     checked,
@@ -99,7 +100,7 @@ _DEALER = (
 )
 _NETWORK = "a bundle, an .onnx, a trained .safetensors, or a bundled network's name"
 _CALIBRATION = f"{INPUTS}; they bound every layer of a network that is no bundle"
-_PRECISION = "32-bit or 40-bit linear layers of a network that is no bundle"
+_PRECISION = "of a network that is no bundle; see `crypten-espn plan --help`"
 
 Served = Annotated[
     Path, typer.Argument(parser=network_file, metavar="NETWORK", help=_NETWORK)
@@ -125,7 +126,7 @@ def serve(
     address: Listen,
     dealer: Dealer,
     calibration: Annotated[Path | None, option(_CALIBRATION, "FILE")] = None,
-    precision: Annotated[str | None, choice(_PRECISION, "fast", "high")] = None,
+    precision: Annotated[str | None, choice(_PRECISION, *PRECISIONS)] = None,
     guard: GuardFile = None,
     material: Material = None,
     workers: Workers = 1,

@@ -90,10 +90,9 @@ def test_integers_of_coefficients_are_rounded_half_up(exponent, value_frac_bits)
     )
     found = choose_truncations(
         [p],
-        ring=32,
+        ring=64 + 14 - value_frac_bits,
         frac_bits=20,
         result_bits=14,
-        value_frac_bits=value_frac_bits,
         effect=effect,
     )
     assert found is not None and found.linear is not None

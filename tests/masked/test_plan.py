@@ -241,7 +241,6 @@ def test_all_degrees_are_grouped(name):
         ring=32,
         frac_bits=25,
         result_bits=11,
-        value_frac_bits=43,
         effect=effect,
     )
     assert found is not None

@@ -20,9 +20,13 @@ from crypten_espn.layers.arithmetic import Windows
 from crypten_espn.layers.compared import Relu
 from crypten_espn.layers.moves import Concat
 from crypten_espn.layers.pools import AveragePool
+from crypten_espn.masked.inference import online_bytes
 from crypten_espn.masked.planning import make_plan, masked_model
+from crypten_espn.masked.planning.calibration import Calibration
 from crypten_espn.masked.planning.checking import check_plan
+from crypten_espn.masked.planning.network import Network
 from crypten_espn.masked.planning.precision import Effect, choose_truncations
+from crypten_espn.masked.planning.yardstick import espn_error
 from crypten_espn.masked.reference import evaluate
 from crypten_espn.pillar.data import fashion_sample
 from crypten_espn.pillar.storage import load_network
@@ -30,6 +34,8 @@ from crypten_espn.pillar.storage import load_network
 from .cases import QUARTIC, Pair, planned
 from .networks import (
     OTHERS,
+    QUADRATIC,
+    QUINTIC,
     RESCALING,
     Written,
     act,
@@ -325,7 +331,6 @@ def test_a_coefficient_never_rounds_to_nothing():
             ring=ring,
             frac_bits=g,
             result_bits=f,
-            value_frac_bits=f + 64 - ring,
             effect=flat,
         )
 
@@ -438,6 +443,81 @@ def test_a_network_that_roundings_would_drown_takes_a_wider_ring_and_says_so():
     assert f"a ring of {wide.plan.output.ring} bits: in a ring of 32" in str(wide)
     report = espn.check(network, x)
     assert report.widened == wide.report.widened and report.widened in str(report)
+
+
+def test_the_compact_precision_takes_fewest_bytes_within_the_error_of_espn():
+    network = ready(
+        nn.Sequential(
+            conv(3, 8, 3), act(), conv(8, 8, 3), act(), nn.Flatten(), nn.Linear(128, 5)
+        )
+    )
+    x = images(16)
+    private = espn.convert(network, x, protocol="espn")
+    found = espn.explain(private, x, precision_bits=12, runs=1)
+    of_espn = rms(found.logits.double() - found.clear)
+    fast, compact = (planned(network, x, precision=p) for p in ("fast", "compact"))
+    logits, _ = evaluate(
+        compact.plan, compact.weights, x, roundings=coins(compact.plan, 3)
+    )
+    stated = compact.report.logits_error
+    assert 0.5 * stated < of_espn and stated < 1.1 * of_espn
+    assert rms(logits - exact(network, x)) < of_espn
+    assert f"standard deviation of the error {stated:.2g}" in str(compact)
+    # One truncation for all powers from the square on; the client receives nothing of
+    # c below it.
+    for step in compact.plan.steps:
+        (group,) = step.activation.groups
+        assert step.opened_bits == (step.ring - group.shift,)
+        assert step.ring <= 32
+    online = [sum(online_bytes(model.plan)) for model in (fast, compact)]
+    assert online[1] < 0.75 * online[0]
+    assert compact.plan.dealer_bytes() < 0.8 * fast.plan.dealer_bytes()
+    assert not compact.report.widened
+
+
+def test_the_estimate_of_espn_is_its_error():
+    """Where powers matter most, and where the layers' own units do."""
+    for network, x in (
+        (nn.Sequential(nn.Linear(10, 16), act(QUADRATIC), nn.Linear(16, 4)), vectors),
+        (nn.Sequential(nn.Linear(10, 16), act(QUINTIC), nn.Linear(16, 4)), vectors),
+        (nn.Sequential(nn.Linear(10, 16), nn.Linear(16, 4)), vectors),
+    ):
+        given = x(256)
+        private = espn.convert(ready(network), given, protocol="espn")
+        calibration = Calibration(Network(private), given)
+        for bits in (10, 12):
+            found = espn.explain(private, given, precision_bits=bits, runs=1)
+            measured = rms(found.logits.double() - found.clear)
+            estimated = espn_error(calibration, frac_bits=bits)
+            assert 0.6 < measured / estimated < 1.5
+
+
+def test_the_compact_precision_parts_powers_and_widens_where_a_network_needs_it():
+    """Weights so small that no usual ring keeps enough of them."""
+    square = espn.Polynomial((0, 512, 90), 10, (-5.0, 5.0))
+    first, last = (nn.Linear(*size, bias=False) for size in ((10, 8), (8, 4)))
+    with torch.no_grad():
+        first.weight.mul_(3e-5)
+    network, x = ready(nn.Sequential(first, act(square), last)), vectors()
+    wide = planned(network, x, precision="compact")
+    assert wide.plan.output.ring > 32
+    assert f"a ring of {wide.plan.output.ring} bits: in a ring of 32" in str(wide)
+    # A degree whose powers one truncation would not serve.
+    steep = espn.Polynomial((0, 1024, 0, 0, 0, 0, 300, 0, 5), 10, (-2.0, 2.0))
+    network = ready(nn.Sequential(nn.Linear(10, 16), act(steep), nn.Linear(16, 4)))
+    model = planned(network, x, precision="compact")
+    assert model.plan.output.ring <= 32
+    logits, _ = evaluate(model.plan, model.weights, x, roundings=coins(model.plan, 1))
+    assert rms(logits - exact(network, x)) < 2 * model.report.logits_error
+
+
+def test_the_compact_plan_of_weights_that_are_all_zero_has_a_usual_ring():
+    network = ready(nn.Sequential(nn.Linear(10, 8), act(), nn.Linear(8, 4)))
+    for parameter in network.parameters():
+        parameter.zero_()
+    plan = planned(network, vectors(), precision="compact").plan
+    assert {part.ring for part in plan.parts} == {32}
+    assert len(plan.steps[0].activation.groups) == 1
 
 
 # ---------------------------------------------------------------- stated errors

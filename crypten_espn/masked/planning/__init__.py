@@ -15,7 +15,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from crypten import nn as crypten_nn
@@ -31,20 +32,82 @@ from .calibration import Calibration
 from .layers import layer_title, naming
 from .network import Network, parameters_of
 from .scales import NarrowError, Scales
+from .yardstick import espn_error
 
 __all__ = ["HEADROOM", "PRECISIONS", "layer_title", "make_plan", "masked_model"]
 
-# The linear ring of each named precision, where the network needs no wider one. At
-# most 32 bits: int32 kernels, fewer bytes.
-PRECISIONS = {"fast": 32, "high": 40}
 HEADROOM = 4.0
 _STEP = 4
-# A logit's estimated error beside the largest logit, above which a ring is too narrow.
-_IMPRECISE = 2.0**-8
+
+
+@dataclass(frozen=True)
+class Precision:
+    """A named precision: rings are tried from the narrowest on.
+
+    Args:
+        least, usual: bits of the narrowest ring, and of the widest that the name
+            promises. At most 32: int32 kernels, fewer bytes.
+        espn_bits: powers share a truncation, and a ring is wide enough, where a logit's
+            error stays within that of protocol "espn" at so many fractional bits too;
+            0 if that does not count.
+    """
+
+    least: int
+    usual: int
+    espn_bits: int = 0
+
+    def ways(self, allowed: float) -> Iterator[tuple[int, float]]:
+        """Rings that are tried, and the logits' error that truncated powers may bring.
+
+        A truncation saved is worth more bytes than a narrower ring. Each brings the
+        server's noise on the logits as well, so that not all of what is allowed is
+        theirs where that proves too much.
+        """
+        if not self.espn_bits:
+            yield from ((bits, 0.0) for bits in _from(self.usual))
+            return
+        # What logits of zero need is unknown; in a usual ring, no more bytes than this.
+        least = self.least if math.isfinite(allowed) else self.usual
+        for share in (1.0, _SPARED):
+            for bits in range(least, self.usual + 1, 2):
+                yield bits, share * allowed
+        yield from ((bits, _SPARED * allowed) for bits in _from(self.usual + _STEP))
+
+    def allowed(self, calibration: Calibration) -> float:
+        """The standard deviation of a logit's error above which a ring is too narrow.
+
+        Infinite where all logits are zero.
+        """
+        if not calibration.largest_logit:
+            return math.inf
+        allowed = _IMPRECISE
+        if self.espn_bits:
+            espn = espn_error(calibration, frac_bits=self.espn_bits)
+            beside = _SURELY * calibration.beside_logits(espn)
+            allowed = min(max(beside, _PRECISE), _IMPRECISE)
+        return allowed * calibration.largest_logit
+
+
+# A logit's estimated error beside the largest logit above which a ring is too narrow,
+# and below which it is wide enough for any precision.
+_IMPRECISE, _PRECISE = 2.0**-8, 2.0**-12
+# The error of protocol "espn" that networks showed was 0.8 to 1.2 times its estimate.
+_SURELY = 0.8
+# The share of a logit's error that is left to powers beside the noise they bring.
+_SPARED = 0.3
+PRECISIONS = {
+    "compact": Precision(26, 32, espn_bits=12),
+    "fast": Precision(32, 32),
+    "high": Precision(40, 40),
+}
+
+
+def _from(ring: int) -> range:
+    return range(ring, RING_LIMITS[1] + 1, _STEP)
 
 
 def ring_bits(precision: str | int, headroom: float) -> int:
-    """The linear ring of a precision.
+    """The linear ring of a precision, or the first that is tried.
 
     Raises: PlanError if there is no such precision, or the headroom is below 1.
     """
@@ -55,7 +118,8 @@ def ring_bits(precision: str | int, headroom: float) -> int:
         )
     if isinstance(precision, bool):
         raise PlanError(f"precision={precision!r}; give a name or a number of bits.")
-    ring = PRECISIONS[precision] if isinstance(precision, str) else precision
+    named = PRECISIONS[precision] if isinstance(precision, str) else None
+    ring = named.least if named is not None else int(precision)
     if not RING_LIMITS[0] <= ring <= RING_LIMITS[1]:
         raise PlanError(
             f"A linear ring of {ring} bits; {RING_LIMITS[0]} to {RING_LIMITS[1]} work."
@@ -77,8 +141,10 @@ def make_plan(
     Args:
         graph: a crypten.nn.Graph, converted, batch-norm folded, not encrypted.
         example: (batch, *input_shape) calibration inputs; more give better bounds.
-        precision: "fast" (a linear ring of 32 bits) or "high" (40), wider where the
-            network needs it, as the report then says; or the bits, 20 to 56.
+        precision: "compact" (a linear ring of 26 to 32 bits, and the fewest bytes whose
+            error stays within that of protocol "espn" at 12 fractional bits), "fast"
+            (32) or "high" (40), wider where the network needs it, as the report then
+            says; or the bits, 20 to 56.
         headroom: how far beyond the calibration inputs values may go.
 
     Raises: PlanError naming the layer that is unsupported or whose values do not fit,
@@ -91,7 +157,7 @@ def make_plan(
         calibration = Calibration(network, _calibrating(graph, example))
         network.cut()
         if isinstance(precision, str):
-            return _wide_enough(calibration, ring, headroom)
+            return _wide_enough(calibration, PRECISIONS[precision], headroom)
         return _in_ring(calibration, ring, headroom)
 
 
@@ -145,50 +211,53 @@ def _in_ring(
 
 
 def _wide_enough(
-    calibration: Calibration, ring: int, headroom: float
+    calibration: Calibration, precision: Precision, headroom: float
 ) -> tuple[Plan, PlanReport]:
-    """The plan in the narrowest ring from this one on that is precise enough.
+    """The plan in the narrowest ring of a precision that is precise enough.
 
     Where none is, that of the last that at least halved the error: a wider ring leaves
     polynomials fewer bits.
 
     Raises: PlanError if the network has no plan in any.
     """
+    allowed = precision.allowed(calibration)
     best, least, why = None, math.inf, ""
-    for bits in _from(ring):
+    for bits, room in precision.ways(allowed):
         try:
-            plan, report = _build(calibration, bits, headroom)
+            plan, report = _build(calibration, bits, headroom, room)
         except NarrowError as narrow:
-            why = why or str(narrow)
+            why = why or (str(narrow) if bits >= precision.usual else "")
             continue
         except PlanError:
             if best is None:
                 raise
             break
-        error = calibration.beside_logits(report.logits_error)
-        if error > least / 2:
+        error = report.logits_error
+        wide = bits > precision.usual
+        if wide and error > least / 2:
             break
-        widened = f"a ring of {bits} bits: {why}" if why else ""
+        if error > least:
+            continue
+        widened = f"a ring of {bits} bits: {why}" if wide else ""
         best, least = (plan, replace(report, widened=widened)), error
-        if error <= _IMPRECISE:
+        if error <= allowed:
             break
-        why = why or (
-            f"in a ring of {bits} bits a logit's error would have a standard deviation "
-            f"of {100 * error:.2g} % of the largest logit."
-        )
+        if bits >= precision.usual:
+            beside = 100 * calibration.beside_logits(error)
+            why = why or (
+                f"in a ring of {bits} bits a logit's error would have a standard "
+                f"deviation of {beside:.2g} % of the largest logit."
+            )
     if best is None:
         raise _too_wide(why)
     return best
 
 
-def _from(ring: int) -> range:
-    return range(ring, RING_LIMITS[1] + 1, _STEP)
-
-
 def _build(
-    calibration: Calibration, ring: int, headroom: float
+    calibration: Calibration, ring: int, headroom: float, room: float = 0.0
 ) -> tuple[Plan, PlanReport]:
-    return Builder(Scales(calibration, ring=ring, headroom=headroom)).build()
+    scales = Scales(calibration, ring=ring, headroom=headroom, room=room)
+    return Builder(scales).build()
 
 
 def _too_wide(found: str) -> PlanError:

@@ -52,10 +52,14 @@ class Calibration:
         """Logits of one input."""
         return math.prod(self.network.layers[self.network.output].shape)
 
+    @property
+    def largest_logit(self) -> float:
+        """The largest |logit| seen."""
+        return self.network.layers[self.network.output].largest
+
     def beside_logits(self, error: float) -> float:
         """An error of the logits beside the largest seen; 0 if all are zero."""
-        largest = self.network.layers[self.network.output].largest
-        return error / largest if largest else 0.0
+        return error / self.largest_logit if self.largest_logit else 0.0
 
     def _run(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         """Every layer's result.

@@ -20,7 +20,7 @@ from ...polynomial import (
     ChannelPolynomials,
     Polynomial,
 )
-from ..steps import Group, Linear
+from ..steps import VALUE_RING, Group, Linear
 
 # By power, real numbers by channel: one for all, or one for each.
 Error = Mapping[int, np.ndarray]
@@ -87,11 +87,11 @@ class Effect:
         moved = np.zeros(self.sums.shape[:2])
         for k, e in error.items():
             moved += e * self.sums[:, :, k]
-        beside = np.maximum(_squares(error, self.elsewhere), 0.0)
+        beside = np.maximum(squares(error, self.elsewhere), 0.0)
         return float(np.square(moved.sum(1)).mean() + beside.sum())
 
 
-def _squares(error: Error, weights: np.ndarray) -> np.ndarray:
+def squares(error: Error, weights: np.ndarray) -> np.ndarray:
     """By channel, sum_jk e_j e_k weights[c, j + k]."""
     total = np.zeros(len(weights))
     for j, a in error.items():
@@ -177,15 +177,17 @@ def choose_truncations(
     ring: int,
     frac_bits: int,
     result_bits: int,
-    value_frac_bits: int,
     effect: Effect,
+    room: float = 0.0,
 ) -> Truncations | None:
     """Which truncation serves which powers of a polynomial.
 
     1. The square has a truncation of its own; from the third power on, an odd one and
        the even one above it share theirs. From degree 7 on, neighbours are put together
        where that moves the output less: high powers have large coefficients that nearly
-       cancel, and errors of one truncated x cancel with them.
+       cancel, and errors of one truncated x cancel with them. At any degree they are
+       where so few truncations leave errors within the room: each is a mask, an
+       opening and dealer words of its own.
     2. A truncation keeps as many bits as its powers' coefficients allow: the rounding
        of x against the rounding of the coefficient at F - k f_k bits, over all
        channels.
@@ -199,18 +201,21 @@ def choose_truncations(
         rows: public; one for all channels, or one for each.
         ring: bits of z; an opening drops at most all but three.
         frac_bits: g, of the opened z.
-        result_bits: f, of the result.
-        value_frac_bits: F.
+        result_bits: f, of the result; F is what a ring of so many bits leaves it.
         effect: of errors of the result, by the same channels.
+        room: the outputs' mean square error that truncated powers may bring, if fewer
+            truncations do not.
 
     Returns: None if too little is left of a coefficient or of z, whatever is kept.
     """
     real = columns_of(rows)
     least = max(0, frac_bits - (ring - 3))
+    value_bits = result_bits + VALUE_RING - ring
     kept = _Choice(
-        real, radii_of(rows), least, frac_bits, result_bits, value_frac_bits, effect
+        real, radii_of(rows), least, frac_bits, result_bits, value_bits, effect
     )
-    parts = kept.parts(_shared(k for k in range(2, len(real)) if real[k].any()))
+    buckets = _shared(k for k in range(2, len(real)) if real[k].any())
+    parts = kept.parts(buckets, room)
     if parts is None:
         return None
     groups: list[Group] = []
@@ -262,6 +267,8 @@ def _shared(powers: Iterable[int]) -> list[list[int]]:
 _FIRST_JOINED = 7
 # The sum of the errors, the fractional bits, and the errors by coins and coefficients.
 _Best = tuple[float, int, float, float]
+# The sum of the errors, and the parts: powers with what serves them.
+_Way = tuple[float, list[tuple[list[int], _Best]]]
 
 
 @dataclass(frozen=True)
@@ -272,7 +279,7 @@ class _Choice:
         real: (powers, channels) the coefficients.
         radii: (channels,) of the intervals.
         least: the fewest fractional bits.
-        frac_bits, result_bits, value_frac_bits, effect: as of `choose_truncations`.
+        frac_bits, result_bits, value_frac_bits, effect: as of `choose_truncations`; F.
     """
 
     real: np.ndarray
@@ -292,26 +299,37 @@ class _Choice:
         return self.value_frac_bits - bits * np.arange(powers)[:, None]
 
     def parts(
-        self, buckets: Sequence[list[int]]
+        self, buckets: Sequence[list[int]], room: float
     ) -> list[tuple[list[int], _Best]] | None:
-        """The buckets, neighbours put together so that the output is moved least."""
-        joins = len(self.real) > _FIRST_JOINED
-        # Of the first n buckets: the error, and the parts.
-        ways: list[tuple[float, list[tuple[list[int], _Best]]] | None] = [(0.0, [])]
+        """The buckets, neighbours put together.
+
+        So that fewest are left whose error the room holds; where it holds none, so that
+        the output is moved least.
+        """
+        joins = room > 0 or len(self.real) > _FIRST_JOINED
+        # Of the first n buckets, by how many parts they make: the error, and the parts.
+        ways: list[dict[int, _Way]] = [{0: (0.0, [])}]
         for end in range(1, len(buckets) + 1):
-            found = []
-            for start, way in enumerate(ways):
-                if start < end - 1 and not joins:
-                    continue
+            found: dict[int, _Way] = {}
+            for start in range(end) if joins else (end - 1,):
                 powers = [k for bucket in buckets[start:end] for k in bucket]
-                best = None if way is None else self.best(powers, self.least)
-                if way is not None and best is not None:
-                    found.append((way[0] + best[0], [*way[1], (powers, best)]))
-            # Of ways as good as each other the one with more parts: what a plan of
-            # weights that are all zero says of bytes is then the most that others have.
-            best_way = min(found, key=lambda way: (way[0], -len(way[1])), default=None)
-            ways.append(best_way)
-        return None if ways[-1] is None else ways[-1][1]
+                best = self.best(powers, self.least) if ways[start] else None
+                if best is None:
+                    continue
+                for count, (error, parts) in ways[start].items():
+                    way = error + best[0], [*parts, (powers, best)]
+                    known = found.get(count + 1)
+                    if known is None or way[0] < known[0]:
+                        found[count + 1] = way
+            ways.append(found)
+        held = [count for count, (error, _) in ways[-1].items() if error <= room]
+        if room > 0 and held:
+            return ways[-1][min(held)][1]
+        # Of ways as good as each other the one with more parts: what a plan of
+        # weights that are all zero says of bytes is then the most that others have.
+        return min(
+            ways[-1].values(), key=lambda way: (way[0], -len(way[1])), default=(0, None)
+        )[1]
 
     def best(self, powers: Sequence[int], least: int) -> _Best | None:
         """The fractional bits at which a truncation moves the output least.

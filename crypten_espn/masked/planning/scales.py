@@ -46,6 +46,12 @@ class NarrowError(PlanError):
 class Scales:
     """The scales of a cut network.
 
+    Args:
+        calibration: of the network.
+        ring, headroom: as `make_plan`.
+        room: standard deviation of a logit's error; powers share a truncation where
+            all their errors together keep that. 0 if they need not.
+
     Attributes:
         source_of: numbers of the input and the activations, by name.
         ends: names of the values that end the linear parts.
@@ -56,7 +62,14 @@ class Scales:
     Raises: NarrowError naming the layer whose values or weights do not fit the ring.
     """
 
-    def __init__(self, calibration: Calibration, *, ring: int, headroom: float) -> None:
+    def __init__(
+        self,
+        calibration: Calibration,
+        *,
+        ring: int,
+        headroom: float,
+        room: float = 0.0,
+    ) -> None:
         self.calibration = calibration
         self.network = network = calibration.network
         self.ring = ring
@@ -69,6 +82,8 @@ class Scales:
             if network.layers[name].activates:
                 self.source_of[name] = len(self.source_of)
         self._names = list(self.source_of)
+        activations = max(1, len(self._names) - 1)
+        self._room = room**2 * calibration.outputs / activations
         self._naturals: dict[str, Natural] = {}
         self._found: dict[tuple[str, int], Truncations | Dropped | None] = {}
         self.reaches = [self._reach(i) for i in range(len(self.ends))]
@@ -286,8 +301,8 @@ class Scales:
                 ring=self.ring,
                 frac_bits=self.scales[part],
                 result_bits=bits,
-                value_frac_bits=bits + self.drop,
                 effect=layer.effect,
+                room=self._room,
             )
         return self._found[key]
 
