@@ -175,7 +175,7 @@ def _lines(between: Evaluation, words: np.ndarray, rows: int) -> list[np.ndarray
         size, short = between.sizes
         ends = np.cumsum([size] * 6 + [short])
         return np.split(words, ends, axis=1)
-    return [line.reshape(rows, -1) for line in words]
+    return [line.reshape(rows, -1) for line in between.lines(words, rows)]
 
 
 def _online(

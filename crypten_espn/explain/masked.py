@@ -7,6 +7,7 @@ import math
 
 import numpy as np
 import torch
+from torch.nn import functional
 
 from ..convert import PrivateNetwork
 from ..engines import MASKED
@@ -164,7 +165,11 @@ def _value(plan: Plan, number: int, z: torch.Tensor) -> torch.Tensor:
             exponent = k * (step.frac_bits - shift) - act.value_frac_bits
             # By channel, the last axis.
             result += torch.tensor(column).double() * 2.0**exponent * z**k
-    return result
+    if act.pool is None:
+        return result
+    return _channels_last(
+        functional.avg_pool2d(result.movedim(-1, 1), act.pool, divisor_override=1)
+    )
 
 
 def _channels_last(values: torch.Tensor) -> torch.Tensor:

@@ -34,6 +34,7 @@ MAX_ELEMENTS = 1 << 28  # of all values of one input
 MAX_STEP_DEALT = 1 << 27  # words from the dealer for one step of one input
 MAX_DEALT = 1 << 29  # of all steps
 MAX_WEIGHTS = 1 << 28
+MAX_WINDOW = 1 << 12  # values that are summed before a second opening
 MAX_COEFFS = 1 << 22  # of all polynomials, each channel as long as the longest group
 MAX_WORK = 1 << 42  # multiplications and additions of one input
 
@@ -78,6 +79,7 @@ class Checked:
                 self._activation(act, step.ring, place)
                 self._columns(act, result[-1], place)
                 dealt = act.words * math.prod(result)
+                result = self._pooled(act, result, place)
             self._dealt += dealt
             if dealt > MAX_STEP_DEALT or self._dealt > MAX_DEALT:
                 raise PlanError(
@@ -199,6 +201,27 @@ class Checked:
                 )
         if act.value_frac_bits > VALUE_RING - 2:
             raise PlanError(f"{place}: {act.value_frac_bits} fractional bits.")
+
+    def _pooled(self, act: Activation, shape: Shape, place: str) -> Shape:
+        """The shape of a polynomial's result: its values', or that of their sums."""
+        if act.pool is None:
+            return shape
+        if len(shape) != 3 or any(
+            size % window for size, window in zip(shape, act.pool, strict=False)
+        ):
+            raise PlanError(
+                f"{place}: windows of {'x'.join(map(str, act.pool))} do not cover "
+                f"{'x'.join(map(str, shape))} side by side."
+            )
+        if not 1 < math.prod(act.pool) <= MAX_WINDOW:
+            raise PlanError(
+                f"{place}: windows of {math.prod(act.pool):,} values; 2 to "
+                f"{MAX_WINDOW:,} are summed."
+            )
+        result = act.pooled(shape)
+        self._count(math.prod(result), place)
+        self._pass(math.prod(shape), place)
+        return result
 
     def _product(self, step: Step, act: Product, place: str) -> tuple[Shape, int]:
         """The product's shape, and the words that the dealer sends for one input."""

@@ -111,12 +111,10 @@ class Dealing:
                 given = between.deal(
                     coin.part(chunk, batch), halves.words(number, chunk)
                 )
-                bits = between.dealt(chunk.stop - chunk.start)
-                lines = given.reshape(len(bits), -1)
-                parts = tuple(
-                    (line, width) for line, (_, width) in zip(lines, bits, strict=True)
-                )
-                yield Send(to, parts)
+                rows = chunk.stop - chunk.start
+                bits = [width for _, width in between.dealt(rows)]
+                lines = between.lines(given, rows)
+                yield Send(to, tuple(zip(lines, bits, strict=True)))
             sources[number + 1] = source_mask(plan, number, masks.hidden(number))
             for dead in plan.last_reads[number]:
                 del sources[dead]

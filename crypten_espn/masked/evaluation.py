@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from . import kernels
-from .linear import Shape, shape_of
+from .linear import NO_PADS, Shape, shape_of
 from .products import Factors, dealt_words, places
 from .steps import Activation, Product, Step
 
@@ -76,13 +76,27 @@ class Evaluation(ABC):
         return math.prod(self.result)
 
     @property
+    def activations(self) -> int:
+        """Polynomials or products of one input."""
+        return self.elements
+
+    @property
     def words(self) -> int:
         """Of the dealer for one input."""
         return math.prod(self.words_shape(1))
 
     @abstractmethod
     def dealt(self, rows: int) -> tuple[tuple[int, int], ...]:
-        """Words and bits of each part of the dealer's message, in their order."""
+        """Words and bits of each part of the dealer's message, in their order.
+
+        A part is the beginning of a line of the words; what follows there is not used.
+        """
+
+    def lines(self, words: np.ndarray, rows: int) -> list[np.ndarray]:
+        """The parts of words for so many inputs, as they travel; views."""
+        parts = self.dealt(rows)
+        lines = words.reshape(len(parts), -1)
+        return [line[:count] for line, (count, _) in zip(lines, parts, strict=True)]
 
     def payload(self, rows: int) -> tuple[tuple[int, int], ...]:
         """Elements and bits of each part of the server's message for so many inputs."""
@@ -164,20 +178,47 @@ class PolynomialTables:
 
 
 class OfPolynomial(Evaluation):
-    """A polynomial of every element of a value."""
+    """A polynomial of every element of a value, or its sums over windows.
 
-    def __init__(self, step: Step, act: Activation, result: Shape) -> None:
-        self.step, self.result = step, result
-        self.opened = self.elements
-        self.sizes = (self.elements,) * act.masks
+    Shares are linear: each party sums its own. So what belongs to a result, the second
+    opening with its mask and its coin, is one for a window, and so is the constants'
+    word. A coin for each value would round up the sum by half a unit for each.
+
+    Attributes:
+        values: the shape of what the polynomial is computed of.
+    """
+
+    def __init__(self, step: Step, act: Activation, values: Shape) -> None:
+        self.step, self.values = step, values
+        self.result = act.pooled(values)
+        self.opened = math.prod(values)
+        self.sizes = (self.opened,) * act.masks
+        self._pool = act.pool
         self._tables = PolynomialTables.of(act, step.ring)
 
+    @property
+    def activations(self) -> int:
+        return self.opened
+
     def words_shape(self, rows: int) -> Shape:
-        return (len(self._tables.zeros), rows * self.elements)
+        return (len(self._tables.zeros), rows * self.opened)
 
     def dealt(self, rows: int) -> tuple[tuple[int, int], ...]:
-        count = rows * self.elements
-        return tuple((count, 64 - low) for low in self._tables.zeros.tolist())
+        constant, *others = self._tables.zeros.tolist()
+        parts = [(rows * self.opened, 64 - low) for low in others]
+        return ((rows * self.elements, 64 - constant), *parts)
+
+    def _add_sums(self, values: np.ndarray, out: np.ndarray) -> np.ndarray:
+        """Add the values' sums over the windows to out, flat both; out."""
+        assert self._pool is not None
+        kernels.pool_sum(
+            values.reshape(-1, *self.values),
+            out.reshape(-1, *self.result),
+            kernel=self._pool,
+            stride=self._pool,
+            pads=NO_PADS,
+        )
+        return out
 
     def open(self, c: np.ndarray, deltas: np.ndarray) -> Openings:
         flat = c.reshape(-1)
@@ -191,6 +232,8 @@ class OfPolynomial(Evaluation):
         self, openings: Openings, words: np.ndarray, *, c: np.ndarray | None = None
     ) -> np.ndarray:
         tables, bits = self._tables, self.step.ring
+        pooled = self._pool is not None
+        unsent = self.step.activation.unsent if c is None else 0
         half = np.empty(words.shape[1], dtype=np.int64)
         kernels.polynomial_share(
             np.asarray(openings, dtype=kernels.ring_dtype(bits)),
@@ -199,7 +242,7 @@ class OfPolynomial(Evaluation):
             degrees=tables.degrees,
             zeros=tables.zeros,
             public=np.zeros_like(tables.coeffs) if c is None else tables.coeffs,
-            step=self.step.activation.unsent if c is None else 0,
+            step=0 if pooled else unsent,
             out=half,
         )
         if c is not None and tables.linear.any():
@@ -210,14 +253,25 @@ class OfPolynomial(Evaluation):
                 coefficient=tables.linear,
                 out=half,
             )
-        return half
+        if not pooled:
+            return half
+        # The constants' line is that of the sums, without one for each value.
+        low = tables.zeros[0]
+        half -= words[0] << low
+        count = half.size // self.opened * self.elements
+        return self._add_sums(half, words[0, :count] << low) >> unsent
 
     def deal(self, coins: Coins, taken: np.ndarray) -> np.ndarray:
         tables = self._tables
+        zeros, rounding = tables.zeros, coins.rounding
+        if self._pool is not None:
+            # Every value's constant, whole; they are summed before it is cut.
+            zeros = np.concatenate([zeros[:1] * 0, zeros[1:]])
+            rounding = np.zeros(taken.shape[1], dtype=np.int64)
         out = np.empty_like(taken)
         kernels.deal_polynomial(
             coins.masks,
-            coins.rounding,
+            rounding,
             taken,
             bits=self.step.ring,
             shifts=tables.shifts,
@@ -225,14 +279,18 @@ class OfPolynomial(Evaluation):
             coeffs=tables.coeffs,
             linear=tables.linear,
             linear_shift=tables.linear_shift,
-            zeros=tables.zeros,
+            zeros=zeros,
             out=out,
         )
+        if self._pool is not None:
+            sums = self._add_sums(out[0] + taken[0], coins.rounding.copy())
+            out[0, : sums.size] = (sums >> tables.zeros[0]) - taken[0, : sums.size]
         return out
 
     def hide(self, words: np.ndarray, hidden: np.ndarray) -> None:
         # The constant's word is without the bits that the client does not send.
-        words[0] += hidden.reshape(-1).astype(np.int64) << self.step.activation.kept
+        mask = hidden.reshape(-1).astype(np.int64) << self.step.activation.kept
+        words[0, : mask.size] += mask
 
 
 class OfProduct(Evaluation):

@@ -13,6 +13,7 @@ opened and t a dealer-known mask, and ends in a value z that is opened again:
     z in R_m at g bits --open m - s_k bits a group--> polynomial y in R_64 at F bits
     y --open, drop s = F - f bits--> source x = D + t in R_(64-s), f fractional bits
 
+Where all that read y read its average pool, y is the pool's sums before it is opened.
 Where y is a product, z is its two factors beside each other, opened in one message.
 
 Nothing in a plan is believed: every plan, our own and a received one, is checked
@@ -227,7 +228,7 @@ class Plan(Strict, frozen=True, dict=True):
     @property
     def activation_elements(self) -> int:
         """Activations and products of one input."""
-        return sum(source.elements for source in self.sources[1:])
+        return sum(one.activations for one in self.evaluations)
 
     @property
     def messages(self) -> int:

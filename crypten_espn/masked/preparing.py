@@ -117,7 +117,10 @@ def _words(plan: Plan, number: int, batch: int) -> Protocol[np.ndarray]:
     for chunk in chunks(batch):
         parts = between.dealt(chunk.stop - chunk.start)
         place = chunk_words(plan, number, words, chunk)
-        yield Receive(DEALER, parts, tuple(place.reshape(len(parts), -1)))
+        lines = between.lines(place, chunk.stop - chunk.start)
+        for line, used in zip(place.reshape(len(parts), -1), lines, strict=True):
+            line[len(used) :] = 0
+        yield Receive(DEALER, parts, tuple(lines))
     return words
 
 

@@ -77,7 +77,7 @@ def activate(between: Evaluation, z: np.ndarray, coins: Rounding | None) -> np.n
     """A step's value of integers z, truncated to the next source's integers."""
     act = between.step.activation
     if isinstance(act, Activation):
-        y = _polynomial(act, z, coins)
+        y = _sums(act, _polynomial(act, z, coins))
     else:
         assert isinstance(between, OfProduct)
         y = _product(between, act.dropped, z, coins)
@@ -119,6 +119,16 @@ def _polynomial(act: Activation, z: np.ndarray, coins: Rounding | None) -> np.nd
             y += power * coefficients
             power *= base
     return y
+
+
+def _sums(act: Activation, y: np.ndarray) -> np.ndarray:
+    if act.pool is None:
+        return y
+    height, width, channels = act.pooled(y.shape[1:])
+    first, second = act.pool
+    windows = y.reshape(len(y), height, first, width, second, channels)
+    total: np.ndarray = windows.sum((2, 4))
+    return total
 
 
 def _truncated(z: np.ndarray, shift: int, coin: np.ndarray | None) -> np.ndarray:

@@ -20,7 +20,7 @@ from msgspec import Meta
 
 from ..pillar.guard import InputGuard
 from .kernels import words_of
-from .linear import Expression
+from .linear import Expression, Pair, Shape
 from .products import Factors
 
 VALUE_RING = 64
@@ -140,11 +140,21 @@ class Activation(Truncated, frozen=True, kw_only=True, tag="polynomial"):
         linear: the power 1, or None.
         groups: the higher powers, each at its own truncation.
         constant: integer constant terms at F bits, by channel.
+        pool: height and width of windows that cover an image side by side; the result
+            is the values' sums over them. None for the values themselves.
     """
 
     linear: Linear | None
     groups: Annotated[tuple[Group, ...], Meta(max_length=8)]
     constant: Integers
+    pool: Pair | None = None
+
+    def pooled(self, shape: Shape) -> Shape:
+        """The result's shape, of values of this shape, channels last."""
+        if self.pool is None:
+            return shape
+        height, width, channels = shape
+        return (height // self.pool[0], width // self.pool[1], channels)
 
     @property
     def columns(self) -> tuple[int, ...]:

@@ -104,17 +104,22 @@ class Pair:
             assert mine is not None
             masks = [r.astype(np.int64).reshape(z.shape) for r in mine.masks]
             words = [drawn.words(number, chunk) for chunk in chunks(batch)]
+            between = self.plan.evaluations[number]
             hidden = client_draws.hidden(number)
             act = step.activation
             assert act.masks == len(masks)
             if isinstance(act, Product):
-                between, rows = self.plan.evaluations[number], np.concatenate(words)
+                rows = np.concatenate(words)
                 rounding = mine.rounding.reshape(len(z), -1)
                 dropped = client_low_bits_of_product(
                     between, z, masks[0], rounding, rows, hidden, self.client_word
                 )
                 return Rounding(masks, rounding.reshape(dropped.shape) - dropped)
-            lines = np.concatenate(words, axis=1)
+            parts = [
+                between.lines(part, chunk.stop - chunk.start)
+                for part, chunk in zip(words, chunks(batch), strict=True)
+            ]
+            lines = [np.concatenate(line) for line in zip(*parts, strict=True)]
             second = second_rounding(
                 step, z, masks, mine.rounding, lines, hidden, self.client_word
             )
@@ -162,38 +167,53 @@ def dealt_words(step, masks, rho, channel):
 
 
 def second_rounding(step, z, masks, rounding, words, hidden, client_word):
-    """What is added to y before s bits are dropped, by Python integers.
+    """What is added to y, or its sums, before s bits are dropped, by Python integers.
 
     The dealer's coin, less what is left out of its words, less what the client drops of
     its own share.
+
+    Args:
+        words: those that a party draws, a line for each kind of word.
+        client_word: the client's, of a word and what is drawn.
     """
     act, m = step.activation, step.ring
-    zeros, flat = act.zeros(m), z.reshape(-1).tolist()
-    second = np.empty(len(flat), dtype=np.int64)
-    for i, value in enumerate(flat):
+    low, *zeros = act.zeros(m)
+    result = len(z), *act.pooled(z.shape[1:])
+    numbers = np.arange(rounding.size).reshape(result)
+    for axis, size in enumerate(act.pool or (), 1):
+        numbers = numbers.repeat(size, axis)
+    places = numbers.reshape(-1).tolist()
+    theirs = [int(mask) << act.drop for mask in hidden.reshape(-1)]
+    constants, left_out = list(map(int, rounding)), [0] * len(theirs)
+    for i, value in enumerate(z.reshape(-1).tolist()):
         own = [int(mask.reshape(-1)[i]) % (1 << m) for mask in masks]
-        rho, opened, tops = int(rounding[i]), [], []
+        opened, tops, seen, place = [], [], set(), places[i]
         for mask, shift in zip(own, act.shifts(m), strict=True):
             c = (value + (1 << (m - 2)) + mask) % (1 << m)
             tops.append(c >> (m - 1))
             offset = 1 << (m - 2 - shift) if act.groups else 0
             opened.append((c >> shift) - offset)
-        theirs, left_out, seen = int(hidden.reshape(-1)[i]) << act.drop, 0, set()
-        dealt = dealt_words(step, own, rho, i % z.shape[-1])
-        for j, ((g, power, word), low) in enumerate(zip(dealt, zeros, strict=True)):
+        (_, _, constant), *others = dealt_words(step, own, 0, i % z.shape[-1])
+        constants[place] += constant
+        for (g, power, word), bits, line in zip(others, zeros, words[1:], strict=True):
             # A group's second word of a power is what the other case adds.
-            change = g is not None and (power == 0 or (g, power) in seen)
+            change = power == 0 or (g, power) in seen
             seen.add((g, power))
             if change and not tops[g]:
                 continue
-            factor = 1 if g is None else opened[g] ** power
-            theirs += (client_word(word >> low, int(words[j, i])) << low) * factor
-            left_out += (word % (1 << low)) * factor
-        dropped = theirs % (1 << act.unsent)
+            own_word = client_word(word >> bits, int(line[i]))
+            theirs[place] += (own_word << bits) * opened[g] ** power
+            left_out[place] += (word % (1 << bits)) * opened[g] ** power
+    second = np.empty(len(theirs), dtype=np.int64)
+    summed = z.size // len(theirs)
+    for place, constant in enumerate(constants):
+        cut = left_out[place] + constant % (1 << low)
+        theirs[place] += client_word(constant >> low, int(words[0][place])) << low
         # It weighs less than what the client drops, a word at a time.
-        assert abs(left_out) < len(dealt) << act.unsent
-        second[i] = rho - left_out - dropped
-    return second.reshape(z.shape)
+        assert abs(cut) < len(words) * summed << act.unsent
+        dropped = theirs[place] % (1 << act.unsent)
+        second[place] = int(rounding[place]) - cut - dropped
+    return second.reshape(result)
 
 
 def client_low_bits_of_product(between, z, r, rounding, rows, hidden, client_word):

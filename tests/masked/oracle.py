@@ -53,9 +53,10 @@ def logits(model, parameters, image):
             sources.append(_product(step, sources, weights))
             continue
         z = _value(step.root, sources, weights)
-        sources.append(
-            {at: _activate(step, centred(v, step.ring), at[-1]) for at, v in z.items()}
-        )
+        y = {at: _activate(step, centred(v, step.ring), at[-1]) for at, v in z.items()}
+        if step.activation.pool is not None:
+            y = _window_sums(y, step.activation.pool)
+        sources.append({at: rounded(v, step.activation.drop) for at, v in y.items()})
     z = _value(plan.output.root, sources, weights)
     return {at: centred(v, plan.output.ring) for at, v in z.items()}
 
@@ -72,7 +73,15 @@ def _activate(step, z: int, channel: int) -> int:
     for group in act.groups:
         x = rounded(z, group.shift)
         y += sum(a * x**k for k, a in enumerate(own(group.coeffs)))
-    return rounded(y, act.drop)
+    return y
+
+
+def _window_sums(values, window):
+    found: dict[tuple[int, int, int], int] = {}
+    for (i, j, k), v in values.items():
+        at = i // window[0], j // window[1], k
+        found[at] = found.get(at, 0) + v
+    return found
 
 
 def _product(step, sources, weights):

@@ -23,7 +23,7 @@ from crypten_espn.masked.planning import (
 from crypten_espn.masked.planning.calibration import Calibration
 from crypten_espn.masked.planning.network import Network, parameters_of
 from crypten_espn.masked.planning.precision import Effect, choose_truncations
-from crypten_espn.masked.reference import Rounding, evaluate
+from crypten_espn.masked.reference import evaluate
 from crypten_espn.masked.steps import RING_LIMITS, Activation, Step
 from crypten_espn.masked.weights import quantise
 from crypten_espn.pillar.data import fashion_sample
@@ -31,6 +31,7 @@ from crypten_espn.pillar.storage import load_network
 from crypten_espn.wire.packing import packed_bytes
 
 from .cases import QUARTIC, Residual, planned, residual
+from .networks import coins
 
 BUNDLED = Path(espn.__file__).parent / "data"
 
@@ -154,16 +155,19 @@ def test_declared_bytes_follow_from_the_rings(small):
         for count, groups in zip(elements, shifts, strict=True)
         for shift in groups
     )
-    assert online_bytes(plan) == (down + 4 * 5, 6 * sum(elements) + 4 * 3 * 64)
+    # The last activation's reader takes the mean: sums over the image are opened.
+    opened = [*elements[:2], 16]
+    assert [source.elements for source in plan.sources] == [3 * 64, *opened]
+    assert online_bytes(plan) == (down + 4 * 5, 6 * sum(opened) + 4 * 3 * 64)
     assert plan.messages == 8
     # The constant; of the square's group one power and two changes, of the fourth
     # power's three and four.
     kept = [[64 - low for low in s.activation.zeros(32)] for s in plan.steps]
     assert all(len(bits) == 1 + 3 + 7 and bits[0] == 48 for bits in kept)
     dealt = sum(
-        packed_bytes(count, bits)
-        for count, words in zip(elements, kept, strict=True)
-        for bits in words
+        packed_bytes(sums if j == 0 else count, bits)
+        for count, sums, words in zip(elements, opened, kept, strict=True)
+        for j, bits in enumerate(words)
     )
     assert plan.dealer_bytes() == dealt + 4 * sum(elements) + 4 * 5
     assert dealt < 0.76 * 2 * 8 * 6 * sum(elements)
@@ -441,14 +445,8 @@ def logit_error(net: torch.nn.Module, private: espn.PrivateNetwork, ring: int) -
     sample = fashion_sample()
     x = sample.normalization(sample.images[:8])
     model = masked_model(private, x[:4], precision=ring)
-    random = np.random.default_rng(ring)
-
-    def coins(number, z):
-        act = model.plan.steps[number].activation
-        masks = random.integers(0, 2**62, (act.masks, *z.shape))
-        return Rounding(list(masks), random.integers(0, 1 << act.drop, z.shape))
-
-    found, _ = evaluate(model.plan, model.weights, x, roundings=coins)
+    roundings = coins(model.plan, ring)
+    found, _ = evaluate(model.plan, model.weights, x, roundings=roundings)
     with torch.no_grad():
         return float((found - net(x)).square().mean().sqrt())
 

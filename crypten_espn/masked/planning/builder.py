@@ -17,7 +17,9 @@ from ..steps import VALUE_RING, Activation, Guard, Input, Output, Product, Step
 from ..weights import Quantisation
 from .coins import largest_deviation
 from .layers import Layer
+from .pools import of_sums
 from .products import Dropped, Row
+from .remains import check_powers, logits_error, part_error
 from .scales import NarrowError, Scales
 from .units import Unit
 
@@ -58,6 +60,8 @@ class Builder:
             return self._write_weighted(layer, unit)
         finer = Unit(unit.bits, unit.ratio / layer.form.divisor)
         children = [self.write(child, finer) for child in layer.inputs]
+        if any(child in self.scales.pools for child in layer.inputs):
+            return of_sums(layer, children)
         assert layer.form.write is not None
         return layer.form.write(children, 0)
 
@@ -107,6 +111,7 @@ class Builder:
             linear=found.linear,
             groups=found.groups,
             constant=found.constant,
+            pool=scales.pools.get(layer.name),
         )
 
     # -- the whole plan
@@ -120,8 +125,8 @@ class Builder:
         scales, ends = self.scales, self.scales.ends
         *roots, last = (self.root(index) for index in range(len(ends)))
         assert not isinstance(last, Factors)
-        scales.check_powers()
-        coins, error = scales.logits_error(self.weights)
+        check_powers(scales)
+        coins, error = logits_error(scales, self.weights)
         deviation, noise_bits = largest_deviation(scales, coins), 0
         if not math.isfinite(deviation):
             raise PlanError(
@@ -154,7 +159,7 @@ class Builder:
                 scales.title(index),
                 scales.bounds[index],
                 self.network.layers[end].largest,
-                scales.part_error(index, self.weights),
+                part_error(scales, index, self.weights),
             )
             for index, end in enumerate(ends)
         )

@@ -10,6 +10,7 @@ import math
 
 import numpy as np
 import torch
+from torch.nn import functional
 
 from .layers import Layer
 from .products import Dropped, OfRow
@@ -103,7 +104,14 @@ def _activated(
                 power = power * base
             reached = k
             y.addcmul_(power, columns[k])
-    return _truncated(y, scales.frac_bits[part + 1], random)
+    pool = scales.pools.get(layer.name)
+    if pool is None:
+        return _truncated(y, scales.frac_bits[part + 1], random)
+    sums = functional.avg_pool2d(y, pool, divisor_override=1)
+    sums = _truncated(sums, scales.frac_bits[part + 1], random)
+    # All readers take means of these windows: each value is its window's.
+    means = sums / scales.summed(layer.name)
+    return means.repeat_interleave(pool[0], 2).repeat_interleave(pool[1], 3)
 
 
 def _truncated(x: torch.Tensor, bits: int, random: torch.Generator) -> torch.Tensor:

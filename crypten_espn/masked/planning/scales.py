@@ -8,17 +8,17 @@ own truncations together move the output least.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from ...errors import PlanError
 from ..checks import MAX_OPERATIONS
+from ..linear import Pair
 from ..plan import INPUT
 from ..steps import VALUE_RING
-from ..weights import Quantisation
 from .calibration import Calibration
 from .layers import RESCALED, Layer
+from .pools import common_pools
 from .precision import Truncations, choose_truncations, radii_of
 from .products import Dropped, choose_dropped
 from .units import Natural, Public, Readings, Unit, Weighing
@@ -35,8 +35,6 @@ _MULTIPLIER_ERROR = 2.0**-7
 _BEYOND = 1.25
 # What room for more may cost: mean squares of errors, by factor.
 _ROOM = 1.5
-# So many weights of a layer tell how far rounding moves all of them.
-_SAMPLED = 1 << 15
 
 
 class NarrowError(PlanError):
@@ -58,6 +56,7 @@ class Scales:
         bounds, scales: by part: the largest |z| allowed for, and z's fractional bits.
         reaches: by part, the largest |z| allowed for by the activation's channels.
         frac_bits: by source.
+        pools: windows by activation whose sums are opened, and not its elements.
 
     Raises: NarrowError naming the layer whose values or weights do not fit the ring.
     """
@@ -94,11 +93,13 @@ class Scales:
         for index, end in enumerate(self.ends):
             self._visit(end, index, 1)
         self.frac_bits = [FRAC_BITS[0]] * len(self._names)
+        self.pools: dict[str, Pair] = {}
+        self._common = common_pools(network)
         # Sources that one layer reads together share its scale: choose, then once more
         # knowing what the others chose.
         for _ in range(2):
             for name in self._names:
-                self.frac_bits[self.source_of[name]] = self._choose(name)
+                self.frac_bits[self.source_of[name]] = self._settle(name)
 
     # -- what is where
 
@@ -184,8 +185,39 @@ class Scales:
 
     # -- sources
 
-    def _choose(self, name: str) -> int:
-        """The bits at which the output is moved least, over all readers.
+    def _settle(self, name: str) -> int:
+        """A source's bits, and whether sums over windows are opened in its place.
+
+        They are where that costs little precision: sums reach further, but are
+        truncated once and not at every element.
+        """
+        self.pools.pop(name, None)
+        bits, error = self._choose(name)
+        if name not in self._common:
+            return bits
+        self.pools[name] = self._common[name]
+        try:
+            pooled, pooled_error = self._choose(name)
+        except NarrowError:
+            pooled, pooled_error = bits, math.inf
+        if pooled_error <= _ROOM * error:
+            return pooled
+        del self.pools[name]
+        return bits
+
+    def summed(self, name: str) -> int:
+        """How many of its elements an opened value of a source is the sum of."""
+        return math.prod(self.pools.get(name, ()))
+
+    def rounding(self, layer: Layer, bits: int) -> float:
+        """What the truncation of an activation's results does to the outputs.
+
+        A sum is truncated once for all its elements, and moves as much as each.
+        """
+        return layer.effect.rounding * 2.0 ** (-2 * bits) / 6 / self.summed(layer.name)
+
+    def _choose(self, name: str) -> tuple[int, float]:
+        """The bits at which the output is moved least, over all readers; the error.
 
         Of those that leave room for the polynomial of its input's bound, if that costs
         little precision. At high degrees it may be a thousand times what
@@ -223,7 +255,7 @@ class Scales:
                     break
                 error += one.layer.weight_effect / factor**2 / 12
             for reader in public:
-                off = self._multiplier_error(reader, bits)
+                off = self.multiplier_error(reader, bits)
                 if off > _MULTIPLIER_ERROR:
                     why = (
                         f"its scale cannot be brought to that of "
@@ -238,7 +270,9 @@ class Scales:
                 roomy, roomy_error = bits, error
         if best == 0:
             raise NarrowError(why if ": " in why else f"{layer.title}: {why}")
-        return roomy if roomy_error <= _ROOM * best_error else best
+        if roomy_error <= _ROOM * best_error:
+            return roomy, roomy_error
+        return best, best_error
 
     def _others(self, below: Natural, source: int) -> int:
         rest = {s: o for s, o in below.offsets.items() if s != source}
@@ -251,7 +285,7 @@ class Scales:
         found = self.truncations(layer.name, bits)
         if found is None:
             return None
-        rounding = layer.effect.rounding * 2.0 ** (-2 * bits) / 6
+        rounding = self.rounding(layer, bits)
         return rounding + found.by_coins + found.by_coefficients
 
     def _weight_factor(self, one: Weighing, bits: int) -> float:
@@ -273,7 +307,7 @@ class Scales:
             f"{self.largest_source(source.name):.4g}."
         )
 
-    def _multiplier_error(self, reader: Public, bits: int) -> float:
+    def multiplier_error(self, reader: Public, bits: int) -> float:
         """How far a public multiplier is off, relatively, when it is rounded."""
         exact = 2.0 ** (self.scales[reader.part] - bits) / reader.divisor
         whole = round(exact)
@@ -315,10 +349,10 @@ class Scales:
         if layer.multiplies:
             return _largest_product(layer, _BEYOND)
         reaches = self.reaches[self.source_of[name] - 1]
-        if name.endswith(RESCALED):
-            return _largest(layer, reaches)
-        near = np.maximum(_BEYOND * layer.reach, radii_of(layer.rows))
-        return _largest(layer, np.minimum(reaches, near))
+        if not name.endswith(RESCALED):
+            near = np.maximum(_BEYOND * layer.reach, radii_of(layer.rows))
+            reaches = np.minimum(reaches, near)
+        return self.summed(name) * _largest(layer, reaches)
 
     def _roomy(self, name: str) -> float:
         """What a source reaches when its polynomial's input reaches its bound."""
@@ -327,99 +361,8 @@ class Scales:
             return self.largest_source(name)
         if layer.multiplies:
             return _largest_product(layer, self.headroom)
-        return _largest(layer, self.reaches[self.source_of[name] - 1])
-
-    # -- what is left of precision
-
-    def part_error(self, index: int, weights: Sequence[Quantisation]) -> float:
-        """Standard deviation of z's error by this part's own roundings.
-
-        Args:
-            weights: as written, in the order of `readings.weighings`.
-        """
-        variance = 0.0
-        for one, known in zip(self.readings.weighings, weights, strict=True):
-            if one.part != index:
-                continue
-            weight = self.network.parameters[one.layer.weight]
-            filters = weight.shape[0]
-            square = self.network.layers[one.layer.inputs[0]].mean_square
-            off = square * weight.size / filters * _rounded_off(weight, known.factor)
-            least = min(self.frac_bits[s] for s in one.below.offsets)
-            off += (
-                float(np.square(weight, dtype=np.float64).sum())
-                / filters
-                * 2.0 ** (-2 * least)
-                / 6
-            )
-            variance += off / one.divisor
-        for source, readers in self.readings.public.items():
-            mine = sum(1 for reader in readers if reader.part == index)
-            variance += mine * 2.0 ** (-2 * self.frac_bits[source]) / 6
-        return math.sqrt(variance)
-
-    def logits_error(self, weights: Sequence[Quantisation]) -> tuple[float, float]:
-        """Standard deviation of a logit's error: by coins alone, and by all roundings.
-
-        Effects count all logits together; this is the mean over logits and calibration
-        inputs. The server's noise is not in it.
-        """
-        by_source = list(self._source_errors())
-        coins = sum(one[0] for one in by_source)
-        other = sum(one[1] for one in by_source)
-        for one, known in zip(self.readings.weighings, weights, strict=True):
-            weight = self.network.parameters[one.layer.weight]
-            other += one.layer.weight_effect * _rounded_off(weight, known.factor)
-        outputs = self.calibration.outputs
-        coins, other = coins / outputs, other / outputs
-        scale = self.scales[-1]
-        # z is rounded to its unit, and the decoded logits to float32.
-        output = self.network.layers[self.network.output]
-        other += 2.0 ** (-2 * scale) / 12 + output.mean_square * 2.0**-50
-        return math.sqrt(coins), math.sqrt(coins + other)
-
-    def check_powers(self) -> None:
-        """Refuse polynomials whose truncated powers move the logits too far.
-
-        From three tenths of the logits on, errors carry later values out of the
-        intervals where polynomials stand for anything, and no estimate of them holds.
-
-        Raises: PlanError; a wider ring would not help, since powers share the 64 bits
-            of the polynomial's value.
-        """
-        moved = 0.0
-        for name, source in self.source_of.items():
-            if self.network.layers[name].activates:
-                found = self.truncations(name, self.frac_bits[source])
-                assert found is not None
-                moved += found.by_coins
-        size = self.network.layers[self.network.output].mean_square
-        moved /= self.calibration.outputs
-        if size and not moved < 0.09 * size:
-            raise PlanError(
-                f"The output: truncated powers would move a logit by {moved**0.5:.3g}, "
-                f"logits are {size**0.5:.3g}. High powers have too few of {VALUE_RING} "
-                "bits, the fewer the more a layer's channels differ: calibrate or "
-                "train with polynomials of a lower degree."
-            )
-
-    def _source_errors(self) -> Iterator[tuple[float, float]]:
-        """By source: what its coins do to all outputs, and what its roundings do."""
-        for name, source in self.source_of.items():
-            layer, bits = self.network.layers[name], self.frac_bits[source]
-            off = sum(
-                self.calibration.factor_error(
-                    layer, self._multiplier_error(reader, bits)
-                )
-                for reader in self.readings.public.get(source, [])
-            )
-            if not layer.activates:
-                yield 0.0, off + self.calibration.input_error(bits)
-                continue
-            found = self.truncations(name, bits)
-            assert found is not None
-            rounding = layer.effect.rounding * 2.0 ** (-2 * bits) / 6
-            yield rounding + found.by_coins, off + found.by_coefficients
+        reaches = self.reaches[self.source_of[name] - 1]
+        return self.summed(name) * _largest(layer, reaches)
 
 
 def _largest(layer: Layer, reaches: np.ndarray) -> float:
@@ -435,13 +378,3 @@ def _largest(layer: Layer, reaches: np.ndarray) -> float:
 def _largest_product(layer: Layer, beyond: float) -> float:
     """The largest product when both factors go so far beyond what was seen."""
     return beyond**2 * layer.largest * 1.01 + 0.01
-
-
-def _rounded_off(weight: np.ndarray, factor: float) -> float:
-    """Mean square of what rounding takes from a layer's weights.
-
-    Of a large layer some weights, evenly spaced, stand for all.
-    """
-    step = -(-weight.size // _SAMPLED) | 1  # odd: no power of two repeats a column
-    weight = weight.reshape(-1)[::step].astype(np.float64)
-    return float(np.square(np.rint(weight * factor) / factor - weight).mean())

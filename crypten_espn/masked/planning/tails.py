@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from crypten import nn as crypten_nn
 from torch import Tensor
+from torch.nn import functional
 
 from ...pillar.escapes import in_radii
 from ...pillar.guarding import HOW
@@ -14,7 +15,7 @@ from ...pillar.stress import corruptions
 from ...polynomial import RING_BITS
 from ..model import MaskedModel
 from ..plan import Plan
-from ..steps import Output, Step
+from ..steps import Activation, Output, Step
 from .layers import RESCALED, Layer
 from .network import Network
 
@@ -183,6 +184,9 @@ class _Seen:
         number, step = next(self._parts)
         assert isinstance(step, Step)
         self._held(number, step, z)
+        act = step.activation
+        if isinstance(act, Activation) and act.pool is not None:
+            y = functional.avg_pool2d(y, act.pool, divisor_override=1)
         limit = 2.0 ** (RING_BITS - step.activation.value_frac_bits)
         self._wrap(number, y, limit)
         if layer.name.endswith(RESCALED) or layer.multiplies:
