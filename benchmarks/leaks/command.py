@@ -2,6 +2,7 @@
 
     python -m benchmarks.leaks                 # all three attacks, a few minutes
     python -m benchmarks.leaks --queries 32000 --networks 2
+    python -m benchmarks.leaks --corrections client
 
 Three attacks, each on the engine itself with both parties in one process:
 
@@ -23,12 +24,14 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 import crypten_espn as espn
+from crypten_espn.masked.messages import SERVER, Party
 from crypten_espn.masked.planning import masked_model
 from crypten_espn.pillar.data import fashion_sample
 from crypten_espn.table import aligned
@@ -62,7 +65,7 @@ def _summary(
     }
 
 
-def _words(networks: int, queries: int) -> dict[str, object]:
+def _words(networks: int, queries: int, corrections: Party) -> dict[str, object]:
     words: dict[str, list[np.ndarray]] = {}
     control: dict[str, list[np.ndarray]] = {}
     for seed in range(networks):
@@ -70,7 +73,11 @@ def _words(networks: int, queries: int) -> dict[str, object]:
         torch.manual_seed(100 + seed)
         x = (torch.randn(1, 1, 4, 4) * 2).repeat(128, 1, 1, 1)
         found = attack_words(
-            model, x, batches=queries // 128, progress=f"network {seed}"
+            model,
+            x,
+            batches=queries // 128,
+            corrections=corrections,
+            progress=f"network {seed}",
         )
         for into, values in zip((words, control), found, strict=True):
             for name, value in values.items():
@@ -83,12 +90,18 @@ def _words(networks: int, queries: int) -> dict[str, object]:
     return _summary("words", network, queries // 128 * 128, joined, known)
 
 
-def _network(queries: int) -> dict[str, object]:
+def _network(queries: int, corrections: Party) -> dict[str, object]:
     sample = fashion_sample()
     images = sample.normalization(sample.images[:32])
     model = masked_model(espn.convert(espn.bundled(BUNDLED), images))
     x = images[:1].repeat(32, 1, 1, 1)
-    found = attack_words(model, x, batches=queries // 32, progress="fashion")
+    found = attack_words(
+        model,
+        x,
+        batches=queries // 32,
+        corrections=corrections,
+        progress="fashion",
+    )
     return _summary("network", BUNDLED, queries // 32 * 32, *found)
 
 
@@ -120,9 +133,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--queries", type=int, default=256_000)
     parser.add_argument("--images", type=int, default=6_560)
     parser.add_argument("--answers", type=int, default=8_000)
+    parser.add_argument("--corrections", choices=get_args(Party), default=SERVER)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(arguments)
-    rows = [_words(args.networks, args.queries), _network(args.images)]
+    rows = [
+        _words(args.networks, args.queries, args.corrections),
+        _network(args.images, args.corrections),
+    ]
     rows.append(_differences(args.answers))
     columns = (
         "attack", "network", "queries", "kinds", "median", "lowest", "highest", "word",
