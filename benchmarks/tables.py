@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas
 
-from .rows import Results, Row
+from .rows import PLAIN, Results, Row
 
 STAMP = ("commit", "date", "processor")
 COLUMNS = (
@@ -52,13 +52,35 @@ def cells(row: Row) -> tuple[str, ...]:
 
 
 def table(results: Results) -> str:
-    """Machine line, one line per row, one per skipped cell."""
+    """Machine line, one line per row, one per skipped cell; the limit where known."""
     lines = [machine_line(results.machine)]
     lines.append(columns([COLUMNS, *map(cells, results.rows)], left=3))
     for cell in results.skipped:
         name = f"{cell.network}  {cell.model}  {cell.activation}  {cell.engine}"
         lines.append(f"skipped: {name}: {cell.reason}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *limits(results.rows)])
+
+
+def limits(rows: Sequence[Row]) -> list[str]:
+    """The masked engine online over loopback beside plaintext torch in the same run."""
+    lines = []
+    for row in rows:
+        if row.engine != "masked" or row.network != "loopback":
+            continue
+        here = (row.model, row.network, row.batch)
+        plain = {
+            one.engine: one.online_s.median
+            for one in rows
+            if one.activation == PLAIN and (one.model, one.network, one.batch) == here
+        }
+        if plain:
+            private, fastest = row.online_s.median, min(plain, key=plain.__getitem__)
+            ratios = [
+                f"{private / plain[engine]:.2f} times {engine}"
+                for engine in dict.fromkeys((*list(plain)[:1], fastest))
+            ]
+            lines.append(f"{row.model}: masked online is {' and '.join(ratios)}")
+    return lines
 
 
 def columns(lines: Sequence[Sequence[str]], *, left: int) -> str:

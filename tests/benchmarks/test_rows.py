@@ -160,3 +160,18 @@ def test_an_offline_time_that_no_session_took_is_not_read(tmp_path: Path) -> Non
     old, other = Results.read(path).rows
     assert math.isnan(old.offline_s.median) and math.isnan(old.total_s.median)
     assert old.online_s == masked.online_s and other == make_row()
+
+
+def test_a_table_ends_with_the_masked_engine_beside_plaintext() -> None:
+    near = {"network": "loopback", "online_s": Spread.of([0.015])}
+    results = Results()
+    results.add(make_row(activation="masked", engine="masked", **near))
+    assert tables.limits(results.rows) == []
+    for form, seconds in (("eager", 0.01), ("folded", 0.012), ("frozen", 0.006)):
+        plain = {**near, "online_s": Spread.of([seconds])}
+        results.add(make_row(activation="plain", engine=f"torch+{form}", **plain))
+    results.add(make_row(activation="masked", engine="masked"))  # over wan
+    last = tables.table(results).splitlines()[-1]
+    assert last == (
+        "resnet18: masked online is 1.50 times torch+eager and 2.50 times torch+frozen"
+    )
