@@ -31,6 +31,7 @@ from crypten_espn.masked.messages import CLIENT, SERVER
 from crypten_espn.masked.plan import Plan
 
 from . import hosts
+from .costmodel import NAMED
 from .hosts import Hosts
 from .networks import CLASSES, MODELS, planned
 from .processes import Process, connected
@@ -302,7 +303,9 @@ def make_parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--model", choices=MODELS, default="resnet18")
+    parser.add_argument(
+        "--model", choices=[m for m in MODELS if m in NAMED], default="resnet18"
+    )
     parser.add_argument("--workers", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--clients", type=int, default=2)
     parser.add_argument("--batch", type=int, default=1)

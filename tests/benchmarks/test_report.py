@@ -16,6 +16,7 @@ from benchmarks.documents import SHOWN
 from benchmarks.figures import command as figures
 from benchmarks.page import RUNS, render
 from benchmarks.rows import Results, ResultsError, machine, write_rows
+from crypten_espn.estimate.processor import REFERENCE
 
 from .result_cases import LOOPBACK, WAN, write_results
 from .test_sessions import BASE
@@ -134,6 +135,21 @@ def test_prediction_adds_delays_bytes_and_computation() -> None:
     slow, fast = costmodel.checks([*gloo, *direct])
     assert slow.predicted_s - fast.predicted_s == pytest.approx(3 * 16 * 0.05)
     assert fast.predicted_s == pytest.approx(16 * 0.05 + wire / 1.5 + 0.03)
+
+
+def test_networks_of_the_benchmarks_own_are_not_derived_from_shapes() -> None:
+    rows = [
+        dataclasses.replace(LOOPBACK, model=model, activation=activation)
+        for model, activation in (
+            ("seresnet18", "masked"),
+            ("activation[7]", "masked"),
+            ("minionn", "plain"),
+        )
+    ]
+    assert list(costmodel.from_shapes(rows, REFERENCE)) == []
+    named = dataclasses.replace(LOOPBACK, activation="espn", engine="crypten+direct")
+    (check,) = costmodel.from_shapes([named, *rows], REFERENCE)
+    assert check.row == named and check.exact is False
 
 
 def test_steps_are_chosen_by_name(

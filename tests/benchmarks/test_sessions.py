@@ -132,3 +132,24 @@ def test_lost_points_are_told_and_the_others_kept(
     assert offline.read(path)[1] == [BASE]
     seen = capsys.readouterr()
     assert "party 1 is gone" in seen.err and "prepare(n) ms" in seen.out
+
+
+def test_growth_runs_every_point_of_its_series_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[Point] = []
+
+    def measure(point: Point, network: str, **_: object) -> Session:
+        asked.append(point)
+        row = linear() if point.batch > 1 else BASE
+        return dataclasses.replace(row, **dataclasses.asdict(point))
+
+    monkeypatch.setattr(sessions, "measure", measure)
+    assert growth.main(["--series", "batch", "size", "--tolerance", "2"]) == 0
+    assert [(point.batch, point.size) for point in asked] == [
+        *((1, 32), (8, 32), (32, 32)),
+        *((1, 64), (1, 128), (1, 224)),
+    ]
+    seen = capsys.readouterr().out
+    assert "batch   resnet18" in seen and "size    resnet18" in seen
+    assert "nothing is above 2 times linear growth" in seen
