@@ -70,16 +70,19 @@ class Growth:
 
 def grown(rows: Sequence[Session]) -> Iterator[Growth]:
     """Every point of a series whose base was measured on the same path."""
-    found = {
-        (row.network, row.threads, row.model, row.size, row.batch): row for row in rows
-    }
-    for network, threads in dict.fromkeys((row.network, row.threads) for row in rows):
+    found = {(*_run(row), row.model, row.size, row.batch): row for row in rows}
+    for run_as in dict.fromkeys(map(_run, rows)):
         for series, points in SERIES.items():
-            keys = [(network, threads, p.model, p.size, p.batch) for p in points]
+            keys = [(*run_as, p.model, p.size, p.batch) for p in points]
             base = found.get(keys[0])
             for key in keys[1:]:
                 if base is not None and key in found:
                     yield Growth(series, found[key], _shares(base, found[key]))
+
+
+def _run(row: Session) -> tuple[str, str, int]:
+    """What a point and its base must have in common."""
+    return row.network, row.corrections, row.threads
 
 
 def _shares(base: Session, row: Session) -> dict[str, float]:

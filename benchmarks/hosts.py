@@ -12,6 +12,7 @@ from typing import Any
 from crypten_espn.bundle import Bundle
 from crypten_espn.masked.drivers import TOLD_BYTES
 from crypten_espn.masked.inference import message_sizes
+from crypten_espn.masked.messages import SERVER, Party
 from crypten_espn.masked.model import MaskedModel
 from crypten_espn.masked.plan import Plan
 from crypten_espn.serving.client import Client, connect
@@ -107,10 +108,16 @@ def port(process: Process) -> int:
     return int(process.address.rpartition(":")[2])
 
 
-def reach(address: str, ports: Sequence[int]) -> Client:
+def reach(address: str, ports: Sequence[int], *, corrections: Party = SERVER) -> Client:
     """A client of the server and the dealer at these ports of one host, in order."""
     server, dealer = (f"{address}:{port}" for port in ports)
-    return connect(server, dealer=dealer, timeout=TIMEOUT_S, insecure=True)
+    return connect(
+        server,
+        dealer=dealer,
+        timeout=TIMEOUT_S,
+        insecure=True,
+        corrections=corrections,
+    )
 
 
 # --------------------------------------------------------- what a session's bytes are

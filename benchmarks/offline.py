@@ -13,6 +13,7 @@ process ever held, all its libraries among it; beside it what it held once conne
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -29,6 +30,7 @@ COLUMNS = (
     "model",
     "size",
     "batch",
+    "corrections to",
     "prepare(1) ms",
     "prepare(n) ms",
     "n",
@@ -55,6 +57,7 @@ def cells(row: Session) -> tuple[str, ...]:
         row.model,
         str(row.size),
         str(row.batch),
+        row.corrections,
         one,
         many,
         str(row.count),
@@ -87,6 +90,13 @@ def add_session_options(parser: argparse.ArgumentParser, *, repeat: int) -> None
     """What every benchmark of sessions is told."""
     parser.add_argument("--networks", nargs="+", default=["loopback"])
     parser.add_argument("--repeat", type=int, default=repeat, help=f"default {repeat}")
+    parser.add_argument(
+        "--corrections",
+        nargs="+",
+        choices=("server", "client"),
+        default=["server"],
+        help="who receives the dealer's; default server",
+    )
     parser.add_argument("--threads", type=int, default=1, help="of each process")
     parser.add_argument("--timeout-s", type=float, default=1800.0)
     parser.add_argument("--json", type=Path, metavar="FILE")
@@ -105,24 +115,26 @@ def run(
     about = machine()
     status = 0
     try:
-        for network in options.networks:
-            for point in points:
-                try:
-                    row = sessions.measure(
-                        point,
-                        network,
-                        repeat=options.repeat,
-                        threads=options.threads,
-                        timeout_s=options.timeout_s,
-                    )
-                except link.PartyError as error:
-                    print(f"error: {point} on {network}: {error}", file=sys.stderr)
-                    status = 3
-                    continue
-                rows.append(row)
-                print(" ".join(cells(row)), flush=True)
-                if options.json:
-                    write_rows(options.json, about, rows)
+        for network, receiver, point in itertools.product(
+            options.networks, options.corrections, points
+        ):
+            try:
+                row = sessions.measure(
+                    point,
+                    network,
+                    repeat=options.repeat,
+                    threads=options.threads,
+                    timeout_s=options.timeout_s,
+                    corrections=receiver,
+                )
+            except link.PartyError as error:
+                print(f"error: {point} on {network}: {error}", file=sys.stderr)
+                status = 3
+                continue
+            rows.append(row)
+            print(" ".join(cells(row)), flush=True)
+            if options.json:
+                write_rows(options.json, about, rows)
     except link.PathError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -61,11 +61,12 @@ class Session:
         model, size, batch, count: as `Point`.
         network, rtt_ms, mbit: the path between client and server.
         threads: of each process.
+        corrections: who receives the dealer's.
         activations, macs: of one image: values opened, and the plan's multiplications.
         one_s: `prepare(1)`, per image.
         many_s: `prepare(count)`, per image.
         online_s: `predict`, per image.
-        dealer_bytes: from the dealer to the server for an inference, frames and all.
+        dealer_bytes: from the dealer for an inference, frames and all.
         client_bytes: from the client to the server to prepare one, frames and all.
         online_bytes: of an inference, by the server and by the client.
         opened_bytes: from the server to the client once a session.
@@ -81,6 +82,7 @@ class Session:
     rtt_ms: float
     mbit: float | None
     threads: int
+    corrections: str
     activations: int
     macs: int
     one_s: Spread
@@ -114,6 +116,7 @@ def measure(
     repeat: int,
     threads: int,
     timeout_s: float,
+    corrections: str = "server",
     idle_restart: bool = True,
 ) -> Session:
     """Run one session.
@@ -123,6 +126,7 @@ def measure(
         repeat: preparations of each kind.
         threads: of each process.
         timeout_s: after which it is given up.
+        corrections: who receives the dealer's, "server" or "client".
         idle_restart: whether TCP starts slowly after silence.
 
     Raises: PathError, PartyError among them.
@@ -132,6 +136,7 @@ def measure(
         task = {
             **dataclasses.asdict(point),
             "repeat": repeat,
+            "corrections": corrections,
             "threads": threads,
             "address": path.addresses[0],
             "port": link.free_port(),
@@ -155,6 +160,7 @@ def measure(
         rtt_ms=profile.rtt_ms,
         mbit=profile.mbit,
         threads=threads,
+        corrections=corrections,
         one_s=Spread.of(user.pop("one_s")),
         many_s=Spread.of(user.pop("many_s")),
         online_s=Spread.of(user.pop("online_s")),
@@ -215,7 +221,8 @@ def _user(task: Mapping[str, Any], control: Any) -> dict[str, Any]:
     def timed(name: str, images: int, since: float) -> None:
         taken[name].append((time.perf_counter() - since) / images)
 
-    with hosts.reach(task["address"], control.receive()) as client:
+    ports, corrections = control.receive(), task["corrections"]
+    with hosts.reach(task["address"], ports, corrections=corrections) as client:
         plan = client.plan
         x = torch.randn(
             batch, *plan.input.shape, generator=torch.Generator().manual_seed(11)

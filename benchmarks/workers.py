@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import subprocess
 import sys
@@ -27,7 +28,7 @@ import torch
 from crypten_espn.cost import PAYLOAD
 from crypten_espn.estimate.engines import EngineCost, engine_costs
 from crypten_espn.estimate.workload import workload
-from crypten_espn.masked.messages import CLIENT, SERVER
+from crypten_espn.masked.messages import CLIENT, SERVER, Party
 from crypten_espn.masked.plan import Plan
 
 from . import hosts
@@ -43,6 +44,7 @@ COLUMNS = (
     "workers",
     "answering",
     "clients",
+    "corrections to",
     "images/s",
     "of one",
     "prepare images/s",
@@ -61,6 +63,7 @@ class Served:
 
     Args:
         model, workers, clients, batch: as asked for.
+        corrections: who receives the dealer's.
         inferences: of each client and sample.
         seconds: online, per image of all clients.
         prepare_s: the same of preparing.
@@ -75,6 +78,7 @@ class Served:
     clients: int
     batch: int
     inferences: int
+    corrections: str
     seconds: Spread
     prepare_s: Spread
     answering: int
@@ -102,10 +106,11 @@ def read(path: Path) -> tuple[dict[str, Any], list[Served]]:
     return read_rows(path, lambda **values: Served.from_dict(values))
 
 
-def estimated(name: str, plan: Plan, *, batch: int) -> EngineCost:
+def estimated(name: str, plan: Plan, *, batch: int, corrections: Party) -> EngineCost:
     """What estimate says of the masked engine, for the plan that is served."""
     work = workload(name, classes=CLASSES.get(name, 10))
-    cost, *_ = engine_costs(dataclasses.replace(work, plan=plan), batch=batch)
+    served = dataclasses.replace(work, plan=plan)
+    cost, *_ = engine_costs(served, batch=batch, corrections=corrections)
     return cost
 
 
@@ -115,8 +120,12 @@ def estimated(name: str, plan: Plan, *, batch: int) -> EngineCost:
 class _Clients:
     """Client processes that do one thing at a time, all of them together."""
 
-    def __init__(self, ports: Sequence[int], *, count: int, batch: int) -> None:
-        told = json.dumps({"ports": list(ports), "batch": batch})
+    def __init__(
+        self, ports: Sequence[int], *, count: int, batch: int, corrections: Party
+    ) -> None:
+        told = json.dumps(
+            {"ports": list(ports), "batch": batch, "corrections": corrections}
+        )
         self._processes = [
             subprocess.Popen(
                 [sys.executable, "-m", "benchmarks.workers", "--client", told],
@@ -172,15 +181,15 @@ def _heard(process: subprocess.Popen[str]) -> None:
 def _client(told: dict[str, Any]) -> None:
     """Body of a client process: orders on standard input until it is closed."""
     torch.set_num_threads(1)
-    batch = told["batch"]
-    client = hosts.reach("127.0.0.1", told["ports"])
+    batch, receiver = told["batch"], told["corrections"]
+    client = hosts.reach("127.0.0.1", told["ports"], corrections=receiver)
     x = torch.randn(batch, *client.plan.input.shape)
     print("done", flush=True)
     for line in sys.stdin:
         order, inferences = line.split()
         if order == "connect":
             client.close()
-            client = hosts.reach("127.0.0.1", told["ports"])
+            client = hosts.reach("127.0.0.1", told["ports"], corrections=receiver)
         elif order == "prepare":
             client.prepare(int(inferences), batch=batch)
         else:
@@ -198,6 +207,7 @@ def measure(
     batch: int,
     inferences: int,
     repeat: int,
+    corrections: Party = SERVER,
 ) -> Served:
     """Serve one model by so many processes, and have the clients use it.
 
@@ -208,7 +218,9 @@ def measure(
     prepare_s, online_s = [], []
     with Hosts(model, workers=workers) as served:
         ports = [hosts.port(served.server), hosts.port(served.dealer)]
-        with _Clients(ports, count=clients, batch=batch) as users:
+        with _Clients(
+            ports, count=clients, batch=batch, corrections=corrections
+        ) as users:
             answering = users.spread(served.server, min(workers, clients))
             users.all("prepare", 1)  # the weights
             users.all("predict", 1)
@@ -217,11 +229,12 @@ def measure(
                 online_s.append(users.all("predict", inferences) / images)
         orders = clients * (1 + repeat)
         received, sent = _line(served, plan, orders, clients, inferences, batch)
-    cost = estimated(name, plan, batch=batch)
-    down, up = cost.traffic.bytes_sent
-    expected = (up + cost.client_bytes + cost.dealer_bytes, down)
+    if corrections == SERVER:
+        received += plan.dealer_bytes(batch=batch)
+    cost = estimated(name, plan, batch=batch, corrections=corrections)
+    expected = cost.received[0], cost.traffic.bytes_sent[0]
     return Served(
-        *(name, workers, clients, batch, inferences),
+        *(name, workers, clients, batch, inferences, corrections),
         Spread.of(online_s),
         Spread.of(prepare_s),
         answering,
@@ -234,7 +247,7 @@ def measure(
 def _line(
     served: Hosts, plan: Plan, orders: int, clients: int, inferences: int, batch: int
 ) -> tuple[int, int]:
-    """What the server received and sent for an inference, by the logs of all.
+    """What server and client sent each other for an inference, by the logs of all.
 
     Every preparation and every inference is looked at.
     """
@@ -262,32 +275,36 @@ def _line(
     last = answered[-1]
     online = hosts.online_payload(plan, CLIENT, last["received"], batch=batch)
     down = hosts.online_payload(plan, SERVER, last["sent"], batch=batch)
-    offline = hosts.half_bytes(plan, batch=batch) + plan.dealer_bytes(batch=batch)
-    return online + offline, down
+    return online + hosts.half_bytes(plan, batch=batch), down
 
 
 # ----------------------------------------------------------------------- command line
 
 
 def lines(rows: Sequence[Served]) -> list[tuple[str, ...]]:
-    """The rows as text; a speed beside that of the first row of its model."""
-    first = {row.model: row for row in reversed(rows)}
-    return [
-        (
-            row.model,
-            str(row.workers),
-            str(row.answering),
-            str(row.clients),
-            f"{1 / row.seconds.median:.1f}",
-            f"{first[row.model].seconds.median / row.seconds.median:.2f}",
-            f"{1 / row.prepare_s.median:.1f}",
-            f"{row.received / 1e6:.3f}",
-            f"{row.sent / 1e6:.3f}",
-            "exactly" if row.exact else "NO",
-            f"{row.line_images:.0f}",
+    """The rows as text; a speed beside that of the first of its model and receiver."""
+    found: list[tuple[str, ...]] = []
+    first: dict[tuple[str, str], float] = {}
+    for row in rows:
+        seconds = row.seconds.median
+        base = first.setdefault((row.model, row.corrections), seconds)
+        found.append(
+            (
+                row.model,
+                str(row.workers),
+                str(row.answering),
+                str(row.clients),
+                row.corrections,
+                f"{1 / seconds:.1f}",
+                f"{base / seconds:.2f}",
+                f"{1 / row.prepare_s.median:.1f}",
+                f"{row.received / 1e6:.3f}",
+                f"{row.sent / 1e6:.3f}",
+                "exactly" if row.exact else "NO",
+                f"{row.line_images:.0f}",
+            )
         )
-        for row in rows
-    ]
+    return found
 
 
 def lines_of(path: Path) -> tuple[dict[str, Any], list[tuple[str, ...]]]:
@@ -308,6 +325,13 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--workers", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--clients", type=int, default=2)
+    parser.add_argument(
+        "--corrections",
+        nargs="+",
+        choices=(SERVER, CLIENT),
+        default=[SERVER, CLIENT],
+        help="who receives the dealer's; each in turn",
+    )
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--inferences", type=int, default=16, help="of a client")
     parser.add_argument("--repeat", type=int, default=5)
@@ -324,11 +348,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     rows: list[Served] = []
     about = machine()
-    for workers in options.workers:
+    for receiver, workers in itertools.product(options.corrections, options.workers):
         rows.append(
             measure(
                 options.model,
                 workers=workers,
+                corrections=receiver,
                 clients=options.clients,
                 batch=options.batch,
                 inferences=options.inferences,

@@ -21,6 +21,7 @@ BASE = Session(
     rtt_ms=0.0,
     mbit=None,
     threads=1,
+    corrections="server",
     activations=1000,
     macs=50_000,
     one_s=Spread.of([0.02, 0.03, 0.04]),
@@ -99,8 +100,8 @@ def test_larger_images_are_measured_by_the_work_they_make() -> None:
 
 
 def test_points_of_another_path_or_without_their_base_are_not_compared() -> None:
-    far = dataclasses.replace(linear(), network="wan")
-    assert list(growth.grown([BASE, far])) == []
+    for other in ({"network": "wan"}, {"corrections": "client"}):
+        assert list(growth.grown([BASE, linear(**other)])) == []
     assert list(growth.grown([linear()])) == []
 
 

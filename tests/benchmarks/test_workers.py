@@ -9,10 +9,11 @@ import pytest
 
 from benchmarks import networks, workers
 from benchmarks.rows import Spread, machine, write_rows
+from crypten_espn.masked.messages import CLIENT
 
 ONE = workers.Served(
     "resnet18",
-    *(1, 2, 1, 16),
+    *(1, 2, 1, 16, "server"),
     Spread.of([0.02]),
     Spread.of([0.04]),
     1,
@@ -43,7 +44,13 @@ def test_two_processes_answer_two_clients_with_the_bytes_of_the_estimate(
 ) -> None:
     monkeypatch.setattr(workers, "planned", lambda name: networks.planned(name, 8))
     row = workers.measure(
-        "minionn", workers=2, clients=2, batch=1, inferences=2, repeat=1
+        "minionn",
+        workers=2,
+        clients=2,
+        batch=1,
+        inferences=2,
+        repeat=1,
+        corrections=CLIENT,
     )
     assert row.exact and row.answering == 2
     assert row.received > row.sent > 0
