@@ -24,7 +24,7 @@ from .steps import VALUE_RING, Activation, Product, Step
 if TYPE_CHECKING:
     from .plan import Plan
 
-VERSION = 6
+VERSION = 7
 MAX_TEXT = 1 << 24
 PLAN_BYTES = 4 << 20  # of a plan's text, as parties take it from another
 MAX_DEPTH = 100

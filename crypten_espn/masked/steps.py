@@ -226,6 +226,11 @@ class Product(Truncated, frozen=True, kw_only=True, tag="product"):
         return ()
 
     @property
+    def pool(self) -> None:
+        """Nothing is summed."""
+        return None
+
+    @property
     def masks(self) -> int:
         """Masks of each element of both factors."""
         return 1

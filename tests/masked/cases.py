@@ -389,6 +389,36 @@ def gated(height=5, width=6):
     return Gated().eval().requires_grad_(False), torch.randn(3, 3, height, width)
 
 
+class Pooled(torch.nn.Module):
+    """Average pools as all that reads an activation, twice of one; and not all."""
+
+    def __init__(self):
+        super().__init__()
+        conv, pool = torch.nn.Conv2d, torch.nn.AvgPool2d
+        self.first, self.second = conv(3, 6, 3, padding=1), conv(6, 6, 3, padding=1)
+        self.third, self.fourth = conv(6, 6, 1), conv(6, 4, 1)
+        self.left, self.right, self.beside = conv(4, 3, 1), conv(4, 3, 1), conv(6, 3, 1)
+        self.pools = torch.nn.ModuleList([pool(2), pool((1, 3)), pool(2), pool(2)])
+        of_channels = channel_polynomials(torch.linspace(3, 6, 6))
+        self.acts = torch.nn.ModuleList(
+            espn.PolynomialActivation(polynomial)
+            for polynomial in (QUARTIC, of_channels, QUARTIC, QUARTIC)
+        )
+
+    def forward(self, x):
+        x = self.pools[0](self.acts[0](self.first(x)))
+        x = self.pools[1](self.acts[1](self.second(x)))
+        x = self.acts[2](self.third(x))
+        y = self.acts[3](self.fourth(x))
+        y = self.left(self.pools[2](y)) + self.right(self.pools[3](y))
+        return (y + self.beside(self.pools[2](x))).flatten(1)
+
+
+def pooled():
+    torch.manual_seed(6)
+    return Pooled().eval().requires_grad_(False), torch.randn(4, 3, 8, 12)
+
+
 def fuzzed_plans() -> list[str]:
     """Texts of plans in which every field and every operation occurs."""
     torch.manual_seed(3)
@@ -397,7 +427,7 @@ def fuzzed_plans() -> list[str]:
     )
     espn.attach_guard(flat, espn.InputGuard.fit(torch.randn(4, 6)))
     pairs = [layers(5, 6), residual(), by_channel(), (flat, torch.randn(4, 6))]
-    pairs += [moving(), gated()]
+    pairs += [moving(), gated(), pooled()]
     return [
         planned(network, example, precision=precision).plan.to_json()
         for network, example in pairs

@@ -152,6 +152,38 @@ def test_the_second_opening_hides_its_coins_but_for_what_the_client_drops(k):
         assert is_uniform(ids(mine, sent), 1 << (v + (v - s) + k))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("k", [1, 2])
+def test_a_pooled_second_opening_hides_its_one_coin(k):
+    """Shares of two values are summed first; mask and coin are the sum's."""
+    v, s = 5, 2
+    step = s - k
+    share, other, hidden, rho = listed(1 << v, 1 << v, 1 << (v - s), 1 << s)
+    for y, z in ((0, 0), (3, -2), (-4, -3), (1, 5)):
+        mine = (y - share) + (z - other) + rho
+        sent = ((share + other + (hidden << s)) % (1 << v)) >> step
+        opened = np.empty_like(share)
+        kernels.truncate(mine, sent, bits=v, drop=s, step=step, out=opened)
+        dropped = (share + other) % (1 << step)
+        truth = (y + z + rho - dropped) >> s
+        assert ((opened - hidden - truth) % (1 << (v - s)) == 0).all()
+        for d in np.unique(dropped):
+            here = dropped == d
+            view = ids(share[here], other[here], hidden[here])
+            assert is_product(view, ids(truth[here]))
+            assert truth[here].mean() == pytest.approx((y + z - d) / (1 << s))
+        assert is_uniform(ids(mine % (1 << v), sent), 1 << (v + (v - s) + k))
+
+
+def test_a_coin_for_every_value_of_a_pool_would_be_biased():
+    first, second = listed(1 << 3, 1 << 3)
+    for y in range(-9, 9):
+        one = (y + first) >> 3
+        two = (y + first + second) >> 3
+        assert one.mean() == y / 8
+        assert two.mean() == pytest.approx(y / 8 + 7 / 16)
+
+
 def test_a_client_that_draws_its_own_coins_knows_them():
     share, r = listed(1 << 6, 1 << 8)
     x = (21 + (r & 7)) >> 3

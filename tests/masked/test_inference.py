@@ -26,6 +26,7 @@ from .cases import (
     layers,
     message_count,
     planned,
+    pooled,
     residual,
     without_noise,
 )
@@ -67,6 +68,27 @@ def test_results_are_the_references_bit_for_bit(made, precision, batch):
     z, _ = check_bit_exact(model, x, index=batch)
     error = (model.plan.decode(z) - network(x)).abs().max()
     assert float(error) < {26: 0.3, "fast": 0.02}.get(precision, 0.002)
+
+
+@pytest.mark.parametrize(
+    "precision, batch, corrections",
+    [("fast", 1, SERVER), ("fast", 9, CLIENT), ("compact", 3, SERVER), (52, 2, CLIENT)],
+)
+def test_pooled_activations_are_the_references_bit_for_bit(
+    precision, batch, corrections
+):
+    """Windows of several shapes, one read twice; polynomials of every channel's own."""
+    network, example = pooled()
+    model = planned(network, example, precision=precision)
+    pools = [step.activation.pool for step in model.plan.steps]
+    assert pools == [(2, 2), (1, 3), None, (2, 2)]
+    z, transcript = check_bit_exact(
+        model, images(batch, example), index=5, corrections=corrections
+    )
+    error = (model.plan.decode(z) - network(images(batch, example))).abs().max()
+    assert float(error) < {52: 0.002}.get(precision, 0.05)
+    sizes = [(sender, size) for sender, _, size in transcript.messages]
+    assert sorted(sizes) == sorted(message_sizes(model.plan, batch=batch))
 
 
 @pytest.mark.parametrize("batch", [1, 9])

@@ -445,6 +445,99 @@ def test_a_network_that_roundings_would_drown_takes_a_wider_ring_and_says_so():
     assert report.widened == wide.report.widened and report.widened in str(report)
 
 
+def _pools() -> dict[str, tuple[nn.Module, list[tuple[int, int] | None]]]:
+    """Networks of one activation of 8x8 or its like, and what is summed before it is
+    opened."""
+    pool, flat = nn.AvgPool2d, nn.Flatten()
+    first = lambda: (conv(3, 4, 3, padding=1), act())  # noqa: E731
+    return {
+        "a pool": (
+            nn.Sequential(*first(), pool(2), flat, nn.Linear(64, 3)), [(2, 2)]
+        ),
+        "a global pool": (
+            nn.Sequential(*first(), nn.AdaptiveAvgPool2d(1), flat, nn.Linear(4, 3)),
+            [(8, 8)],
+        ),
+        "a mean": (
+            Written(lambda x, c, a, h: h(a(c(x)).mean((2, 3))), *first(),
+                    nn.Linear(4, 3)),
+            [(8, 8)],
+        ),
+        "a pool as output": (nn.Sequential(*first(), pool((8, 4))), [(8, 4)]),
+        "a pool that an activation reads": (
+            nn.Sequential(*first(), pool(4), act(), flat, nn.Linear(16, 3)),
+            [(4, 4), None],
+        ),
+        "two pools of one window": (
+            Written(lambda x, c, a, p, q, d, e: d(p(a(c(x)))) + e(q(a(c(x)))),
+                    *first(), pool(2), pool(2), conv(4, 3), conv(4, 3)),
+            [(2, 2)] * 2,
+        ),
+        "two pools of other windows": (
+            Written(
+                lambda x, c, a, p, q, d, e: (
+                    lambda y: torch.cat([p(y).flatten(1), q(y).flatten(1)], 1)
+                )(a(c(x))),
+                *first(), pool(2), pool(4), conv(4, 3), conv(4, 3),
+            ),
+            [None],
+        ),
+        "the value itself too": (
+            Written(
+                lambda x, c, a, p, h: (
+                    lambda y: h(torch.cat([p(y).flatten(1), y.flatten(1)], 1))
+                )(a(c(x))),
+                *first(), pool(2), nn.Linear(320, 3),
+            ),
+            [None],
+        ),
+        "the value as output": (nn.Sequential(*first()), [None]),
+        "overlapping windows": (
+            nn.Sequential(*first(), pool(3, 1), flat, nn.Linear(144, 3)), [None]
+        ),
+        "windows that leave a rest": (
+            nn.Sequential(*first(), pool(3), flat, nn.Linear(16, 3)), [None]
+        ),
+        "a padded pool": (
+            nn.Sequential(*first(), pool(2, 2, 1), flat, nn.Linear(100, 3)), [None]
+        ),
+        "windows of one": (
+            nn.Sequential(*first(), pool(1), flat, nn.Linear(256, 3)), [None]
+        ),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", _pools())
+def test_shares_are_pooled_where_all_that_reads_them_is_one_pool(name):
+    torch.manual_seed(3)
+    network, wanted = _pools()[name]
+    network, x = ready(network), images()
+    model = planned(network, x)
+    pools = [step.activation.pool for step in model.plan.steps]
+    assert pools == wanted
+    logits, _ = evaluate(model.plan, model.weights, x, roundings=coins(model.plan, 2))
+    error = rms(logits - exact(network, x))
+    assert error < 2 * model.report.logits_error + 1e-6
+    z, _ = Pair(model).infer(x)
+    assert rms(model.plan.decode(z) - exact(network, x)) < 2e-2
+    assert check_plan(espn.convert(network, x), x, model) is None
+
+
+def test_shares_are_not_pooled_where_their_sum_would_leave_no_precision():
+    """Of what an interval allows, a narrow ring holds one value, not 1,024."""
+    x = torch.randn(8, 1, 32, 32)
+    for radius, pool in ((60.0, None), (5.0, (32, 32))):
+        polynomial = espn.Polynomial((0, 1, 4), 0, (-radius, radius))
+        network = ready(
+            nn.Sequential(conv(1, 2), act(polynomial), nn.AvgPool2d(32), nn.Flatten())
+        )
+        model = planned(network, x, precision=26)
+        assert model.plan.steps[0].activation.pool == pool
+        roundings = coins(model.plan, 2)
+        logits, _ = evaluate(model.plan, model.weights, x, roundings=roundings)
+        assert rms(logits - exact(network, x)) < 2 * model.report.logits_error
+
+
 def test_the_compact_precision_takes_fewest_bytes_within_the_error_of_espn():
     network = ready(
         nn.Sequential(

@@ -15,7 +15,7 @@ from ...pillar.stress import corruptions
 from ...polynomial import RING_BITS
 from ..model import MaskedModel
 from ..plan import Plan
-from ..steps import Activation, Output, Step
+from ..steps import Output, Step
 from .layers import RESCALED, Layer
 from .network import Network
 
@@ -184,9 +184,8 @@ class _Seen:
         number, step = next(self._parts)
         assert isinstance(step, Step)
         self._held(number, step, z)
-        act = step.activation
-        if isinstance(act, Activation) and act.pool is not None:
-            y = functional.avg_pool2d(y, act.pool, divisor_override=1)
+        if step.activation.pool is not None:
+            y = functional.avg_pool2d(y, step.activation.pool, divisor_override=1)
         limit = 2.0 ** (RING_BITS - step.activation.value_frac_bits)
         self._wrap(number, y, limit)
         if layer.name.endswith(RESCALED) or layer.multiplies:
