@@ -23,7 +23,7 @@ from crypten_espn.cost import GLOO_DELAYS, Traffic
 from . import degrees, growth, offline, throughput, training, workers
 from .accuracy import rows as accuracy
 from .inference import RELU_PROTOCOLS
-from .rows import PLAIN, Results, ResultsError, write_atomically
+from .rows import COMPACT, MASKED, PLAIN, Results, ResultsError, write_atomically
 from .tables import STAMP, frame, stamped
 
 # Results that are shown as their command prints them.
@@ -145,7 +145,8 @@ class Table:
 # Activation and engine in the rows, and the title of their column.
 SYSTEMS = {
     (PLAIN, "torch+eager"): "plain torch",
-    ("masked", "masked"): "masked",
+    (MASKED, "masked"): "masked",
+    (COMPACT, "masked"): "masked compact",
     ("espn", "crypten+direct"): "espn",
     ("opened_mask", "crypten+direct"): "opened_mask",
     ("beaver", "crypten+direct"): "beaver",
@@ -193,7 +194,7 @@ def _limit(rows: pandas.DataFrame) -> pandas.DataFrame:
     lines = []
     near = rows[rows.network == "loopback"]
     for model, found in near.groupby("model", sort=False):
-        masked = found[found.engine == "masked"].online_s
+        masked = found[found.activation == MASKED].online_s
         plain = found[found.activation == PLAIN].set_index("engine").online_s
         if masked.empty or "torch+eager" not in plain:
             continue
@@ -237,7 +238,7 @@ def _gains(rows: pandas.DataFrame) -> pandas.DataFrame:
     far = _wide(rows, "wan", "online_s")
     far = far.reindex(columns=list(SYSTEMS.values()))
     near = _wide(rows, "loopback", "online_s").reindex(index=far.index)
-    masked = rows[(rows.network == "wan") & (rows.engine == "masked")]
+    masked = rows[(rows.network == "wan") & (rows.activation == MASKED)]
     parts = {
         row.model: _parts(row, near.masked[row.model]) for row in masked.itertuples()
     }

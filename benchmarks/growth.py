@@ -80,9 +80,9 @@ def grown(rows: Sequence[Session]) -> Iterator[Growth]:
                     yield Growth(series, found[key], _shares(base, found[key]))
 
 
-def _run(row: Session) -> tuple[str, str, int]:
+def _run(row: Session) -> tuple[str, str, str, int]:
     """What a point and its base must have in common."""
-    return row.network, row.corrections, row.threads
+    return row.network, row.corrections, row.precision, row.threads
 
 
 def _shares(base: Session, row: Session) -> dict[str, float]:

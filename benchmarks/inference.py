@@ -12,12 +12,13 @@ On two hosts, one command on each (any free port; rank 1 connects to rank 0):
     python -m benchmarks.inference --rank 0 --rendezvous 10.0.0.1:29500 --json rows.json
     python -m benchmarks.inference --rank 1 --rendezvous 10.0.0.1:29500
 
-Protocols: masked is this package's engine; espn, opened_mask and beaver are its
-activations on CrypTen's layers; crypten-relu is CrypTen's own ReLU with batch-norm
-folded, crypten-relu-unfolded the network as CrypTen converts it. plain is none but the
-limit: the network with its ReLUs in plaintext torch, in several forms, over loopback
-alone. Offline, masked is a session's `prepare(1)`, with a server and a dealer process;
-CrypTen's phase is its tuple cache, filled from one traced run.
+Protocols: masked is this package's engine, masked-compact the same at the precision
+"compact"; espn, opened_mask and beaver are its activations on CrypTen's layers;
+crypten-relu is CrypTen's own ReLU with batch-norm folded, crypten-relu-unfolded the
+network as CrypTen converts it. plain is none but the limit: the network with its ReLUs
+in plaintext torch, in several forms, over loopback alone. Offline, the masked engine's
+phase is a session's `prepare(1)`, with a server and a dealer process; CrypTen's is its
+tuple cache, filled from one traced run.
 
 Weights are fresh: neither time nor rounds nor bytes depend on them. Batch-norm is
 calibrated so that activations stay where the polynomial is meant to be used, and the
@@ -39,7 +40,7 @@ from . import link
 from .networks import MODELS, build, calibration, images
 from .options import add_run_options, finish
 from .plots import plot_dots
-from .rows import PLAIN, Results, ResultsError, Skipped
+from .rows import COMPACT, MASKED, PLAIN, Results, ResultsError, Skipped
 
 LOOPBACK = "127.0.0.1"
 RELU_PROTOCOLS = ("crypten-relu", "crypten-relu-unfolded")
@@ -50,10 +51,10 @@ CHANNELS = ("direct", "gloo")
 
 
 def protocols() -> tuple[str, ...]:
-    """What --protocols takes: masked, the package's table, CrypTen's own, plain."""
+    """What --protocols takes: the masked, the package's table, CrypTen's own, plain."""
     from crypten_espn.protocols import PROTOCOLS
 
-    return ("masked", *PROTOCOLS, *RELU_PROTOCOLS, PLAIN)
+    return (MASKED, COMPACT, *PROTOCOLS, *RELU_PROTOCOLS, PLAIN)
 
 
 # ---------------------------------------------------------------------- in the parties
@@ -143,7 +144,7 @@ def _systems(
     systems: list[Any] = []
     traces: dict[str, Any] = {}
     for protocol in task["protocols"]:
-        if protocol == "masked":
+        if protocol in (MASKED, COMPACT):
             systems.append(
                 MaskedSystem(
                     twin,
@@ -153,6 +154,7 @@ def _systems(
                     address=task["address"],
                     listen=task.get("listen", task["address"]),
                     threads=task["threads"],
+                    activation=protocol,
                     check=functools.partial(check, "polynomial"),
                 )
             )

@@ -21,6 +21,7 @@ from crypten_espn.serving.client import Client
 from . import hosts
 from .hosts import Hosts
 from .party import Control, Result
+from .rows import COMPACT, MASKED
 
 
 class MaskedSystem:
@@ -33,10 +34,11 @@ class MaskedSystem:
         control: the parties' connection for agreement.
         address, listen: where rank 1 reaches rank 0, and what rank 0 binds.
         threads: of each process.
+        activation: MASKED, or COMPACT for that precision.
         check: largest error and agreement of the logits.
     """
 
-    activation = engine = "masked"
+    engine = "masked"
 
     def __init__(
         self,
@@ -48,8 +50,10 @@ class MaskedSystem:
         address: str,
         listen: str,
         threads: int,
+        activation: str = MASKED,
         check: Callable[[torch.Tensor], tuple[float, float | None] | None],
     ) -> None:
+        self.activation = activation
         self._network, self._x, self._calibration = network, x, calibration
         self._control, self._check = control, check
         self._address, self._listen, self._threads = address, listen, threads
@@ -63,7 +67,8 @@ class MaskedSystem:
         control, batch = self._control, len(self._x)
         if control.rank == 0:
             graph = crypten_espn.convert(self._network, self._calibration)
-            model = masked_model(graph, self._calibration)
+            precision = "compact" if self.activation == COMPACT else "fast"
+            model = masked_model(graph, self._calibration, precision=precision)
             served = Hosts(model, host=self._listen, threads=self._threads)
             self._side = _Company(served, model.plan, batch, control)
             control.send([hosts.port(served.server), hosts.port(served.dealer)])

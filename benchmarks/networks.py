@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 MODELS = (
     "minionn", "vgg16", "resnet18", "seresnet18", "resnet32", "resnet110", "resnet50"
 )  # fmt: skip
+PRECISIONS = ("compact", "fast", "high")
 CLASSES = {"resnet32": 100, "resnet50": 1000}  # 10 elsewhere, as in the paper
 DEGREE, FRAC_BITS = 4, 10  # as in the recipes
 _CALIBRATION = 32  # images of 32 x 32 for a plan; of larger ones as many pixels
@@ -82,14 +83,18 @@ def build(model: str, size: int | None = None) -> tuple[Any, Any]:
     return relu.eval(), twin.eval()
 
 
-def planned(model: str, size: int | None = None) -> MaskedModel:
+def planned(
+    model: str, size: int | None = None, *, precision: str = "fast"
+) -> MaskedModel:
     """The masked engine's plan and integers of one of them."""
     import crypten_espn
     from crypten_espn.masked.planning import masked_model
 
     _, network = build(model, size)
     example = calibration(model, size)
-    return masked_model(crypten_espn.convert(network, example), example)
+    return masked_model(
+        crypten_espn.convert(network, example), example, precision=precision
+    )
 
 
 def _joins_shortcut(network: Any, name: str) -> bool:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from . import link, sessions
-from .networks import MODELS
+from .networks import MODELS, PRECISIONS
 from .rows import machine, read_rows, write_rows
 from .sessions import Point, Session
 from .tables import columns
@@ -31,6 +31,7 @@ COLUMNS = (
     "size",
     "batch",
     "corrections to",
+    "precision",
     "prepare(1) ms",
     "prepare(n) ms",
     "n",
@@ -58,6 +59,7 @@ def cells(row: Session) -> tuple[str, ...]:
         str(row.size),
         str(row.batch),
         row.corrections,
+        row.precision,
         one,
         many,
         str(row.count),
@@ -97,6 +99,9 @@ def add_session_options(parser: argparse.ArgumentParser, *, repeat: int) -> None
         default=["server"],
         help="who receives the dealer's; default server",
     )
+    parser.add_argument(
+        "--precision", choices=PRECISIONS, default="fast", help="default fast"
+    )
     parser.add_argument("--threads", type=int, default=1, help="of each process")
     parser.add_argument("--timeout-s", type=float, default=1800.0)
     parser.add_argument("--json", type=Path, metavar="FILE")
@@ -126,6 +131,7 @@ def run(
                     threads=options.threads,
                     timeout_s=options.timeout_s,
                     corrections=receiver,
+                    precision=options.precision,
                 )
             except link.PartyError as error:
                 print(f"error: {point} on {network}: {error}", file=sys.stderr)

@@ -39,7 +39,7 @@ from .compare import report_comparison
 from .figures import command as figures
 from .networks import MODELS
 from .page import RUNS, document, render
-from .rows import PLAIN, ROOT, Results, ResultsError, write_atomically
+from .rows import COMPACT, MASKED, PLAIN, ROOT, Results, ResultsError, write_atomically
 
 RESULTS = Path(__file__).resolve().parent / "results"
 RENDERED = ROOT / "out" / "benchmarks"
@@ -86,7 +86,8 @@ def steps(*, full: bool) -> list[Step]:
     )
     if full:
         four, large = MODELS[:4], MODELS[4:]
-        apart = ("masked", PLAIN, documents.UNFOLDED)
+        engine = (MASKED, COMPACT, PLAIN)
+        apart = (*engine, documents.UNFOLDED)
         folded = [name for name in inference.protocols() if name not in apart]
         once = (*both, "--repeat", "1")
         return [
@@ -95,7 +96,7 @@ def steps(*, full: bool) -> list[Step]:
                 "masked",
                 "inference",
                 (
-                    *("--models", *MODELS, "--protocols", "masked", PLAIN),
+                    *("--models", *MODELS, "--protocols", *engine),
                     *(*both, "cheetah", "--repeat", "3"),
                 ),
             ),

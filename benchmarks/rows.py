@@ -28,6 +28,7 @@ R = TypeVar("R")
 
 ROOT = Path(__file__).resolve().parent.parent
 PLAIN = "plain"  # plaintext torch, as a row beside the protocols
+MASKED, COMPACT = "masked", "masked-compact"  # the engine at "fast" and at "compact"
 # What a file says of the masked engine's offline column; without it the column is of
 # one process that was its own dealer, which no session is.
 OFFLINE, SESSION = "masked_offline", "session"

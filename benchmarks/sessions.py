@@ -62,6 +62,7 @@ class Session:
         network, rtt_ms, mbit: the path between client and server.
         threads: of each process.
         corrections: who receives the dealer's.
+        precision: of the plan.
         activations, macs: of one image: values opened, and the plan's multiplications.
         one_s: `prepare(1)`, per image.
         many_s: `prepare(count)`, per image.
@@ -83,6 +84,7 @@ class Session:
     mbit: float | None
     threads: int
     corrections: str
+    precision: str
     activations: int
     macs: int
     one_s: Spread
@@ -117,6 +119,7 @@ def measure(
     threads: int,
     timeout_s: float,
     corrections: str = "server",
+    precision: str = "fast",
     idle_restart: bool = True,
 ) -> Session:
     """Run one session.
@@ -127,6 +130,7 @@ def measure(
         threads: of each process.
         timeout_s: after which it is given up.
         corrections: who receives the dealer's, "server" or "client".
+        precision: as `masked_model` takes it.
         idle_restart: whether TCP starts slowly after silence.
 
     Raises: PathError, PartyError among them.
@@ -137,6 +141,7 @@ def measure(
             **dataclasses.asdict(point),
             "repeat": repeat,
             "corrections": corrections,
+            "precision": precision,
             "threads": threads,
             "address": path.addresses[0],
             "port": link.free_port(),
@@ -161,6 +166,7 @@ def measure(
         mbit=profile.mbit,
         threads=threads,
         corrections=corrections,
+        precision=precision,
         one_s=Spread.of(user.pop("one_s")),
         many_s=Spread.of(user.pop("many_s")),
         online_s=Spread.of(user.pop("online_s")),
@@ -183,7 +189,7 @@ def _company(task: Mapping[str, Any], control: Any) -> dict[str, Any]:
 
     size = task["size"]
     own = size == image_size(task["model"])
-    model = planned(task["model"], None if own else size)
+    model = planned(task["model"], None if own else size, precision=task["precision"])
     plan = model.plan
     with hosts.Hosts(model, host=task["address"], threads=task["threads"]) as served:
         processes = (served.server, served.dealer)

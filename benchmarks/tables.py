@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas
 
-from .rows import PLAIN, Results, Row
+from .rows import COMPACT, MASKED, PLAIN, Results, Row
 
 STAMP = ("commit", "date", "processor")
 COLUMNS = (
@@ -65,7 +65,7 @@ def limits(rows: Sequence[Row]) -> list[str]:
     """The masked engine online over loopback beside plaintext torch in the same run."""
     lines = []
     for row in rows:
-        if row.engine != "masked" or row.network != "loopback":
+        if row.activation not in (MASKED, COMPACT) or row.network != "loopback":
             continue
         here = (row.model, row.network, row.batch)
         plain = {
@@ -79,7 +79,9 @@ def limits(rows: Sequence[Row]) -> list[str]:
                 f"{private / plain[engine]:.2f} times {engine}"
                 for engine in dict.fromkeys((*list(plain)[:1], fastest))
             ]
-            lines.append(f"{row.model}: masked online is {' and '.join(ratios)}")
+            lines.append(
+                f"{row.model}: {row.activation} online is {' and '.join(ratios)}"
+            )
     return lines
 
 

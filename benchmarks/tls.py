@@ -33,7 +33,7 @@ from crypten_espn.wire.connect import Listener, connect_channel
 from crypten_espn.wire.tls import TLS
 
 from . import link, party
-from .networks import MODELS, planned
+from .networks import MODELS, PRECISIONS, planned
 from .options import add_run_options, finish
 from .rows import Results, ResultsError
 
@@ -186,7 +186,9 @@ def run_party(task: dict[str, Any], emit: Callable[[Any], None]) -> None:
             own = control.receive()[CLIENT]
         for model in task["models"]:
             if control.rank == 0:
-                sizes = message_sizes(planned(model).plan, batch=batch)
+                sizes = message_sizes(
+                    planned(model, precision=task["precision"]).plan, batch=batch
+                )
                 control.send(sizes)
             else:
                 sizes = [(sender, size) for sender, size in control.receive()]
@@ -236,6 +238,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--megabytes", type=int, default=64)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=["resnet18"])
     parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--precision", choices=PRECISIONS, default="fast")
     add_run_options(parser, networks=(), repeat=9)
     parser.add_argument("--party", help=argparse.SUPPRESS)
     return parser
@@ -253,7 +256,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{name:6} {median:.3f} ms of processor time a MB")
         return 0
     results = Results(options.json)
-    names = ("models", "batch", "repeat", "fill_s", "limit_s")
+    names = ("models", "batch", "precision", "repeat", "fill_s", "limit_s")
     try:
         ended_well = party.run_on_networks(
             results,

@@ -34,7 +34,7 @@ from crypten_espn.masked.plan import Plan
 from . import hosts
 from .costmodel import NAMED
 from .hosts import Hosts
-from .networks import CLASSES, MODELS, planned
+from .networks import CLASSES, MODELS, PRECISIONS, planned
 from .processes import Process, connected
 from .rows import Spread, machine, read_rows, write_rows
 from .tables import columns
@@ -45,6 +45,7 @@ COLUMNS = (
     "answering",
     "clients",
     "corrections to",
+    "precision",
     "images/s",
     "of one",
     "prepare images/s",
@@ -64,6 +65,7 @@ class Served:
     Args:
         model, workers, clients, batch: as asked for.
         corrections: who receives the dealer's.
+        precision: of the plan.
         inferences: of each client and sample.
         seconds: online, per image of all clients.
         prepare_s: the same of preparing.
@@ -79,6 +81,7 @@ class Served:
     batch: int
     inferences: int
     corrections: str
+    precision: str
     seconds: Spread
     prepare_s: Spread
     answering: int
@@ -208,12 +211,13 @@ def measure(
     inferences: int,
     repeat: int,
     corrections: Party = SERVER,
+    precision: str = "fast",
 ) -> Served:
     """Serve one model by so many processes, and have the clients use it.
 
     Raises: RuntimeError if what crossed the line is not what the plan says.
     """
-    model = planned(name)
+    model = planned(name, precision=precision)
     plan, images = model.plan, clients * inferences * batch
     prepare_s, online_s = [], []
     with Hosts(model, workers=workers) as served:
@@ -234,7 +238,7 @@ def measure(
     cost = estimated(name, plan, batch=batch, corrections=corrections)
     expected = cost.received[0], cost.traffic.bytes_sent[0]
     return Served(
-        *(name, workers, clients, batch, inferences, corrections),
+        *(name, workers, clients, batch, inferences, corrections, precision),
         Spread.of(online_s),
         Spread.of(prepare_s),
         answering,
@@ -295,6 +299,7 @@ def lines(rows: Sequence[Served]) -> list[tuple[str, ...]]:
                 str(row.answering),
                 str(row.clients),
                 row.corrections,
+                row.precision,
                 f"{1 / seconds:.1f}",
                 f"{base / seconds:.2f}",
                 f"{1 / row.prepare_s.median:.1f}",
@@ -332,6 +337,7 @@ def make_parser() -> argparse.ArgumentParser:
         default=[SERVER, CLIENT],
         help="who receives the dealer's; each in turn",
     )
+    parser.add_argument("--precision", choices=PRECISIONS, default="fast")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--inferences", type=int, default=16, help="of a client")
     parser.add_argument("--repeat", type=int, default=5)
@@ -354,6 +360,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 options.model,
                 workers=workers,
                 corrections=receiver,
+                precision=options.precision,
                 clients=options.clients,
                 batch=options.batch,
                 inferences=options.inferences,

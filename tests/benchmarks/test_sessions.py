@@ -22,6 +22,7 @@ BASE = Session(
     mbit=None,
     threads=1,
     corrections="server",
+    precision="fast",
     activations=1000,
     macs=50_000,
     one_s=Spread.of([0.02, 0.03, 0.04]),
@@ -100,7 +101,7 @@ def test_larger_images_are_measured_by_the_work_they_make() -> None:
 
 
 def test_points_of_another_path_or_without_their_base_are_not_compared() -> None:
-    for other in ({"network": "wan"}, {"corrections": "client"}):
+    for other in ({"network": "wan"}, {"corrections": "client"}, {"precision": "high"}):
         assert list(growth.grown([BASE, linear(**other)])) == []
     assert list(growth.grown([linear()])) == []
 

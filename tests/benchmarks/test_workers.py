@@ -10,10 +10,11 @@ import pytest
 from benchmarks import networks, workers
 from benchmarks.rows import Spread, machine, write_rows
 from crypten_espn.masked.messages import CLIENT
+from crypten_espn.masked.model import MaskedModel
 
 ONE = workers.Served(
     "resnet18",
-    *(1, 2, 1, 16, "server"),
+    *(1, 2, 1, 16, "server", "fast"),
     Spread.of([0.02]),
     Spread.of([0.04]),
     1,
@@ -42,7 +43,10 @@ def test_speeds_stand_beside_that_of_one_process(tmp_path: Path) -> None:
 def test_two_processes_answer_two_clients_with_the_bytes_of_the_estimate(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(workers, "planned", lambda name: networks.planned(name, 8))
+    def small(name: str, *, precision: str) -> MaskedModel:
+        return networks.planned(name, 8, precision=precision)
+
+    monkeypatch.setattr(workers, "planned", small)
     row = workers.measure(
         "minionn",
         workers=2,
