@@ -10,6 +10,7 @@ import pytest
 
 from benchmarks import documents, offline
 from benchmarks.rows import (
+    COMPACT,
     OFFLINE,
     PLAIN,
     Results,
@@ -147,13 +148,16 @@ def test_the_limit_stands_beside_the_masked_engine_of_the_same_run(
         )
         results.add(row)
     results.add(dataclasses.replace(LOOPBACK, model="vgg16"))  # without its limit
+    results.add(dataclasses.replace(LOOPBACK, activation=COMPACT))
     lines = markdown(folder, "networks-plain").splitlines()
     assert lines[2] == "| minionn | 15.0 | 10.0 | 1.50 | 6.00 | frozen | 2.50 |"
     assert lines[3] == ""
     near = markdown(folder, "networks-loopback").splitlines()
-    assert near[0] == "| network | plain torch | masked |"
-    assert near[2] == "| minionn | 0.0100 | 0.100 + 0.0150 |"
-    assert "| minionn | none | 16, 1.5 MB |" in markdown(folder, "networks-wire")
+    assert near[0] == "| network | plain torch | masked | masked compact |"
+    assert near[2] == "| minionn | 0.0100 | 0.100 + 0.0150 | 0.100 + 0.0300 |"
+    assert "| minionn | none | 16, 1.5 MB | 16, 1.5 MB |" in markdown(
+        folder, "networks-wire"
+    )
 
 
 def test_an_offline_time_that_is_not_known_is_left_out(folder: Path) -> None:
