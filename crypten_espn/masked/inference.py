@@ -14,8 +14,9 @@ Sources are x = D + t with D known to the server and t to the client.
    what they change by where the public top bit is 1. Whoever draws its words does so
    while it waits for the other.
 4. The client sends the top bits of its share plus its own mask r'. The server adds its
-   share and drops s bits: the next D. Back to 2; the last layer's z goes to the client
-   instead, with noise.
+   share and drops s bits: the next D. Where all that reads an activation is one average
+   pool, both sum their shares over its windows first; mask and coin are the sum's.
+   Back to 2; the last layer's z goes to the client instead, with noise.
 
 So one inference takes 2 messages for each linear part: the input and openings down,
 shares up, the logits. In a large batch 2 to 4 run through the images in chunks, so that
