@@ -146,7 +146,7 @@ def _held(plan: Plan, material: ClientMaterial, batch: int) -> dict[str, np.ndar
         words = [
             _lines(
                 between,
-                material.chunk(plan, number, chunk),
+                material.chunk(draws, number, chunk),
                 chunk.stop - chunk.start,
             )
             for chunk in chunks(batch)

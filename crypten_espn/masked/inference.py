@@ -123,7 +123,7 @@ def server_layers(
         deltas = draws.deltas(number) if isinstance(part, Step) else None
         mine: list[np.ndarray] = []
         for place, chunk in enumerate(parts):
-            words = None if deltas is None else material.chunk(plan, number, chunk)
+            words = None if deltas is None else material.chunk(draws, number, chunk)
             if number > 0:
                 yield from _truncated(
                     plan.steps[number - 1], halves[place], sources[number][chunk]
@@ -228,7 +228,7 @@ def client_layers(plan: Plan, material: ClientMaterial) -> Protocol[np.ndarray]:
         hidden = draws.hidden(number)
         for chunk in chunks(material.pairing.batch):
             # While the server computes.
-            words = material.chunk(plan, number, chunk)
+            words = material.chunk(draws, number, chunk)
             between.hide(words, hidden[chunk])
             rows = chunk.stop - chunk.start
             openings = yield Receive(SERVER, between.payload(rows))

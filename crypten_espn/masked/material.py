@@ -68,7 +68,7 @@ class Draws:
     """
 
     def __init__(self, plan: Plan, seed: bytes, batch: int) -> None:
-        self._plan, self._batch = plan, batch
+        self.plan, self._batch = plan, batch
         self._stream = _inference(seed, batch)
 
     def __repr__(self) -> str:
@@ -77,27 +77,27 @@ class Draws:
     @cached_property
     def input_mask(self) -> np.ndarray:
         """t of the input, (batch, *shape)."""
-        first = self._plan.sources[0]
+        first = self.plan.sources[0]
         shape = self._batch, *first.shape
         return draw(self._stream.fork(b"input"), shape, bits=first.ring)
 
     def linear(self, number: int) -> np.ndarray:
         """G, this party's half of a linear part's B*t + r, (batch, *shape)."""
-        part = self._plan.parts[number]
-        shape = self._batch, *self._plan.part_shapes[number]
+        part = self.plan.parts[number]
+        shape = self._batch, *self.plan.part_shapes[number]
         return draw(self._of(b"linear", number), shape, bits=part.ring)
 
     def hidden(self, number: int) -> np.ndarray:
         """The second opening's mask without the bits it drops, (batch, elements)."""
-        between = self._plan.evaluations[number]
+        between = self.plan.evaluations[number]
         shape = self._batch, between.elements
         bits = between.step.activation.ring
         return draw(self._of(b"hidden", number), shape, bits=bits)
 
     def deltas(self, number: int) -> np.ndarray:
         """What each further group's mask adds to a step's first, (masks - 1, n)."""
-        step = self._plan.steps[number]
-        shape = step.activation.masks - 1, self._batch * self._plan.elements(number)
+        step = self.plan.steps[number]
+        shape = step.activation.masks - 1, self._batch * self.plan.elements(number)
         return draw(self._of(b"deltas", number), shape, bits=step.ring)
 
     def words(self, number: int, chunk: slice) -> np.ndarray:
@@ -106,12 +106,12 @@ class Draws:
         Args:
             chunk: one of `chunks(batch)`.
         """
-        stream = self._of(b"words", number).fork(chunk.start)
-        shape = self._plan.evaluations[number].words_shape(chunk.stop - chunk.start)
+        stream = self._of(b"words", number, chunk.start)
+        shape = self.plan.evaluations[number].words_shape(chunk.stop - chunk.start)
         return draw(stream, shape, bits=64)
 
-    def _of(self, label: bytes, number: int) -> Keystream:
-        return self._stream.fork(label).fork(number)
+    def _of(self, label: bytes, *numbers: int) -> Keystream:
+        return self._stream.fork(b" ".join([label, *(b"%d" % n for n in numbers)]))
 
 
 def chunk_words(plan: Plan, number: int, words: np.ndarray, chunk: slice) -> np.ndarray:
@@ -174,11 +174,15 @@ class Material:
         """What its seed gives."""
         return Draws(plan, self.seed, self.pairing.batch)
 
-    def chunk(self, plan: Plan, number: int, chunk: slice) -> np.ndarray:
-        """Its half of a step's words for a chunk, as the evaluation has them."""
+    def chunk(self, draws: Draws, number: int, chunk: slice) -> np.ndarray:
+        """Its half of a step's words for a chunk, as the evaluation has them.
+
+        Args:
+            draws: its own.
+        """
         if self.pairing.corrections == self.party:
-            return chunk_words(plan, number, self.words[number], chunk)
-        return self.draws(plan).words(number, chunk)
+            return chunk_words(draws.plan, number, self.words[number], chunk)
+        return draws.words(number, chunk)
 
 
 @dataclass

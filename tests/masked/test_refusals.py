@@ -144,7 +144,7 @@ REFUSALS = [
     ("pads of three", f"{ROOT}.pads", [1, 1, 1], "length 4"),
     ("a kernel of one", f"{ROOT}.kernel", [3], "length 2"),
     ("other version", "version", 2, "version 2"),
-    ("future version", "version", 7, "version 7"),
+    ("future version", "version", VERSION + 1, f"version {VERSION + 1}"),
     # Numbers.
     ("negative drop", f"{ACT}.drop", -1, ">= 8"),
     ("negative shift", f"{ACT}.groups.0.shift", -1, ">= 0"),
