@@ -535,7 +535,7 @@ def test_shares_are_not_pooled_where_their_sum_would_leave_no_precision():
         assert model.plan.steps[0].activation.pool == pool
         roundings = coins(model.plan, 2)
         logits, _ = evaluate(model.plan, model.weights, x, roundings=roundings)
-        assert rms(logits - exact(network, x)) < 2 * model.report.logits_error
+        assert rms(logits - exact(network, x)) < 3 * model.report.logits_error
 
 
 def test_the_compact_precision_takes_fewest_bytes_within_the_error_of_espn():
