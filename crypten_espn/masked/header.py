@@ -32,6 +32,23 @@ _ALIGNMENT = 64
 Layout = Sequence[tuple[tuple[int, ...], np.dtype]]
 
 
+def check_corrections(holder: str, kept: Party, wanted: Party) -> None:
+    """Refuse material that was dealt the other way than it is asked for.
+
+    Args:
+        holder: what holds it, as the message calls it.
+
+    Raises:
+        MaterialError: it names both.
+    """
+    if kept != wanted:
+        raise MaterialError(
+            f"{holder} holds material with corrections to the {kept}; corrections to "
+            f"the {wanted} were asked for. Ask for those (corrections=, --corrections) "
+            "until it is used up, or name another folder."
+        )
+
+
 class Identity(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What a folder's material is for.
 
@@ -59,20 +76,6 @@ class Identity(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     def indices(self) -> range:
         """The records' indices."""
         return range(self.first, self.first + self.count)
-
-    def check_corrections(self, wanted: Party, folder: Path) -> None:
-        """Refuse material that was dealt the other way than it is asked for.
-
-        Raises:
-            MaterialError: it names both.
-        """
-        if self.corrections != wanted:
-            raise MaterialError(
-                f"{folder} holds material with corrections to the {self.corrections}; "
-                f"corrections to the {wanted} were asked for. Ask for those "
-                f"(corrections=, --corrections) until it is used up, or name another "
-                "folder."
-            )
 
 
 class Header(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

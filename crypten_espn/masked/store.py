@@ -34,6 +34,7 @@ from .header import (
     Header,
     Identity,
     Layout,
+    check_corrections,
     record_bytes,
     record_tag,
     room,
@@ -153,7 +154,7 @@ class MaterialStore:
                 _refuse_another(
                     "model", identity.model.hex(), model.hex(), self._folder
                 )
-            identity.check_corrections(corrections, self._folder)
+            check_corrections(str(self._folder), identity.corrections, corrections)
             self._layout = layout(identity.batch)
             if record_bytes(self._layout) != header.record:
                 raise MaterialError(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ..bundle import Bundle
 from ..errors import EspnError, MaterialError, PeerError
+from ..masked.header import check_corrections
 from ..masked.store_writer import remove_used_up
 from .events import Event, FolderStays
 from .messages import Hello
@@ -126,11 +127,7 @@ class Sessions:
                 "This session belongs to another certificate's name than the one that "
                 "was shown. Prepare material again."
             )
-        if session.corrections != hello.corrections:
-            raise MaterialError(
-                f"This session has its corrections sent to the {session.corrections}; "
-                f"corrections to the {hello.corrections} were asked for."
-            )
+        check_corrections("This session", session.corrections, hello.corrections)
         return session
 
     def _stored(self, name: str, hello: Hello) -> Session:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from ..errors import MaterialError
-from ..masked.header import Identity
+from ..masked.header import Identity, check_corrections
 from ..masked.material import (
     ClientMaterial,
     Layout,
@@ -58,7 +58,7 @@ def stored_session(folder: Path, corrections: Party) -> tuple[str | None, int]:
         identity, following = data.header.identity, data.journal.next_index()
     if following == identity.indices.stop:
         return None, 0
-    identity.check_corrections(corrections, folder)
+    check_corrections(str(folder), identity.corrections, corrections)
     return identity.session.hex(), following
 
 
