@@ -525,6 +525,7 @@ def test_shares_are_pooled_where_all_that_reads_them_is_one_pool(name):
 
 def test_shares_are_not_pooled_where_their_sum_would_leave_no_precision():
     """Of what an interval allows, a narrow ring holds one value, not 1,024."""
+    torch.manual_seed(3)
     x = torch.randn(8, 1, 32, 32)
     for radius, pool in ((60.0, None), (5.0, (32, 32))):
         polynomial = espn.Polynomial((0, 1, 4), 0, (-radius, radius))
@@ -535,7 +536,7 @@ def test_shares_are_not_pooled_where_their_sum_would_leave_no_precision():
         assert model.plan.steps[0].activation.pool == pool
         roundings = coins(model.plan, 2)
         logits, _ = evaluate(model.plan, model.weights, x, roundings=roundings)
-        assert rms(logits - exact(network, x)) < 3 * model.report.logits_error
+        assert rms(logits - exact(network, x)) < 2 * model.report.logits_error
 
 
 def test_the_compact_precision_takes_fewest_bytes_within_the_error_of_espn():
