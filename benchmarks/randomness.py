@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from crypten_espn.randomness import Keystream
@@ -29,7 +30,7 @@ SIZES = (100, 1_000, 10_000, 100_000, 1_000_000, 10_000_000)
 def generators(size: int) -> dict[str, Callable[[], Any]]:
     """What is compared, ready to be called."""
     stream = Keystream()
-    out = torch.zeros(size, dtype=torch.int64)
+    out = np.zeros(size, dtype=np.int64)
     low, high = -(2**63), 2**63 - 1
     return {
         "torch.randint": lambda: torch.randint(low, high, (size,)),

@@ -107,27 +107,7 @@ class Keystream:
             return words
         return words.to(torch.int64).bitwise_and_((1 << bits) - 1)
 
-    def fill(self, out: torch.Tensor) -> None:
-        """Overwrite a tensor with uniform 64-bit ring elements.
-
-        Args:
-            out: contiguous int64 tensor on the CPU, any shape.
-
-        Raises:
-            RandomnessError: out has another type, layout or device.
-        """
-        if (
-            out.dtype != torch.int64
-            or out.device.type != "cpu"
-            or not out.is_contiguous()
-        ):
-            raise RandomnessError(
-                f"a {out.dtype} tensor with strides {out.stride()} on {out.device} was "
-                "given; fill needs a contiguous int64 tensor on the CPU"
-            )
-        self._fill(out)
-
-    def fill_array(self, out: np.ndarray) -> None:
+    def fill(self, out: np.ndarray) -> None:
         """Overwrite an array with uniform words of its type.
 
         Args:
@@ -139,9 +119,15 @@ class Keystream:
         if out.dtype.kind not in "iu" or not out.flags.c_contiguous:
             raise RandomnessError(
                 f"an array of {out.dtype} with strides {out.strides} was given; "
-                "fill_array needs contiguous integers"
+                "fill needs contiguous integers"
             )
-        self._fill_bytes(out.reshape(-1).view(np.uint8).data)
+        _refuse_after_fork("keystream", self._generation)
+        # One word order for all machines would cost a pass; those that torch runs on
+        # are little-endian.
+        target = out.reshape(-1).view(np.uint8).data
+        for start in range(0, len(target), len(_ZEROS)):
+            part = target[start : start + len(_ZEROS)]
+            self._stream.update_into(_ZEROS[: len(part)], part)
 
     def fork(self, label: bytes | int) -> Keystream:
         """An independent stream, the same for every holder of this seed.
@@ -173,20 +159,8 @@ class Keystream:
             data = bytearray(self._stream.update(_ZEROS[:count]))
             return torch.frombuffer(data, dtype=dtype).view(shape)
         out = torch.empty(shape, dtype=dtype)
-        self._fill(out)
+        self.fill(out.numpy())
         return out
-
-    def _fill(self, out: torch.Tensor) -> None:
-        if out.numel() > 0:
-            # One word order for all machines would cost a pass; all of torch's are
-            # little-endian.
-            self._fill_bytes(out.view(-1).view(torch.uint8).numpy().data)
-
-    def _fill_bytes(self, target: memoryview) -> None:
-        _refuse_after_fork("keystream", self._generation)
-        for start in range(0, len(target), len(_ZEROS)):
-            part = target[start : start + len(_ZEROS)]
-            self._stream.update_into(_ZEROS[: len(part)], part)
 
     def bytes(self, count: int) -> bytes:
         """The next bytes of the stream.

@@ -196,7 +196,7 @@ def _deals() -> _Task:
 
     def run() -> None:
         taken = np.empty((_WORDS, _ELEMENTS), dtype=np.int64)
-        stream.fill_array(taken)
+        stream.fill(taken)
         kernels.deal_polynomial(
             masks, rounding, taken, bits=_RING, shifts=_SHIFTS, degrees=_DEGREES,
             coeffs=coeffs, linear=coeffs[0, 1], linear_shift=0, zeros=_ZEROS,

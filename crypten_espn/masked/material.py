@@ -30,7 +30,7 @@ from .plan import Plan
 def draw(stream: Keystream, shape: Shape, *, bits: int) -> np.ndarray:
     """Uniform ring elements, int32 for up to 32 bits and int64 for more."""
     out = np.empty(shape, dtype=kernels.ring_dtype(bits))
-    stream.fill_array(out)
+    stream.fill(out)
     if bits not in (32, 64):
         out &= kernels.ring_mask(bits)
     return out
