@@ -17,7 +17,6 @@ from crypten_espn.masked.model import MaskedModel
 from crypten_espn.masked.plan import Plan
 from crypten_espn.serving.client import Client, connect
 from crypten_espn.wire.frames import HEADER_BYTES
-from crypten_espn.wire.packing import packed_bytes
 
 from .processes import Process, peak_memory
 
@@ -123,14 +122,6 @@ def reach(address: str, ports: Sequence[int], *, corrections: Party = SERVER) ->
 # --------------------------------------------------------- what a session's bytes are
 
 
-def half_bytes(plan: Plan, *, batch: int) -> int:
-    """What the client sends to prepare an inference: its halves of the openings."""
-    return sum(
-        packed_bytes(batch * between.opened, between.step.ring)
-        for between in plan.evaluations
-    )
-
-
 def online_payload(plan: Plan, sender: str, sent: int, *, batch: int) -> int:
     """What a party sent online, without frames and what it tells of its material.
 
@@ -159,7 +150,7 @@ def check_offline(
     """
     expected = {
         "dealer": (dealt, plan.dealer_bytes(batch=batch)),
-        "client": (received, half_bytes(plan, batch=batch)),
+        "client": (received, plan.client_bytes(batch=batch)),
     }
     for sender, (sent, payload) in expected.items():
         frames = sent - count * payload

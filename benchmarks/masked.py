@@ -143,7 +143,7 @@ class _User:
         plan, batch = self._client.plan, len(self._x)
         self._client.prepare(1, batch=batch)
         # Rank 0 compares it with what was sent.
-        return plan.dealer_bytes(batch=batch) + hosts.half_bytes(plan, batch=batch)
+        return plan.dealer_bytes(batch=batch) + plan.client_bytes(batch=batch)
 
     def online(self) -> Callable[[], Result]:
         answer = self._client.ask(self._x)

@@ -279,7 +279,7 @@ def _line(
     last = answered[-1]
     online = hosts.online_payload(plan, CLIENT, last["received"], batch=batch)
     down = hosts.online_payload(plan, SERVER, last["sent"], batch=batch)
-    return online + hosts.half_bytes(plan, batch=batch), down
+    return online + plan.client_bytes(batch=batch), down
 
 
 # ----------------------------------------------------------------------- command line

@@ -17,7 +17,6 @@ from ..masked.messages import CLIENT, SERVER, Party
 from ..masked.plan import Plan
 from ..protocols import PROTOCOLS, settings
 from ..protocols.beaver import product_cost
-from ..wire.packing import packed_bytes
 from .processor import Processor
 from .workload import Workload
 
@@ -195,9 +194,9 @@ def engine_costs(
 
 def _masked(work: Workload, plan: Plan, batch: int, corrections: Party) -> EngineCost:
     down, up = online_bytes(plan, batch=batch)
-    halves = values = hidden = 0
+    halves = plan.client_bytes(batch=batch)
+    values = hidden = 0
     for between in plan.evaluations:
-        halves += packed_bytes(batch * between.opened, between.step.ring)
         values += batch * between.words
         hidden += batch * between.elements
     dealt = plan.dealer_bytes(batch=batch)

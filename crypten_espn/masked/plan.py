@@ -256,6 +256,13 @@ class Plan(Strict, frozen=True, dict=True):
         """Offline bytes that the dealer sends one party for an inference."""
         return sum(self.dealer_messages(batch=batch))
 
+    def client_bytes(self, *, batch: int = 1) -> int:
+        """Offline bytes that the client sends the server for an inference."""
+        return sum(
+            packed_bytes(batch * between.opened, between.step.ring)
+            for between in self.evaluations
+        )
+
     @property
     def work(self) -> int:
         """Multiplications and additions of all linear parts for one input."""

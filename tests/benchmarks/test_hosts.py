@@ -15,7 +15,7 @@ def test_other_bytes_than_the_plan_says_are_refused_with_both_counts() -> None:
     network, example = residual()
     plan = planned(network, example).plan
     dealt = plan.dealer_bytes(batch=2) + 4 * HEADER_BYTES
-    received = hosts.half_bytes(plan, batch=2) + HEADER_BYTES
+    received = plan.client_bytes(batch=2) + HEADER_BYTES
     hosts.check_offline(plan, dealt=dealt, received=received, batch=2)
     for more, who in (((1, 0), "dealer"), ((0, 1), "client"), ((0, -20), "client")):
         with pytest.raises(RuntimeError, match=rf"the {who} sent .* the plan says"):
