@@ -126,7 +126,7 @@ class Evaluation(ABC):
 
     @abstractmethod
     def deal(self, coins: Coins, taken: np.ndarray) -> np.ndarray:
-        """The server's shares of the dealer's words, from the client's."""
+        """The words that one party is sent, from those that the other draws."""
 
     @abstractmethod
     def hide(self, words: np.ndarray, hidden: np.ndarray) -> None:

@@ -22,6 +22,7 @@ from .evaluation import chunks
 from .linear import Operands, accumulate
 from .material import (
     ClientMaterial,
+    Draws,
     Material,
     Pairing,
     ServerMaterial,
@@ -83,8 +84,9 @@ class ServerPreparation:
         plan = self.plan
         seed = self._ratchet.take(pairing.index)
         material = ServerMaterial(pairing, seed, [], [])
+        draws = material.draws(plan)
         for number, part in enumerate(plan.parts):
-            total = yield from _half(plan, material, number)
+            total = yield from _half(draws, material, number)
             if isinstance(part, Step):
                 (theirs,) = yield receive(CLIENT, total.size, part.ring)
                 total = total + theirs.reshape(total.shape)
@@ -93,7 +95,7 @@ class ServerPreparation:
         return material
 
 
-def _half(plan: Plan, material: Material, number: int) -> Protocol[np.ndarray]:
+def _half(draws: Draws, material: Material, number: int) -> Protocol[np.ndarray]:
     """A party's half of a linear part's B*t + r, (batch, *shape).
 
     Whoever receives the corrections keeps its half of the step's words too; whoever
@@ -101,8 +103,9 @@ def _half(plan: Plan, material: Material, number: int) -> Protocol[np.ndarray]:
     """
     pairing = material.pairing
     if pairing.corrections != material.party:
-        return material.draws(plan).linear(number)
-    part, batch = plan.parts[number], pairing.batch
+        return draws.linear(number)
+    plan, batch = draws.plan, pairing.batch
+    part = plan.parts[number]
     (given,) = yield receive(DEALER, batch * plan.elements(number), part.ring)
     if isinstance(part, Step):
         material.words.append((yield from _words(plan, number, batch)))
@@ -166,7 +169,7 @@ class ClientPreparation:
         draws = material.draws(plan)
         sources = {0: draws.input_mask}
         for number, part in enumerate(plan.parts):
-            total = yield from _half(plan, material, number)
+            total = yield from _half(draws, material, number)
             operands = Operands(plan.shapes, sources, self._opened)
             accumulate(part.root, operands, total)
             if isinstance(part, Step):
