@@ -7,10 +7,10 @@ import math
 
 import numpy as np
 import torch
-from torch.nn import functional
 
 from ..convert import PrivateNetwork
 from ..engines import MASKED
+from ..layers import Reals
 from ..masked.evaluation import OfProduct
 from ..masked.model import MaskedModel
 from ..masked.plan import Plan, channels_last
@@ -168,7 +168,7 @@ def _value(plan: Plan, number: int, z: torch.Tensor) -> torch.Tensor:
     if act.pool is None:
         return result
     return _channels_last(
-        functional.avg_pool2d(result.movedim(-1, 1), act.pool, divisor_override=1)
+        Reals().window_sums(result.movedim(-1, 1), act.pool, act.pool)
     )
 
 

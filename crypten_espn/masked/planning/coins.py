@@ -10,8 +10,8 @@ import math
 
 import numpy as np
 import torch
-from torch.nn import functional
 
+from ...layers import Reals
 from .layers import Layer
 from .products import Dropped, OfRow
 from .scales import Scales
@@ -107,8 +107,9 @@ def _activated(
     pool = scales.pools.get(layer.name)
     if pool is None:
         return _truncated(y, scales.frac_bits[part + 1], random)
-    sums = functional.avg_pool2d(y, pool, divisor_override=1)
-    sums = _truncated(sums, scales.frac_bits[part + 1], random)
+    sums = _truncated(
+        Reals().window_sums(y, pool, pool), scales.frac_bits[part + 1], random
+    )
     # All readers take means of these windows: each value is its window's.
     means = sums / scales.summed(layer.name)
     return means.repeat_interleave(pool[0], 2).repeat_interleave(pool[1], 3)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from crypten import nn as crypten_nn
 from torch import Tensor
-from torch.nn import functional
 
+from ...layers import Reals
 from ...pillar.escapes import in_radii
 from ...pillar.guarding import HOW
 from ...pillar.stress import corruptions
@@ -184,8 +184,9 @@ class _Seen:
         number, step = next(self._parts)
         assert isinstance(step, Step)
         self._held(number, step, z)
-        if step.activation.pool is not None:
-            y = functional.avg_pool2d(y, step.activation.pool, divisor_override=1)
+        pool = step.activation.pool
+        if pool is not None:
+            y = Reals().window_sums(y, pool, pool)
         limit = 2.0 ** (RING_BITS - step.activation.value_frac_bits)
         self._wrap(number, y, limit)
         if layer.name.endswith(RESCALED) or layer.multiplies:
