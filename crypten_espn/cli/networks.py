@@ -21,7 +21,7 @@ from ..explain import explain as explain_network
 from ..inputs import check_batch
 from ..masked.messages import SERVER, Party
 from ..masked.model import MaskedModel
-from ..masked.planning import masked_model
+from ..masked.planning import PRECISIONS, masked_model
 from ..masked.planning.tails import IMAGES
 from ..pillar.guard import InputGuard
 from ..pillar.networks import NETWORKS, Network
@@ -29,7 +29,6 @@ from ..pillar.storage import BUNDLED, load_network
 from ..protocols import PROTOCOLS, TRUNCATIONS
 from .options import (
     INPUTS,
-    PRECISIONS,
     SEVERAL_BITS,
     Calibration,
     GuardFile,

@@ -15,6 +15,7 @@ from typer.core import TyperArgument, TyperCommand, TyperOption
 from typer.models import ArgumentInfo, OptionInfo
 
 from ..errors import DataError
+from ..masked.planning import PRECISIONS
 from ..pillar.storage import network_file
 
 if sys.version_info >= (3, 11):
@@ -217,8 +218,6 @@ _GUARD = (
 )
 GuardFile = Annotated[Path | None, option(_GUARD, "FILE")]
 Calibration = Annotated[Path, option(f"{INPUTS}; they bound every layer", "FILE")]
-# The masked engine's; planning knows what they are.
-PRECISIONS = ("compact", "fast", "high")
 _PRECISION = (
     "the fewest bytes at the error of espn with 12 bits, or 32-bit or 40-bit linear "
     "layers"

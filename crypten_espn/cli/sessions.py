@@ -14,6 +14,7 @@ from typer.models import OptionInfo
 
 from ..bundle.sealed import is_bundle
 from ..masked.messages import Party
+from ..masked.planning import PRECISIONS
 from ..masked.store import material_info
 from ..pillar.storage import network_file
 from ..serving.admin import Admin
@@ -27,7 +28,6 @@ from ..wire.tls import TLS
 from .hosts import Common, Dealing, Network, Serving
 from .options import (
     INPUTS,
-    PRECISIONS,
     GuardFile,
     argument,
     checked,
