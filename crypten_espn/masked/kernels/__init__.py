@@ -13,9 +13,10 @@ from .activation import (
     truncate,
     words_of,
 )
-from .convolution import PIXELS, VECTOR, convolve, pad, pool_sum, windows
+from .convolution import convolve, pad, pool_sum, windows
 from .product import deal_product, product_share
 from .ring import centred, reduce_ring, ring_dtype, ring_mask
+from .tiles import PIXELS, VECTOR
 
 __all__ = [
     "PIXELS",
