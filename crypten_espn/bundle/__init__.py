@@ -201,7 +201,7 @@ def _weights(arrays: dict[str, np.ndarray], plan: Plan) -> Weights:
             (integers if name == _weight(number) else biases).append(array)
     if arrays:
         raise DataError(f"it holds {sorted(arrays)[0][:80]!r}, which no plan takes")
-    return Weights(tuple(integers), tuple(biases))
+    return Weights(plan.weights, tuple(integers), tuple(biases))
 
 
 def _report(text: str, plan: Plan) -> PlanReport:

@@ -145,7 +145,10 @@ def _convolutions(dtype: torch.dtype) -> _Task:
             for x, w in layers
         ]
         return lambda: [torch.conv2d(x, w, padding=1) for x, w in images], units
-    arrays = [(x.numpy(), w.numpy(), np.zeros_like(x.numpy())) for x, w in layers]
+    arrays = [
+        (x.numpy(), kernels.Filters(w.numpy()), np.zeros_like(x.numpy()))
+        for x, w in layers
+    ]
 
     def run() -> None:
         for x, weight, out in arrays:

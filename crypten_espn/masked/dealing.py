@@ -73,7 +73,8 @@ class Dealing:
             root.fork(b"server").bytes(16),
             root.fork(b"client").bytes(16),
         )
-        self._masks = weight_masks(plan, self.seeds[0])
+        masks = zip(plan.weights, weight_masks(plan, self.seeds[0]), strict=True)
+        self._masks = [shape.filters(mask) for shape, mask in masks]
         own = root.fork(b"dealer").bytes(16)
         self._ratchets = tuple(inference_seeds(seed) for seed in (own, *self.seeds))
 

@@ -129,7 +129,7 @@ def server_layers(
                     plan.steps[number - 1], halves[place], sources[number][chunk]
                 )
             here = {s: sources[s][chunk] for s in part.root.sources}
-            operands = Operands(plan.shapes, here, weights.integers)
+            operands = Operands(plan.shapes, here, weights.filters)
             accumulate(part.root, operands, opened[chunk])
             if deltas is not None and words is not None:
                 within = _within(chunk, plan.elements(number))

@@ -130,8 +130,8 @@ class Conv(OfOne, frozen=True, tag="conv"):
         """(filters, channels / groups, kh, kw), in torch's order."""
         return (self.filters, channels // self.groups, *self.kernel)
 
-    def convolve(self, x: np.ndarray, weight: np.ndarray, out: np.ndarray) -> None:
-        """Add the convolution of x with integer weights in `kernel_layout`."""
+    def convolve(self, x: np.ndarray, weight: kernels.Filters, out: np.ndarray) -> None:
+        """Add the convolution of x with integer weights."""
         kernels.convolve(
             _as_image(x),
             weight,
@@ -332,14 +332,14 @@ class Operands:
     Args:
         shapes: of every source, without the batch.
         sources: channels-last ring elements by source, or None for zeros.
-        weights: integers in kernel layout by weight, or None for zeros.
+        weights: integers by weight, or None for zeros.
         biases: integers to add after each weight, by weight, or None for zeros.
         public: whether paths without a weight count; the dealer leaves them out.
     """
 
     shapes: Sequence[Shape]
     sources: Mapping[int, np.ndarray] | None = None
-    weights: Sequence[np.ndarray] | None = None
+    weights: Sequence[kernels.Filters] | None = None
     biases: Sequence[np.ndarray | None] | None = None
     public: bool = True
 

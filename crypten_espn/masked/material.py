@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import ClassVar
@@ -36,10 +36,11 @@ def draw(stream: Keystream, shape: Shape, *, bits: int) -> np.ndarray:
     return out
 
 
-def weight_masks(plan: Plan, session_seed: bytes) -> list[np.ndarray]:
+def weight_masks(plan: Plan, session_seed: bytes) -> Iterator[np.ndarray]:
     """B: a uniform mask for every weight, in kernel layout, one for a session."""
     stream = Keystream(session_seed).fork(b"weights")
-    return [draw(stream, w.kernel_layout, bits=w.ring) for w in plan.weights]
+    for shape in plan.weights:
+        yield draw(stream, shape.kernel_layout, bits=shape.ring)
 
 
 def inference_seeds(session_seed: bytes) -> Ratchet:

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Annotated
 
@@ -68,11 +68,26 @@ class WeightShape:
         shape: (filters, channels / groups, kh, kw), in torch's order.
         groups: convolution groups.
         ring: modulo 2**ring.
+        fast: whether `filters` are those of Winograd's form, on this processor.
     """
 
     shape: tuple[int, int, int, int]
     groups: int
     ring: int
+    fast: bool = False
+
+    @staticmethod
+    def of(node: Conv, source: Shape, ring: int) -> WeightShape:
+        """A layer's, which reads a value of this shape."""
+        plain = WeightShape(node.weight_shape(source[-1]), node.groups, ring)
+        fast = kernels.pays(
+            plain.kernel_layout,
+            ring,
+            stride=node.stride,
+            dilation=node.dilation,
+            size=node.output_shape([source])[:-1],
+        )
+        return replace(plain, fast=fast)
 
     @property
     def elements(self) -> int:
@@ -93,6 +108,16 @@ class WeightShape:
             return np.ascontiguousarray(array.reshape(o, kh, kw).transpose(1, 2, 0))
         grouped = array.reshape(self.groups, o // self.groups, c, kh, kw)
         return np.ascontiguousarray(grouped.transpose(0, 3, 4, 2, 1))
+
+    @property
+    def filter_bytes(self) -> int:
+        """Of `filters` in memory."""
+        size = self.elements * np.dtype(kernels.ring_dtype(self.ring)).itemsize
+        return size * 16 // 9 if self.fast else size
+
+    def filters(self, array: np.ndarray) -> kernels.Filters:
+        """The integers, in `kernel_layout`, as `Conv.convolve` takes them."""
+        return kernels.Filters(array, fast=self.fast)
 
 
 class Plan(Strict, frozen=True, dict=True):
@@ -218,9 +243,8 @@ class Plan(Strict, frozen=True, dict=True):
         for part in self.parts:
             for node in part.root.walk():
                 if isinstance(node, Conv):
-                    channels = shape_of(node.x, self.shapes)[-1]
-                    shape = node.weight_shape(channels)
-                    found.append(WeightShape(shape, node.groups, part.ring))
+                    source = shape_of(node.x, self.shapes)
+                    found.append(WeightShape.of(node, source, part.ring))
         return tuple(found)
 
     # -- cost
@@ -283,8 +307,11 @@ class Plan(Strict, frozen=True, dict=True):
             ),
             default=0,
         )
-        once = self._totals.weights + 2 * self._totals.coeffs
-        return 8 * (once + batch * (self._totals.elements + 2 * step))
+        # The masks as convolutions take them, and one as it is drawn.
+        drawn = max((weight.elements for weight in self.weights), default=0)
+        masks = sum(weight.filter_bytes for weight in self.weights) + 8 * drawn
+        values = batch * (self._totals.elements + 2 * step)
+        return masks + 8 * (2 * self._totals.coeffs + values)
 
     # -- the input
 

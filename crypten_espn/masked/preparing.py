@@ -49,6 +49,7 @@ class ServerPreparation:
     def __init__(self, plan: Plan, weights: Weights, seed: bytes) -> None:
         self.plan = plan
         self._weights = weights
+        _ = weights.filters  # made before an input waits for them
         self._masks = weight_masks(plan, seed)
         self._ratchet = inference_seeds(seed)
         self._biases = [self._bias(number) for number in range(len(plan.parts))]
@@ -69,9 +70,8 @@ class ServerPreparation:
 
         Cost: one message a layer, one ring element a weight; once a session.
         """
-        masks, self._masks = self._masks, []
         for shape, integers, mask in zip(
-            self.plan.weights, self._weights.integers, masks, strict=True
+            self.plan.weights, self._weights.integers, self._masks, strict=True
         ):
             yield send(CLIENT, integers - mask, shape.ring)
 
@@ -148,14 +148,14 @@ class ClientPreparation:
     def __init__(self, plan: Plan, seed: bytes) -> None:
         self.plan = plan
         self._ratchet = inference_seeds(seed)
-        self._opened: list[np.ndarray] = []
+        self._opened: list[kernels.Filters] = []
 
     def open_weights(self) -> Protocol[None]:
         """Receive W - B from the server, once a session."""
         for shape in self.plan.weights:
             layout = shape.kernel_layout
             (flat,) = yield receive(SERVER, math.prod(layout), shape.ring)
-            self._opened.append(flat.reshape(layout))
+            self._opened.append(shape.filters(flat.reshape(layout)))
 
     def prepare(self, pairing: Pairing) -> Protocol[ClientMaterial]:
         """Make one inference's material; indices rise from call to call.

@@ -57,11 +57,12 @@ def evaluate(
     """
     values: dict[int, np.ndarray] = {INPUT: plan.encode(x, force=True)}
     trace = []
+    filters = [kernels.Filters(array) for array in weights.integers]  # direct ones
     for number, part in enumerate(plan.parts):
         z = np.zeros(
             (len(x), *plan.part_shapes[number]), dtype=kernels.ring_dtype(part.ring)
         )
-        operands = Operands(plan.shapes, values, weights.integers, weights.biases)
+        operands = Operands(plan.shapes, values, filters, weights.biases)
         accumulate(part.root, operands, z)
         z = kernels.centred(z, part.ring)
         trace.append(z)

@@ -11,7 +11,7 @@ import numpy as np
 
 from ..errors import PlanError
 from . import kernels
-from .plan import Plan
+from .plan import Plan, WeightShape
 
 
 @dataclass(frozen=True)
@@ -19,12 +19,20 @@ class Weights:
     """A model's weights as integers in kernel layout. The server's secret.
 
     Args:
+        shapes: the plan's, by weight.
         integers: per weight, `WeightShape.kernel_layout`, in the type of its ring.
         biases: per weight, (filters,) in the same type, or None.
     """
 
+    shapes: tuple[WeightShape, ...]
     integers: tuple[np.ndarray, ...] = field(repr=False)
     biases: tuple[np.ndarray | None, ...] = field(repr=False)
+
+    @cached_property
+    def filters(self) -> tuple[kernels.Filters, ...]:
+        """The integers as the convolutions of this processor take them."""
+        pairs = zip(self.shapes, self.integers, strict=True)
+        return tuple(shape.filters(array) for shape, array in pairs)
 
     @cached_property
     def digest(self) -> bytes:
@@ -83,4 +91,4 @@ def quantise(
             shift = np.asarray(parameters[known.bias], dtype=np.float64).reshape(-1)
             bias = np.rint(shift * known.bias_factor).astype(np.int64).astype(dtype)
         biases.append(bias)
-    return Weights(tuple(integers), tuple(biases))
+    return Weights(plan.weights, tuple(integers), tuple(biases))

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import logging
-import math
 import threading
 import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
-import numpy as np
-
 from ..errors import LimitError, MaterialError, PeerError, PlanError
 from ..masked.dealing import Dealing
 from ..masked.drivers import over
-from ..masked.kernels import ring_dtype
 from ..masked.messages import Party
 from ..masked.plan import Plan
 from ..wire.channel import Channel
@@ -223,7 +219,7 @@ class DealerServer(Host):
             )
         tell(down, Paired())
         plan = receive_plan(down, limit=self.limits.plan_bytes, digest=join.digest)
-        with self._holding(_mask_bytes(plan)):
+        with self._holding(sum(weight.filter_bytes for weight in plan.weights)):
             self._deal_plan(plan, server, seat)
 
     def _deal_plan(self, plan: Plan, server: Connection, seat: _Seat) -> None:
@@ -285,14 +281,6 @@ class DealerServer(Host):
             )
         size = material_bytes(plan, corrections, order.batch, corrections)
         self.limits.check_bytes(size)
-
-
-def _mask_bytes(plan: Plan) -> int:
-    """Bytes of B, a mask for every weight."""
-    return sum(
-        math.prod(weight.kernel_layout) * np.dtype(ring_dtype(weight.ring)).itemsize
-        for weight in plan.weights
-    )
 
 
 def deal(

@@ -125,7 +125,7 @@ def attempt(text: str) -> str:
         dtype = kernels.ring_dtype(shape.ring)
         integers.append(rng.integers(-9, 9, shape.kernel_layout).astype(dtype))
         biases.append(rng.integers(-9, 9, shape.shape[0]).astype(dtype))
-    weights = Weights(tuple(integers), tuple(biases))
+    weights = Weights(plan.weights, tuple(integers), tuple(biases))
     pair = Pair(MaskedModel(plan, weights, PlanReport((), (), 0.0, 0.0, 1)))
     import torch
 

@@ -70,6 +70,29 @@ def test_results_are_the_references_bit_for_bit(made, precision, batch):
     assert float(error) < {26: 0.3, "fast": 0.02}.get(precision, 0.002)
 
 
+@pytest.mark.parametrize("batch, side", [(1, 9), (5, 6)])
+@pytest.mark.parametrize("precision, fast", [(30, 2), ("fast", 0)])
+def test_fast_convolutions_are_the_references_bit_for_bit(precision, fast, side, batch):
+    """Where rings have at most 30 bits; the reference's convolutions are direct."""
+    toss = torch.Generator().manual_seed(3)
+    net = network(
+        torch.nn.Conv2d(2, 32, 3, padding=1), act(),
+        torch.nn.Conv2d(32, 32, 3, padding=1), act(),
+        torch.nn.Conv2d(32, 64, 3, padding=(2, 1)), act(),
+        torch.nn.Conv2d(64, 32, 3, stride=2), act(),
+        torch.nn.Flatten(),
+        torch.nn.Linear(32 * ((side + 1) // 2) * ((side - 1) // 2), 4),
+    )  # fmt: skip
+    example = torch.randn(8, 2, side, side, generator=toss).clamp(-2, 2)
+    model = planned(net, example, precision=precision)
+    assert sum(shape.fast for shape in model.plan.weights) == fast
+    for shape, filters in zip(model.plan.weights, model.weights.filters, strict=True):
+        assert filters.nbytes == shape.filter_bytes
+    x = images(batch, example)
+    z, _ = check_bit_exact(model, x, index=1)
+    assert float((model.plan.decode(z) - net(x)).abs().max()) < 0.1
+
+
 @pytest.mark.parametrize(
     "precision, batch, corrections",
     [("fast", 1, SERVER), ("fast", 9, CLIENT), ("compact", 3, SERVER), (52, 2, CLIENT)],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import os
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from crypten_espn.errors import PlanError
 from crypten_espn.masked import kernels
 from crypten_espn.masked.evaluation import PolynomialTables
+from crypten_espn.masked.kernels.winograd import LANES
 from crypten_espn.masked.plan import WeightShape
 from crypten_espn.masked.steps import Activation, Group, Linear
 
@@ -53,9 +55,43 @@ def test_convolution_is_exact_at_every_width_of_a_tile(bits, filters):
     )
 
 
+@settings(max_examples=30, deadline=None)
+@given(data=st.data())
+def test_a_fast_convolution_is_exact_modulo_2_30(data):
+    """Odd and even images, several strips of tiles, tiles of 1, 2, 4 vectors."""
+    draw, lanes = data.draw, LANES
+    depth, filters = (lanes * draw(st.sampled_from([1, 2, 3, 7])) for _ in range(2))
+    pads = tuple(draw(st.integers(0, 2)) for _ in range(4))
+    size = (draw(st.integers(3, 17)), draw(st.integers(3, 17)))
+    rng = np.random.default_rng(draw(st.integers(0, 2**31)))
+    one, batch = (1, 1), draw(st.integers(1, 3))
+    check_convolution(
+        rng, 32, 1, depth, filters, (3, 3), one, one, pads, size, batch, fast=True
+    )
+
+
+@pytest.mark.parametrize(
+    "ring, stride, size, shape, paid",
+    [
+        (30, (1, 1), (8, 8), (1, 3, 3, 64, 64), True),
+        (31, (1, 1), (8, 8), (1, 3, 3, 64, 64), False),
+        (30, (2, 2), (8, 8), (1, 3, 3, 64, 64), False),
+        (30, (1, 1), (4, 4), (1, 3, 3, 64, 64), False),
+        (30, (1, 1), (8, 8), (2, 3, 3, 64, 64), False),
+        (30, (1, 1), (8, 8), (1, 3, 1, 64, 64), False),
+        (30, (1, 1), (8, 8), (1, 3, 3, 65, 64), False),
+        (30, (1, 1), (8, 8), (3, 3, 64), False),
+    ],
+)
+def test_layers_are_computed_fast_where_that_is_exact(ring, stride, size, shape, paid):
+    found = kernels.pays(shape, ring, stride=stride, dilation=(1, 1), size=size)
+    assert found is paid
+
+
 def check_convolution(
-    rng, bits, groups, depth, filters, kernel, stride, dilation, pads, size, batch
-):
+    rng, bits, groups, depth, filters, kernel, stride, dilation, pads, size, batch,
+    *, fast=False,
+):  # fmt: skip
     x = rng.integers(-(2**63), 2**63 - 1, (batch, *size, depth * groups))
     w = rng.integers(-(2**40), 2**40, (filters * groups, depth, *kernel))
     top, left, bottom, right = pads
@@ -74,10 +110,15 @@ def check_convolution(
     assert arranged.shape == shape.kernel_layout
     start = rng.integers(-(2**63), 2**63 - 1, tuple(expected.shape))
     out = start.astype(dtype)
+    filters = kernels.Filters(arranged, fast=fast)
     kernels.convolve(
-        x.astype(dtype), arranged, out, stride=stride, dilation=dilation, pads=pads
+        x.astype(dtype), filters, out, stride=stride, dilation=dilation, pads=pads
     )
-    assert np.array_equal(out, (expected.numpy() + start).astype(dtype))
+    ring = 30 if fast else bits
+    wanted = (expected.numpy() + start).astype(dtype)
+    assert np.array_equal(
+        kernels.reduce_ring(out, ring), kernels.reduce_ring(wanted, ring)
+    )
 
 
 def test_a_convolution_into_part_of_an_array_touches_nothing_else():
@@ -86,7 +127,7 @@ def test_a_convolution_into_part_of_an_array_touches_nothing_else():
     weight = rng.integers(-9, 9, (1, 1, 1, 3, 16))
     whole = np.zeros((2, 4, 4, 20), dtype=np.int64)
     options: dict[str, Any] = {"stride": (1, 1), "dilation": (1, 1), "pads": (0,) * 4}
-    kernels.convolve(x, weight, whole[..., 2:18], **options)
+    kernels.convolve(x, kernels.Filters(weight), whole[..., 2:18], **options)
     assert np.array_equal(whole[..., 2:18], x @ weight[0, 0, 0])
     assert not whole[..., :2].any() and not whole[..., 18:].any()
 
@@ -291,8 +332,8 @@ class Call:
 
     @property
     def positional(self) -> list[str]:
-        names = self.kernel.__code__.co_varnames
-        return list(names[: self.kernel.__code__.co_argcount])
+        known = inspect.signature(self.kernel).parameters.values()
+        return [one.name for one in known if one.kind is one.POSITIONAL_OR_KEYWORD]
 
 
 def words(*shape, dtype=np.int64):
@@ -301,6 +342,10 @@ def words(*shape, dtype=np.int64):
 
 def narrow(*shape):
     return words(*shape, dtype=np.int32)
+
+
+def filters(*shape, fast=False):
+    return kernels.Filters(narrow(*shape), fast=fast)
 
 
 def right_calls():
@@ -337,16 +382,24 @@ def right_calls():
         ),
         "convolve": Call(
             kernels.convolve,
-            {"x": narrow(2, 6, 6, 4), "weight": narrow(2, 3, 3, 2, 3),
+            {"x": narrow(2, 6, 6, 4), "weight": filters(2, 3, 3, 2, 3),
              "out": narrow(2, 6, 6, 6), "stride": (1, 1), "dilation": (1, 1),
              "pads": (1, 1, 1, 1)},
         ),
         "convolve each channel": Call(
             kernels.convolve,
-            {"x": narrow(2, 6, 6, 4), "weight": narrow(3, 3, 4),
+            {"x": narrow(2, 6, 6, 4), "weight": filters(3, 3, 4),
              "out": narrow(2, 4, 4, 4), "stride": (1, 1), "dilation": (1, 1),
              "pads": (0, 0, 0, 0)},
         ),
+        "convolve fast": Call(
+            kernels.convolve,
+            {"x": narrow(2, 6, 6, LANES),
+             "weight": filters(1, 3, 3, LANES, LANES, fast=True),
+             "out": narrow(2, 6, 6, LANES), "stride": (1, 1), "dilation": (1, 1),
+             "pads": (1, 1, 1, 1)},
+        ),
+        "Filters": Call(kernels.Filters, {"weight": narrow(2, 3, 3, 2, 3)}),
         "pool_sum": Call(
             kernels.pool_sum,
             {"x": narrow(2, 6, 6, 4), "out": narrow(2, 3, 3, 4), "kernel": (2, 2),
@@ -439,11 +492,11 @@ WRONG = [
     ("convolve", {"x": words(2, 6, 6, 4)}),
     ("convolve", {"x": narrow(6, 6, 4)}),
     ("convolve", {"x": narrow(1, 6, 6, 4)}),
-    ("convolve", {"weight": narrow(2, 3, 3, 2, 4)}),
-    ("convolve", {"weight": narrow(2, 3, 3, 2)}),
-    ("convolve", {"weight": narrow(3, 3, 4)}),
-    ("convolve", {"weight": narrow(1, 3, 3, 2, 3)}),
-    ("convolve", {"weight": narrow(2, 9, 9, 2, 3)}),
+    ("convolve", {"weight": filters(2, 3, 3, 2, 4)}),
+    ("convolve", {"weight": filters(3, 3, 4)}),
+    ("convolve", {"weight": filters(1, 3, 3, 2, 3)}),
+    ("convolve", {"weight": filters(2, 9, 9, 2, 3)}),
+    ("convolve", {"weight": kernels.Filters(words(2, 3, 3, 2, 3))}),
     ("convolve", {"out": narrow(2, 5, 6, 6)}),
     ("convolve", {"out": narrow(2, 7, 6, 6)}),
     ("convolve", {"out": narrow(2, 6, 6, 5)}),
@@ -453,9 +506,16 @@ WRONG = [
     ("convolve", {"dilation": (2, 1)}),
     ("convolve", {"dilation": (0, 1)}),
     ("convolve", {"pads": (-1, 3, 1, 1)}),
-    ("convolve", {"x": np.ones((2, 6, 6, 4)), "weight": np.ones((2, 3, 3, 2, 3)),
-                  "out": np.ones((2, 6, 6, 6))}),
-    ("convolve each channel", {"weight": narrow(3, 3, 3)}),
+    ("convolve", {"x": np.ones((2, 6, 6, 4)), "out": np.ones((2, 6, 6, 6))}),
+    ("convolve fast", {"stride": (2, 2), "out": narrow(2, 3, 3, LANES)}),
+    ("convolve fast", {"dilation": (2, 2), "out": narrow(2, 4, 4, LANES)}),
+    ("convolve fast", {"out": narrow(2, 7, 6, LANES)}),
+    ("Filters", {"weight": narrow(2, 3, 3, 2)}),
+    ("Filters", {"weight": np.ones((2, 3, 3, 2, 3))}),
+    ("Filters", {"fast": True}),
+    ("Filters", {"fast": True, "weight": words(1, 3, 3, LANES, LANES)}),
+    ("Filters", {"fast": True, "weight": narrow(1, 3, 3, LANES, LANES + 1)}),
+    ("convolve each channel", {"weight": filters(3, 3, 3)}),
     ("convolve each channel", {"out": narrow(2, 4, 4, 5)}),
     ("pool_sum", {"out": narrow(2, 3, 4, 4)}),
     ("pool_sum", {"out": words(2, 3, 3, 4)}),
@@ -504,6 +564,10 @@ for bits in (32, 64):
     cases.check_convolution(
         rng, bits, 2, 3, 19, (3, 2), (2, 1), (1, 2), (1, 0, 2, 1), (7, 6), 2
     )
+cases.check_convolution(
+    rng, 32, 1, cases.LANES, 3 * cases.LANES, (3, 3), (1, 1), (1, 1), (1, 0, 1, 1),
+    (7, 6), 2, fast=True,
+)
 for polynomial in cases.POLYNOMIALS:
     cases.test_polynomial_of_an_opening_is_exact(32, *polynomial)
 for channels in (1, 7, 1200):

@@ -26,6 +26,7 @@ from crypten_espn.masked.material import (
     weight_masks,
 )
 from crypten_espn.masked.messages import CLIENT, SERVER, Send
+from crypten_espn.masked.preparing import ServerPreparation
 from crypten_espn.masked.steps import Activation, Step
 from crypten_espn.randomness import Keystream
 from crypten_espn.wire.packing import packed_bytes
@@ -65,7 +66,7 @@ def test_dealt_values_are_the_powers_of_the_mask(made, corrections):
     draws = Draws(plan, theirs[2], batch)
     halves = draws if corrections == SERVER else Draws(plan, theirs[1], batch)
     coin = list(coins(plan, theirs[0], theirs[1], batch))
-    masks = weight_masks(plan, pair.dealing.seeds[0])
+    masks = [kernels.Filters(b) for b in weight_masks(plan, pair.dealing.seeds[0])]
     sources = {0: draws.input_mask}
     checked = 0
     for number, part in enumerate(plan.parts):
@@ -197,8 +198,10 @@ def test_an_index_is_dealt_and_prepared_once(small):
 def test_weights_are_opened_under_a_uniform_mask(small):
     """W - B is uniform: the top and bottom bytes pass a chi-square test."""
     pair = Pair(small, seed=bytes(range(16)))
-    masks = weight_masks(pair.plan, pair.dealing.seeds[0])
-    opened = pair.client._opened
+    masks = list(weight_masks(pair.plan, pair.dealing.seeds[0]))
+    server = ServerPreparation(pair.plan, small.weights, pair.dealing.seeds[0])
+    sent = [event for event in server.open_weights() if isinstance(event, Send)]
+    opened = [event.parts[0][0] for event in sent]
     for theirs, mask, integers in zip(
         opened, masks, small.weights.integers, strict=True
     ):

@@ -14,19 +14,20 @@ from .activation import (
     words_of,
 )
 from .convolution import convolve, pad, pool_sum, windows
+from .filters import Filters
 from .product import deal_product, product_share
 from .ring import centred, reduce_ring, ring_dtype, ring_mask
-from .tiles import PIXELS, VECTOR
+from .winograd import pays
 
 __all__ = [
-    "PIXELS",
-    "VECTOR",
+    "Filters",
     "add_linear",
     "centred",
     "convolve",
     "deal_polynomial",
     "deal_product",
     "pad",
+    "pays",
     "polynomial_share",
     "pool_sum",
     "product_share",

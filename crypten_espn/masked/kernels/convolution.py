@@ -11,8 +11,12 @@ import math
 import numpy as np
 
 from ...compiled import compiled, heats
+from . import winograd
+from .filters import Filters
 from .ring import require, same_ring
-from .tiles import DEPTH, STRIP, VECTOR, _strip1, _strip2, _strip4
+from .tiles import DEPTH, STRIP, VECTOR, strip, widest
+
+_CACHE = 1 << 17  # bytes of weights that a small second-level cache keeps
 
 
 @compiled
@@ -20,27 +24,34 @@ def _convolve_rest(
     x: np.ndarray,
     weight: np.ndarray,
     out: np.ndarray,
+    kernel: tuple[int, int],
     stride: tuple[int, int],
     dilation: tuple[int, int],
-    group: int,
+    start: int,
     first: int,
+    stop: int,
 ) -> None:
-    """The filters of a group that fill no vector, from `first` on."""
+    """The filters of a group that fill no vector, from `first` to `stop` on.
+
+    Args:
+        weight: (taps * channels, stop - first) of these filters.
+        start: the group's first channel.
+    """
     batch, height, width, _ = out.shape
-    _, kernel_h, kernel_w, depth, filters = weight.shape
+    depth = len(weight) // (kernel[0] * kernel[1])
     for p in range(batch * height * width):
         n = p // (height * width)
         h = p // width % height
         w = p % width
-        y = out[n, h, w, group * filters : (group + 1) * filters]
-        for i in range(kernel_h):
-            for j in range(kernel_w):
+        y = out[n, h, w, first:stop]
+        for i in range(kernel[0]):
+            for j in range(kernel[1]):
                 line = x[n, h * stride[0] + i * dilation[0]]
                 values = line[w * stride[1] + j * dilation[1]]
                 for c in range(depth):
-                    value = values[group * depth + c]
-                    taps = weight[group, i, j, c]
-                    for o in range(first, filters):
+                    value = values[start + c]
+                    taps = weight[(i * kernel[1] + j) * depth + c]
+                    for o in range(stop - first):
                         y[o] += value * taps[o]
 
 
@@ -49,14 +60,16 @@ def _convolve(
     x: np.ndarray,
     weight: np.ndarray,
     out: np.ndarray,
+    groups: int,
+    kernel: tuple[int, int],
     stride: tuple[int, int],
     dilation: tuple[int, int],
     offsets: np.ndarray,
 ) -> None:
-    """out += conv(x, weight); x is padded, weight (groups, kh, kw, c, o)."""
+    """out += conv(x, weight); x is padded, weight packed as `filters` says."""
     batch, height, width, total = out.shape
     _, rows, columns, channels = x.shape
-    groups, kernel_h, kernel_w, depth, filters = weight.shape
+    depth, filters = channels // groups, total // groups
     size = x.itemsize
     lanes = VECTOR // size
     pixels = 0
@@ -67,35 +80,41 @@ def _convolve(
                 offsets[pixels] = line * channels * size
                 pixels += 1
     vectored = filters - filters % lanes
-    row, step = filters * size, total * size
-    at = offsets.ctypes.data
+    step = total * size
+    taps = kernel[0] * kernel[1] * depth
+    # Few weights stay in the cache while pixels pass once; of many, one block does.
+    span = STRIP if taps * filters * size <= _CACHE else pixels
     for group in range(groups):
-        first = 0
-        while first < vectored:
-            left = vectored - first
-            vectors = 4 if left >= 4 * lanes else (2 if left >= 2 * lanes else 1)
-            to = out.ctypes.data + (group * filters + first) * size
-            for start in range(0, pixels, STRIP):
-                stop = min(pixels, start + STRIP)
-                for i in range(kernel_h):
-                    for j in range(kernel_w):
-                        for c in range(0, depth, DEPTH):
-                            count = min(DEPTH, depth - c)
-                            tap = i * dilation[0] * columns + j * dilation[1]
-                            here = (tap * channels + group * depth + c) * size
-                            a = x.ctypes.data + here
-                            tap = (group * kernel_h + i) * kernel_w + j
-                            here = ((tap * depth + c) * filters + first) * size
-                            b = weight.ctypes.data + here
-                            if vectors == 4:
-                                _strip4(x, a, at, b, row, to, step, count, start, stop)
-                            elif vectors == 2:
-                                _strip2(x, a, at, b, row, to, step, count, start, stop)
-                            else:
-                                _strip1(x, a, at, b, row, to, step, count, start, stop)
-            first += vectors * lanes
+        for begin in range(0, pixels, span):
+            end, first = min(pixels, begin + span), 0
+            while first < vectored:
+                vectors = widest(vectored - first, lanes)
+                row = vectors * VECTOR
+                to = out.ctypes.data + (group * filters + first) * size
+                block = weight.ctypes.data + taps * (group * filters + first) * size
+                for start in range(begin, end, STRIP):
+                    stop = min(end, start + STRIP)
+                    for i in range(kernel[0]):
+                        for j in range(kernel[1]):
+                            for c in range(0, depth, DEPTH):
+                                count = min(DEPTH, depth - c)
+                                tap = i * dilation[0] * columns + j * dilation[1]
+                                here = (tap * channels + group * depth + c) * size
+                                tap = (i * kernel[1] + j) * depth + c
+                                strip(
+                                    vectors, x, x.ctypes.data + here,
+                                    offsets.ctypes.data, block + tap * row, row, to,
+                                    step, count, start, stop,
+                                )  # fmt: skip
+                first += vectors * lanes
         if vectored < filters:
-            _convolve_rest(x, weight, out, stride, dilation, group, vectored)
+            rest = weight[taps * (group * filters + vectored) :]
+            rest = rest[: taps * (filters - vectored)]
+            at = group * filters
+            _convolve_rest(
+                x, rest.reshape(taps, filters - vectored), out, kernel, stride,
+                dilation, group * depth, at + vectored, at + filters,
+            )  # fmt: skip
 
 
 @compiled
@@ -172,23 +191,22 @@ def windows(
 
 def _require_convolution(
     x: np.ndarray,
-    weight: np.ndarray,
+    weight: Filters,
     out: np.ndarray,
     stride: tuple[int, int],
     dilation: tuple[int, int],
     pads: tuple[int, int, int, int],
 ) -> None:
-    fits = x.ndim == out.ndim == 4 and same_ring(x, weight, out)
+    fits = x.ndim == out.ndim == 4 and same_ring(x, out) and x.dtype == weight.dtype
     fits = fits and min(pads) >= 0 and min(*stride, *dilation) >= 1
-    if fits and weight.ndim == 3:
+    if fits and len(weight.shape) == 3:
         kernel = weight.shape[:2]
         fits = x.shape[3] == out.shape[3] == weight.shape[2]
-    elif fits and weight.ndim == 5:
+    elif fits:
         groups, *_, depth, filters = weight.shape
         kernel = weight.shape[1:3]
         fits = x.shape[3] == groups * depth and out.shape[3] == groups * filters
-    else:
-        fits = False
+        fits = fits and (not weight.fast or (1, 1) == stride == dilation)
     require(
         fits
         and x.shape[0] == out.shape[0]
@@ -203,7 +221,7 @@ def _require_convolution(
 
 def convolve(
     x: np.ndarray,
-    weight: np.ndarray,
+    weight: Filters,
     out: np.ndarray,
     *,
     stride: tuple[int, int],
@@ -214,27 +232,35 @@ def convolve(
 
     Args:
         x: (batch, height, width, channels), ring elements of any scale.
-        weight: (groups, kh, kw, channels / groups, filters / groups), or (kh, kw,
-            channels) for one filter per channel.
-        out: (batch, oh, ow, filters), accumulated in place; same dtype as both.
+        weight: of x's type; (groups, kh, kw, channels / groups, filters / groups), or
+            (kh, kw, channels) for one filter per channel.
+        out: (batch, oh, ow, filters), accumulated in place; same dtype as both. With
+            fast filters it is exact modulo 2**30.
         stride, dilation: (vertical, horizontal).
         pads: zeros at top, left, bottom, right.
 
     Raises: PlanError where the shapes do not belong together.
     """
     _require_convolution(x, weight, out, stride, dilation, pads)
-    padded = pad(x, pads)
-    if weight.ndim == 3:
-        _convolve_depthwise(padded, weight, out, stride, dilation)
+    if len(weight.shape) == 3:
+        _convolve_depthwise(pad(x, pads), weight.packed, out, stride, dilation)
         return
-    if not out.flags.c_contiguous:  # tiles are addressed, not indexed
+    whole = out  # tiles are addressed, not indexed
+    if not out.flags.c_contiguous:
         whole = np.zeros(out.shape, dtype=out.dtype)
-        convolve(x, weight, whole, stride=stride, dilation=dilation, pads=pads)
+    if weight.fast:
+        top, left, bottom, right = pads
+        odd = (bottom + out.shape[1] % 2, right + out.shape[2] % 2)
+        winograd.convolve(pad(x, (top, left, *odd)), weight.packed, whole)
+    else:
+        groups, *kernel = weight.shape[:3]
+        offsets = np.empty(math.prod(out.shape[:3]), dtype=np.int64)
+        _convolve(
+            pad(x, pads), weight.packed, whole, groups, tuple(kernel), stride, dilation,
+            offsets,
+        )  # fmt: skip
+    if whole is not out:
         out += whole
-        return
-    offsets = np.empty(math.prod(out.shape[:3]), dtype=np.int64)
-    weight = np.ascontiguousarray(weight)
-    _convolve(padded, weight, out, stride, dilation, offsets)
 
 
 def pool_sum(
@@ -266,6 +292,10 @@ def _all_types() -> None:
         x = np.zeros((1, 2, 2, 2), dtype)
         one, none = (1, 1), (0, 0, 0, 0)
         for shape in ((1, 1, 1, 2, 2), (1, 1, 2)):
-            weight, out = np.zeros(shape, dtype), np.zeros_like(x)
+            weight, out = Filters(np.zeros(shape, dtype)), np.zeros_like(x)
             convolve(x, weight, out, stride=one, dilation=one, pads=none)
         pool_sum(x, np.zeros_like(x), kernel=one, stride=one, pads=none)
+    channels = winograd.LANES
+    x = np.zeros((1, 2, 2, channels), np.int32)
+    weight = Filters(np.zeros((1, 3, 3, channels, channels), np.int32), fast=True)
+    convolve(x, weight, x.copy(), stride=one, dilation=one, pads=(1, 1, 1, 1))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import numpy as np
 
 from ...errors import PlanError
@@ -40,7 +42,17 @@ def same_ring(*arrays: np.ndarray) -> bool:
     return dtype in (np.int32, np.int64) and all(a.dtype == dtype for a in arrays)
 
 
-def require(fits: bool, kernel: str, *arrays: np.ndarray) -> None:
+class Shaped(Protocol):
+    """An array, or what stands for one."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> np.dtype: ...
+
+
+def require(fits: bool, kernel: str, *arrays: Shaped) -> None:
     """Refuse a kernel's arguments whose shapes do not belong together.
 
     Raises: PlanError with the shapes; nothing was read or written.

@@ -241,3 +241,43 @@ def _strip1(
         p += 2
     if p < stop:
         _ONE1(like, x, offsets + 8 * p, weight, row, out + p * step, step, count)
+
+
+@compiled
+def strip(
+    vectors: int,
+    like: np.ndarray,
+    x: int,
+    offsets: int,
+    weight: int,
+    row: int,
+    out: int,
+    step: int,
+    count: int,
+    start: int,
+    stop: int,
+) -> None:
+    """Add to `out` the products of pixels' channels with 4, 2 or 1 vectors of filters.
+
+    Addresses, strides and offsets in bytes.
+
+    Args:
+        like: any array of the elements' type.
+        x: the first channel; a pixel's is at its place in `offsets` from here.
+        weight: the first channel's filters; each further channel's `row` after.
+        out: of the first pixel; each further pixel's is `step` after.
+        count: channels.
+        start, stop: which pixels.
+    """
+    if vectors == 4:
+        _strip4(like, x, offsets, weight, row, out, step, count, start, stop)
+    elif vectors == 2:
+        _strip2(like, x, offsets, weight, row, out, step, count, start, stop)
+    else:
+        _strip1(like, x, offsets, weight, row, out, step, count, start, stop)
+
+
+@compiled
+def widest(left: int, lanes: int) -> int:
+    """How many vectors of filters a tile takes next, so many filters left."""
+    return 4 if left >= 4 * lanes else (2 if left >= 2 * lanes else 1)

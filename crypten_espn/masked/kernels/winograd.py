@@ -1,0 +1,310 @@
+"""Winograd's F(2x2, 3x3): 3x3 convolutions with 16 products for 36.
+
+A tile of 2x2 results reads 4x4 inputs d. With g the 3x3 weights,
+
+    B' = 1  0 -1  0    2G = 2  0  0    A' = 1  1  1  0
+         0  1  1  0         1  1  1         0  1 -1 -1
+         0 -1  1  0         1 -1  1
+         0  1  0 -1         0  0  2
+
+A' [(2G g 2G') * (B' d B)] A is four times the tile: integers all the way, so modulo
+2**32 the result is exact in its lower 32 bits and, divided by four, modulo 2**30.
+
+Channels are summed between the transforms, as 16 matrix products in the tiles of a
+direct convolution.
+
+Source: Winograd, Arithmetic Complexity of Computations, SIAM 1980; Lavin and Gray, Fast
+Algorithms for Convolutional Neural Networks, CVPR 2016.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core.base import BaseContext
+from numba.core.typing.context import BaseContext as Context
+from numba.core.typing.templates import Signature
+from numba.extending import intrinsic
+
+from ...compiled import compiled
+from .tiles import DEPTH, VECTOR, strip, widest
+
+RING = 30  # bits of the widest ring in which it is exact
+LANES = VECTOR // 4
+_POINTS = 16
+# Transformed inputs of so many bytes stay in the second-level cache beside the weights.
+_CACHE = 1 << 17
+_AT_ONCE = 16  # tiles, at least, that a weight is read for
+# Tiles of an image below which reading more weights costs what multiplying less saves.
+_FEWEST = 8
+
+_Lines = Sequence[Sequence[ir.Value]]
+
+
+def possible(shape: tuple[int, ...], dtype: np.dtype) -> bool:
+    """Whether weights in kernel layout can be convolved so."""
+    if len(shape) != 5 or dtype != np.int32:
+        return False
+    groups, kernel_h, kernel_w, channels, filters = shape
+    return (
+        groups == 1
+        and kernel_h == kernel_w == 3
+        and channels % LANES == filters % LANES == 0
+        and min(channels, filters) > 0
+    )
+
+
+def pays(
+    shape: tuple[int, ...],
+    ring: int,
+    *,
+    stride: tuple[int, int],
+    dilation: tuple[int, int],
+    size: tuple[int, ...],
+) -> bool:
+    """Whether a layer is computed so: where it is exact, and faster.
+
+    Args:
+        shape: of the weights, in kernel layout.
+        ring: bits.
+        size: height and width of the result.
+    """
+    return (
+        ring <= RING
+        and possible(shape, np.dtype(np.int32))
+        and stride == dilation == (1, 1)
+        and min(shape[3:]) >= 2 * LANES
+        and tiles(size) >= _FEWEST
+    )
+
+
+def tiles(size: tuple[int, ...]) -> int:
+    """How many cover an image of this size."""
+    return math.prod((side + 1) // 2 for side in size)
+
+
+def transformed(weight: np.ndarray) -> np.ndarray:
+    """2G g 2G' of every channel and filter: (1, 4, 4, channels, filters)."""
+    rows = _doubled(*weight[0])
+    columns = _doubled(*rows.transpose(1, 0, 2, 3))
+    return np.ascontiguousarray(columns.transpose(1, 0, 2, 3))[None]
+
+
+def _doubled(first: np.ndarray, middle: np.ndarray, last: np.ndarray) -> np.ndarray:
+    outer = first + last
+    return np.stack([2 * first, outer + middle, outer - middle, 2 * last])
+
+
+# ------------------------------------------------------------ a vector of channels
+
+
+def _address(builder: ir.IRBuilder, address: ir.Value) -> ir.Value:
+    vector = ir.VectorType(ir.IntType(32), LANES)
+    return builder.inttoptr(address, vector.as_pointer())
+
+
+def _load(builder: ir.IRBuilder, address: ir.Value) -> ir.Value:
+    value = builder.load(_address(builder, address))
+    value.align = 4
+    return value
+
+
+def _store(builder: ir.IRBuilder, value: ir.Value, address: ir.Value) -> None:
+    builder.store(value, _address(builder, address)).align = 4
+
+
+def _transposed(lines: _Lines) -> _Lines:
+    return list(zip(*lines, strict=True))
+
+
+def _number(value: int) -> ir.Constant:
+    return ir.Constant(ir.IntType(64), value)
+
+
+@intrinsic
+def _forward(
+    context: Context,
+    x: types.Type,
+    row: types.Type,
+    column: types.Type,
+    out: types.Type,
+    plane: types.Type,
+) -> tuple[Signature, Callable[..., ir.Value]]:
+    """B' d B of one vector of channels: 4x4 places of x to 16 planes of out."""
+
+    def half(builder: ir.IRBuilder, d: Sequence[ir.Value]) -> list[ir.Value]:
+        return [
+            builder.sub(d[0], d[2]),
+            builder.add(d[1], d[2]),
+            builder.sub(d[2], d[1]),
+            builder.sub(d[1], d[3]),
+        ]
+
+    def emit(
+        context: BaseContext,
+        builder: ir.IRBuilder,
+        signature: Signature,
+        arguments: Sequence[ir.Value],
+    ) -> ir.Value:
+        x, row, column, out, plane = arguments
+        lines: _Lines = [
+            [
+                _load(
+                    builder,
+                    builder.add(
+                        x,
+                        builder.add(
+                            builder.mul(row, _number(i)),
+                            builder.mul(column, _number(j)),
+                        ),
+                    ),
+                )
+                for j in range(4)
+            ]
+            for i in range(4)
+        ]
+        for _ in range(2):
+            lines = _transposed([half(builder, line) for line in lines])
+        for point, value in enumerate(value for line in lines for value in line):
+            away = builder.mul(plane, _number(point))
+            _store(builder, value, builder.add(out, away))
+        return context.get_dummy_value()
+
+    return types.void(*[types.intp] * 5), emit
+
+
+@intrinsic
+def _backward(
+    context: Context,
+    m: types.Type,
+    plane: types.Type,
+    first: types.Type,
+    right: types.Type,
+    below: types.Type,
+    last: types.Type,
+) -> tuple[Signature, Callable[..., ir.Value]]:
+    """A' m A / 4 of one vector of filters: 16 planes of m, added to four places."""
+
+    def half(builder: ir.IRBuilder, m: Sequence[ir.Value]) -> list[ir.Value]:
+        return [
+            builder.add(builder.add(m[0], m[1]), m[2]),
+            builder.sub(builder.sub(m[1], m[2]), m[3]),
+        ]
+
+    def emit(
+        context: BaseContext,
+        builder: ir.IRBuilder,
+        signature: Signature,
+        arguments: Sequence[ir.Value],
+    ) -> ir.Value:
+        m, plane, *places = arguments
+        lines: _Lines = [
+            [
+                _load(
+                    builder,
+                    builder.add(m, builder.mul(plane, _number(4 * i + j))),
+                )
+                for j in range(4)
+            ]
+            for i in range(4)
+        ]
+        for _ in range(2):
+            lines = _transposed([half(builder, line) for line in lines])
+        two = ir.Constant(ir.VectorType(ir.IntType(32), LANES), [2] * LANES)
+        values = [builder.ashr(value, two) for line in lines for value in line]
+        for value, place in zip(values, places, strict=True):
+            _store(builder, builder.add(_load(builder, place), value), place)
+        return context.get_dummy_value()
+
+    return types.void(*[types.intp] * 6), emit
+
+
+# ---------------------------------------------------------------- a convolution
+
+
+@compiled
+def _convolve(
+    x: np.ndarray,
+    weight: np.ndarray,
+    out: np.ndarray,
+    offsets: np.ndarray,
+    inputs: np.ndarray,
+    sums: np.ndarray,
+) -> None:
+    """out += conv(x, weight), tile by tile; x is padded to whole tiles."""
+    batch, height, width, filters = out.shape
+    _, rows, columns, channels = x.shape
+    down, across = (height + 1) // 2, (width + 1) // 2
+    total, most = batch * down * across, len(offsets)
+    for t in range(most):
+        offsets[t] = t * channels * 4
+    nowhere = np.empty(LANES, np.int32)  # results beyond an odd edge
+    away = nowhere.ctypes.data
+    for start in range(0, total, most):
+        count = min(most, total - start)
+        plane = count * channels * 4
+        for t in range(count):
+            n, place = divmod(start + t, down * across)
+            i, j = 2 * (place // across), 2 * (place % across)
+            a = x.ctypes.data + ((n * rows + i) * columns + j) * channels * 4
+            b = inputs.ctypes.data + t * channels * 4
+            for c in range(0, channels * 4, VECTOR):
+                _forward(a + c, columns * channels * 4, channels * 4, b + c, plane)
+        first = 0
+        while first < filters:
+            vectors = widest(filters - first, LANES)
+            step = vectors * VECTOR
+            block = weight.ctypes.data + _POINTS * channels * first * 4
+            sums[: _POINTS * count * step // 4] = 0
+            for k in range(_POINTS):
+                a = inputs.ctypes.data + k * plane
+                b = block + k * channels * step
+                c = sums.ctypes.data + k * count * step
+                for depth in range(0, channels, DEPTH):
+                    strip(
+                        vectors, x, a + depth * 4, offsets.ctypes.data,
+                        b + depth * step, step, c, step, min(DEPTH, channels - depth),
+                        0, count,
+                    )  # fmt: skip
+            for t in range(count):
+                n, place = divmod(start + t, down * across)
+                i, j = 2 * (place // across), 2 * (place % across)
+                pixel = filters * 4
+                a = out.ctypes.data + ((n * height + i) * width + j) * pixel + first * 4
+                right, below = j + 1 < width, i + 1 < height
+                for v in range(0, step, VECTOR):
+                    _backward(
+                        sums.ctypes.data + t * step + v,
+                        count * step,
+                        a + v,
+                        a + v + pixel if right else away,
+                        a + v + width * pixel if below else away,
+                        a + v + (width + 1) * pixel if right and below else away,
+                    )
+            first += step // 4
+
+
+def convolve(x: np.ndarray, weight: np.ndarray, out: np.ndarray) -> None:
+    """Add a 3x3 convolution to `out`, exactly modulo 2**30.
+
+    Args:
+        x: (batch, 2 * ceil(oh / 2) + 2, 2 * ceil(ow / 2) + 2, channels), padded.
+        weight: packed, as `filters.Filters` has them.
+        out: (batch, oh, ow, filters), contiguous; all int32.
+    """
+    batch, height, width, filters = out.shape
+    channels = x.shape[3]
+    fitting = max(_AT_ONCE, _CACHE // (_POINTS * channels * 4))
+    most = min(batch * tiles((height, width)), fitting)
+    _convolve(
+        x,
+        weight,
+        out,
+        np.empty(most, dtype=np.int64),
+        np.empty(_POINTS * most * channels, dtype=np.int32),
+        np.empty(_POINTS * most * min(filters, 4 * LANES), dtype=np.int32),
+    )
