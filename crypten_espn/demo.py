@@ -264,6 +264,9 @@ def _table(rows: list[_Row]) -> str:
         "ReLU network, on\nas many images as fit the time. relu, fitted: that network "
         "without training,\nevery channel's ReLU a polynomial of degree 8 that half of "
         "the images fitted; clear,\nagree and error are of the ReLU network itself.\n"
+        "espn, opened_mask and beaver truncate each share by itself, which fails for "
+        "one\nelement in 2^29: an error in the millions is one of those. espn (exact) "
+        "and masked\nnever do.\n"
     )
     return "\n".join(lines)
 
