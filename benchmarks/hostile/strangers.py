@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 
 from crypten_espn.wire.connect import parse_address
-from crypten_espn.wire.frames import Kind, frame, hello
+from crypten_espn.wire.frames import PROTOCOL_VERSION, Kind, frame, hello
 from tests.serving.fuzz import NAME, mutated
 
 _PATIENCE_S = 20.0  # an answer must have come by then
@@ -147,7 +147,9 @@ def huge_numbers(sock: socket.socket, target: str, draws: random.Random) -> str:
         wish = {"message": "prepare", "session": NAME, "start": huge, "count": huge}
         _say(sock, Kind.BYTES, json.dumps(wish | {"batch": huge}).encode())
     else:
-        header = struct.pack("<4sHHIQ", b"ESPN", 2, kind, 2**32 - 1, 2**60)
+        header = struct.pack(
+            "<4sHHIQ", b"ESPN", PROTOCOL_VERSION, kind, 2**32 - 1, 2**60
+        )
         with contextlib.suppress(OSError):
             sock.sendall(header)
     with contextlib.suppress(OSError):

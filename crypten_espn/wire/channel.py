@@ -12,7 +12,8 @@ from __future__ import annotations
 import hashlib
 import socket
 import ssl
-from collections.abc import Collection, Container, Sequence
+from collections.abc import Collection, Container, Iterable, Sequence
+from typing import TypeVar
 
 import numpy as np
 
@@ -33,13 +34,14 @@ from .frames import (
     Header,
     Kind,
     frame,
+    framed,
     hello,
     parse,
     parse_hello,
     printable,
     reason,
 )
-from .packing import pack, packed_bytes, unpack, unpack_parts
+from .packing import pack, packed_bytes, packing, unpack, unpacking
 from .stream import Reading, Stream, nothing
 from .tls import TLS, common_name
 
@@ -48,6 +50,8 @@ _REFUSALS = {
     kind.__name__: kind
     for kind in (LimitError, IdleError, QuotaError, RevokedError, ClosingError)
 }
+
+T = TypeVar("T")
 
 _LAST_WORD_S = 1.0  # for a peer's reason of which the beginning is there
 
@@ -213,8 +217,9 @@ class Channel:
         Cost: one message; each part starts at a byte and takes
             packed_bytes(values.size, bits).
         """
-        packed = [pack(values, bits=bits) for values, bits in parts]
-        self._send(Kind.RING, packed, tag=tag)
+        size = sum(packed_bytes(values.size, bits) for values, bits in parts)
+        message = self._outgoing(Kind.RING, tag, size, packing(parts))
+        self._stream.transfer(message, nothing(), timeout=self.timeout)
 
     def receive_parts(
         self,
@@ -235,37 +240,32 @@ class Channel:
         Raises:
             PeerError: the message has another size or tag; nothing was allocated.
         """
-        buffers = self._receive(
-            self._reading(
-                Kind.RING, tag, [packed_bytes(count, bits) for count, bits in sizes]
-            )
-        )
-        return unpack_parts(buffers, sizes, out)
+        return self._receive(self._reading_parts(tag, sizes, out))
 
     # -- ring elements that are packed already
 
     def send_packed(self, data: memoryview, *, tag: int = 0) -> None:
         """Send bytes that are ring elements to both sides."""
-        self._send(Kind.RING, [data], tag=tag)
+        self._send(Kind.RING, data, tag=tag)
 
     def receive_packed(self, size: int, *, tag: int = 0) -> memoryview:
         """Receive exactly `size` such bytes."""
-        return self._receive(self._reading(Kind.RING, tag, [size]))[0]
+        return self._receive(self._reading(Kind.RING, tag, size))
 
     def exchange_packed(self, data: memoryview, *, tag: int = 0) -> memoryview:
         """Send such bytes and receive as many, both at the same time."""
-        reading = self._reading(Kind.RING, tag, [len(data)])
-        return self._receive(reading, self._outgoing(Kind.RING, tag, [data]))[0]
+        reading = self._reading(Kind.RING, tag, len(data))
+        return self._receive(reading, self._outgoing(Kind.RING, tag, len(data), [data]))
 
     # -- bytes
 
     def send_bytes(self, data: bytes, *, tag: int = 0) -> None:
         """Send a byte string as one message."""
-        self._send(Kind.BYTES, [memoryview(data)], tag=tag)
+        self._send(Kind.BYTES, memoryview(data), tag=tag)
 
     def receive_bytes(self, *, limit: int = 1 << 24, tag: int = 0) -> bytes:
         """Receive one byte string of at most `limit` bytes."""
-        return bytes(self._receive(self._reading(Kind.BYTES, tag, limit))[0])
+        return bytes(self._receive(self._reading(Kind.BYTES, tag, range(limit + 1))))
 
     # -- control
 
@@ -332,8 +332,10 @@ class Channel:
             PeerError: the peer speaks another version, or has a role that is not among
                 `peer_roles` or not its certificate's; on both sides.
         """
-        outgoing = self._outgoing(Kind.HELLO, 0, [hello(self.role, digest)])
-        (data,) = self._receive(self._reading(Kind.HELLO, 0, [HELLO_BYTES]), outgoing)
+        outgoing = self._outgoing(
+            Kind.HELLO, 0, HELLO_BYTES, [hello(self.role, digest)]
+        )
+        data = self._receive(self._reading(Kind.HELLO, 0, HELLO_BYTES), outgoing)
         role, theirs = parse_hello(data, peer=self.peer)
         if role not in self.peer_roles:
             raise self._refused(
@@ -386,49 +388,61 @@ class Channel:
     # -- messages
 
     def _outgoing(
-        self, kind: Kind, tag: int, parts: Sequence[memoryview]
-    ) -> list[memoryview]:
-        message = frame(kind, tag, parts)
+        self, kind: Kind, tag: int, size: int, parts: Iterable[memoryview]
+    ) -> Iterable[memoryview]:
         self.messages_sent += 1
-        self.bytes_sent += sum(len(part) for part in message)
-        return message
+        self.bytes_sent += HEADER_BYTES + size
+        return framed(kind, tag, size, parts)
 
-    def _send(self, kind: Kind, parts: Sequence[memoryview], *, tag: int) -> None:
-        message = self._outgoing(kind, tag, parts)
+    def _send(self, kind: Kind, data: memoryview, *, tag: int) -> None:
+        message = self._outgoing(kind, tag, len(data), [data])
         self._stream.transfer(message, nothing(), timeout=self.timeout)
 
-    def _receive(
-        self,
-        reading: Reading[list[memoryview]],
-        outgoing: list[memoryview] | None = None,
-    ) -> list[memoryview]:
-        buffers = self._stream.transfer(outgoing or [], reading, timeout=self.timeout)
-        self.messages_received += 1
-        self.bytes_received += HEADER_BYTES + sum(map(len, buffers))
-        return buffers
+    def _receive(self, reading: Reading[T], outgoing: Iterable[memoryview] = ()) -> T:
+        return self._stream.transfer(outgoing, reading, timeout=self.timeout)
 
-    def _reading(
-        self, kind: Kind, tag: int, sizes: Sequence[int] | int
-    ) -> Reading[list[memoryview]]:
-        """Read one message of exactly these parts, or of one part up to a size."""
+    def _reading(self, kind: Kind, tag: int, sizes: int | range) -> Reading[memoryview]:
+        """Read one message of exactly this size, or of one in a range from 0."""
+        size = yield from self._expecting(kind, tag, sizes)
+        buffer = np.empty(size, dtype=np.uint8).data
+        yield buffer
+        self._received(size)
+        return buffer
+
+    def _reading_parts(
+        self,
+        tag: int,
+        parts: Sequence[tuple[int, int]],
+        out: Sequence[np.ndarray] | None,
+    ) -> Reading[list[np.ndarray]]:
+        """Read one message of exactly these ring elements."""
+        expected = sum(packed_bytes(count, bits) for count, bits in parts)
+        size = yield from self._expecting(Kind.RING, tag, expected)
+        found = yield from unpacking(parts, out)
+        self._received(size)
+        return found
+
+    def _received(self, size: int) -> None:
+        self.messages_received += 1
+        self.bytes_received += HEADER_BYTES + size
+
+    def _expecting(self, kind: Kind, tag: int, sizes: int | range) -> Reading[int]:
+        """Read a header, which must announce this; the size of what follows."""
         if self._header is None:
             yield from self._reading_header()
         header = self._header
         assert header is not None
         if isinstance(sizes, int):
-            fits, size = header.size <= sizes, f"at most {sizes} bytes"
+            fits, size = header.size == sizes, f"{sizes} bytes"
         else:
-            fits, size = header.size == sum(sizes), f"{sum(sizes)} bytes"
+            fits, size = header.size in sizes, f"at most {len(sizes) - 1} bytes"
         if header.kind != kind or header.tag != tag or not fits:
             error = self._out_of_step(header, f"kind {kind:d}, tag {tag}, {size}")
-            if header.kind == kind and isinstance(sizes, int) and not fits:
+            if header.kind == kind and isinstance(sizes, range) and not fits:
                 raise LimitError(str(error), "message_bytes")
             raise error
         self._header = None
-        parts = [header.size] if isinstance(sizes, int) else sizes
-        buffers = [np.empty(part, dtype=np.uint8).data for part in parts]
-        yield from buffers
-        return buffers
+        return header.size
 
     def _reading_header(self) -> Reading[None]:
         data = bytearray(HEADER_BYTES)

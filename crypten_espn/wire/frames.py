@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import enum
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import NamedTuple
 
 from ..errors import PeerError
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 MAGIC = b"ESPN"
 ROLES = ("server", "client", "dealer")
 HEADER_BYTES = 20
@@ -49,13 +50,27 @@ class Header(NamedTuple):
         return self.kind == Kind.RING
 
 
-def frame(kind: Kind, tag: int, parts: Sequence[memoryview]) -> list[memoryview]:
+def frame(kind: Kind, tag: int, parts: Sequence[memoryview]) -> Iterable[memoryview]:
     """A message as views to write one after the other; large parts are not copied."""
-    size = sum(len(part) for part in parts)
+    return framed(kind, tag, sum(map(len, parts)), parts)
+
+
+def framed(
+    kind: Kind, tag: int, size: int, parts: Iterable[memoryview]
+) -> Iterable[memoryview]:
+    """`frame` of parts that are not there yet.
+
+    Args:
+        size: bytes of all of them.
+        parts: each is asked for when those before it are written.
+    """
     header = _HEADER.pack(MAGIC, PROTOCOL_VERSION, kind, tag, size)
-    if size <= _TOGETHER:
-        return [memoryview(b"".join([header, *parts]))]
-    return [memoryview(header), *parts]
+    if size > _TOGETHER:
+        return chain([memoryview(header)], parts)
+    message = bytearray(header)
+    for part in parts:
+        message += part
+    return [memoryview(message)]
 
 
 def parse(data: bytes | bytearray, *, peer: str) -> Header:

@@ -13,7 +13,7 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Generic, TypeVar
 
 from ..errors import IdleError, PeerError
@@ -120,7 +120,7 @@ class Stream:
         self._inbox = bytearray()
         self._half_sent = self._half_read = False
         self._closed = False
-        self._farewell: list[memoryview] | None = None
+        self._farewell: Iterable[memoryview] | None = None
         self._busy = threading.Lock()
         sock.setblocking(False)
 
@@ -137,7 +137,7 @@ class Stream:
 
     def transfer(
         self,
-        outgoing: list[memoryview],
+        outgoing: Iterable[memoryview],
         reading: Reading[T],
         *,
         timeout: float,
@@ -149,7 +149,8 @@ class Stream:
         so that two sides that both send large messages do not wait for each other.
 
         Args:
-            outgoing: what to write; may be empty.
+            outgoing: what to write; may be empty. Each view is asked for when those
+                before it are written, so that all can lie in one place.
             reading: yields the buffers to fill, one after the other, and returns what
                 they mean; `nothing()` reads nothing.
             timeout: seconds, as in `Deadline`.
@@ -164,15 +165,16 @@ class Stream:
         with self._alone():
             if self._closed:
                 raise PeerError(f"The channel to {self.peer} is closed.")
-            if outgoing and self._half_sent:
+            writer = _Writer(outgoing)
+            if writer.left is not None and self._half_sent:
                 raise PeerError(f"A message to {self.peer} was cut; nothing follows.")
             now = time.monotonic()
             deadline = Deadline(
                 timeout, idle=timeout if idle is None else idle, now=now
             )
-            return self._transfer(list(outgoing), reading, deadline)
+            return self._transfer(writer, reading, deadline)
 
-    def finish(self, farewell: list[memoryview]) -> None:
+    def finish(self, farewell: Iterable[memoryview]) -> None:
         """Write a last message if none is half written, then close. Never raises.
 
         The other side gets it even when it is itself writing: this side stops writing,
@@ -226,22 +228,19 @@ class Stream:
             elif self._farewell is not None:
                 self.finish(self._farewell)
 
-    def _transfer(
-        self, queue: list[memoryview], reading: Reading[T], deadline: Deadline
-    ) -> T:
-        queue = [part for part in queue if len(part)]
+    def _transfer(self, writer: _Writer, reading: Reading[T], deadline: Deadline) -> T:
         reader = _Reader(reading)
         if reader.target is not None and self._half_read:
             raise PeerError(f"A message from {self.peer} was cut; nothing follows.")
         self._from_inbox(reader)
         looked = 0
-        while queue or reader.target is not None:
+        while writer.left is not None or reader.target is not None:
             self._check_ending()
             moved = events = 0
-            if queue:
-                moved, events = self._try_to_write(queue, reader)
+            if writer.left is not None:
+                moved, events = self._try_to_write(writer, reader)
                 looked += moved
-            ahead = bool(queue) and (not moved or looked >= _LOOK)
+            ahead = writer.left is not None and (not moved or looked >= _LOOK)
             room = len(self._inbox) < INBOX_BYTES
             if reader.target is not None or (ahead and room):
                 looked = 0
@@ -259,12 +258,10 @@ class Stream:
                 self.waited += time.monotonic() - now
         return reader.value
 
-    def _try_to_write(
-        self, queue: list[memoryview], reader: _Reader[T]
-    ) -> tuple[int, int]:
+    def _try_to_write(self, writer: _Writer, reader: _Reader[T]) -> tuple[int, int]:
         """How many bytes went, and what to wait for if none could."""
         try:
-            return self._write(queue), 0
+            return self._write(writer), 0
         except (BlockingIOError, ssl.SSLWantWriteError):
             return 0, select.POLLOUT
         except ssl.SSLWantReadError:
@@ -287,15 +284,13 @@ class Stream:
         self._arrived(reader, got)
         return got, 0
 
-    def _write(self, queue: list[memoryview]) -> int:
+    def _write(self, writer: _Writer) -> int:
+        assert writer.left is not None
         # A TLS record may be half written when send() says that it would block.
         self._half_sent = True
-        sent = self._sock.send(queue[0][: 4 * _CHUNK])
-        if sent == len(queue[0]):
-            queue.pop(0)
-        else:
-            queue[0] = queue[0][sent:]
-        self._half_sent = bool(queue)
+        sent = self._sock.send(writer.left[: 4 * _CHUNK])
+        writer.written(sent)
+        self._half_sent = writer.left is not None
         return sent
 
     def _read(self, reader: _Reader[T]) -> int:
@@ -370,9 +365,8 @@ class Stream:
         now = time.monotonic()
         try:
             if not self._half_sent:
-                self._transfer(
-                    message, nothing(), Deadline(LINGER_S, idle=LINGER_S, now=now)
-                )
+                deadline = Deadline(LINGER_S, idle=LINGER_S, now=now)
+                self._transfer(_Writer(message), nothing(), deadline)
             self._shutdown(socket.SHUT_WR)
             self._discard(now + LINGER_S)
         except OSError:
@@ -400,6 +394,25 @@ class Stream:
         # Of the socket below TLS: SSLSocket.shutdown would go on in plaintext.
         with contextlib.suppress(OSError):
             socket.socket.shutdown(self._sock, how)
+
+
+class _Writer:
+    """What is left of the view that is being written, then the next one."""
+
+    left: memoryview | None
+
+    def __init__(self, views: Iterable[memoryview]) -> None:
+        self._views = iter(views)
+        self._advance()
+
+    def written(self, count: int) -> None:
+        assert self.left is not None
+        self.left = self.left[count:]
+        if not len(self.left):
+            self._advance()
+
+    def _advance(self) -> None:
+        self.left = next((view for view in self._views if len(view)), None)
 
 
 class _Reader(Generic[T]):

@@ -12,6 +12,7 @@ import pytest
 
 from crypten_espn.errors import PeerError, PlanMismatchError
 from crypten_espn.wire.channel import Channel
+from crypten_espn.wire.frames import PROTOCOL_VERSION
 from crypten_espn.wire.packing import packed_bytes
 
 from .cases import in_thread
@@ -59,7 +60,7 @@ def test_parts_of_one_message_have_widths_of_their_own(pair):
         right.receive_parts([(v.size + 8, bits) for v, bits in parts])
 
 
-def header(kind, tag, size, *, magic=b"ESPN", version=2):
+def header(kind, tag, size, *, magic=b"ESPN", version=PROTOCOL_VERSION):
     return struct.pack("<4sHHIQ", magic, version, kind, tag, size)
 
 

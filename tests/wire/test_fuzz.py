@@ -12,6 +12,7 @@ import numpy as np
 
 from crypten_espn.errors import PeerError, PlanMismatchError
 from crypten_espn.wire.channel import Channel
+from crypten_espn.wire.frames import PROTOCOL_VERSION
 
 HEADER = struct.Struct("<4sHHIQ")
 DIGEST = bytes(range(32))
@@ -30,7 +31,10 @@ def messages(rng: random.Random) -> Iterator[bytes]:
             4: b"Lost the dealer \x1b[2J\n"[: rng.randint(0, 20)],
         }[kind]
         yield (
-            HEADER.pack(b"ESPN", 2, kind, rng.choice([0, 0, 7]), len(payload)) + payload
+            HEADER.pack(
+                b"ESPN", PROTOCOL_VERSION, kind, rng.choice([0, 0, 7]), len(payload)
+            )
+            + payload
         )
 
 

@@ -13,6 +13,7 @@ import pytest
 from crypten_espn.errors import PeerError
 from crypten_espn.wire.channel import Channel, socket_pair
 from crypten_espn.wire.connect import Listener, connect_channel
+from crypten_espn.wire.frames import PROTOCOL_VERSION
 from crypten_espn.wire.stream import INBOX_BYTES, MINIMUM_RATE, Deadline
 
 from .cases import certificates, in_thread
@@ -95,7 +96,7 @@ def test_a_refusal_is_read_after_a_reset():
     ):
         client.send_bytes(b"never read")
         text = b"no such session"
-        header = struct.pack("<4sHHIQ", b"ESPN", 2, 4, 0, len(text))
+        header = struct.pack("<4sHHIQ", b"ESPN", PROTOCOL_VERSION, 4, 0, len(text))
         other.sendall(header + text)
         # Nothing lingers: with unread data this is a reset.
         other.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -235,7 +236,7 @@ def test_close_from_another_thread_ends_a_wait(connected):
 def test_a_peer_that_only_sends_costs_bounded_memory_and_time():
     mine, other = socket.socketpair()
     sent = 0
-    header = struct.pack("<4sHHIQ", b"ESPN", 2, 1, 0, 1 << 20)
+    header = struct.pack("<4sHHIQ", b"ESPN", PROTOCOL_VERSION, 1, 0, 1 << 20)
     message = memoryview(header + b"x" * 2**20)
 
     def send():
@@ -263,7 +264,7 @@ def test_a_peer_that_trickles_is_dropped():
 
     def trickle():
         nonlocal sent
-        mine.sendall(struct.pack("<4sHHIQ", b"ESPN", 2, 1, 0, size))
+        mine.sendall(struct.pack("<4sHHIQ", b"ESPN", PROTOCOL_VERSION, 1, 0, size))
         with contextlib.suppress(OSError):
             while sent < size and not ended.wait(0.01):
                 sent += mine.send(b"x")
