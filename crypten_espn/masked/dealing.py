@@ -41,6 +41,7 @@ from .material import (
     source_mask,
     weight_masks,
 )
+from .memory import Space
 from .messages import SERVER, Party, Protocol, Send
 from .plan import Plan
 
@@ -78,12 +79,15 @@ class Dealing:
         own = root.fork(b"dealer").bytes(16)
         self._ratchets = tuple(inference_seeds(seed) for seed in (own, *self.seeds))
 
-    def deal(self, index: int, batch: int) -> Protocol[None]:
+    def deal(
+        self, index: int, batch: int, *, space: Space | None = None
+    ) -> Protocol[None]:
         """Send one party its corrections for inference `index`.
 
         Args:
             index: must rise from call to call.
             batch: inputs in it.
+            space: memory of a dealing before this one, to be used again.
 
         Cost: offline, one message a linear part, m bits for each element, and one a
             chunk of each step, the bits of each word that count; the other party
@@ -97,47 +101,60 @@ class Dealing:
         to = self._corrections
         halves = masks if to == SERVER else Draws(plan, server, batch)
         sources = {0: masks.input_mask}
-        dealt = coins(plan, own, server, batch)
+        space = Space() if space is None else space
+        dealt = coins(plan, own, server, batch, space=space)
         for number, (part, coin) in enumerate(zip(plan.parts, dealt, strict=True)):
-            out = -halves.linear(number)
+            shape = batch, *plan.part_shapes[number]
+            out = space.message("linear", shape, kernels.ring_dtype(part.ring))
+            halves.linear(number, out=out)
+            np.subtract(0 if coin is None else coin.masks[0].reshape(shape), out, out)
             operands = Operands(plan.shapes, sources, self._masks, public=False)
             accumulate(part.root, operands, out)
-            if coin is not None:
-                out += coin.masks[0].reshape(out.shape)
             yield Send(to, ((out, part.ring),))
             if coin is None:
                 continue
             between = plan.evaluations[number]
             for chunk in chunks(batch):
-                given = between.deal(
-                    coin.part(chunk, batch), halves.words(number, chunk)
-                )
                 rows = chunk.stop - chunk.start
+                words = space.message("words", between.words_shape(rows), np.int64)
+                halves.words(number, chunk, out=words)
+                between.deal(coin.part(chunk, batch), words)
                 bits = [width for _, width in between.dealt(rows)]
-                lines = between.lines(given, rows)
+                lines = between.lines(words, rows)
                 yield Send(to, tuple(zip(lines, bits, strict=True)))
             sources[number + 1] = source_mask(plan, number, masks.hidden(number))
             for dead in plan.last_reads[number]:
                 del sources[dead]
 
 
-def coins(plan: Plan, own: bytes, server: bytes, batch: int) -> Iterator[Coins | None]:
+def coins(
+    plan: Plan, own: bytes, server: bytes, batch: int, *, space: Space | None = None
+) -> Iterator[Coins | None]:
     """Every linear part's masks and coins; None for the output.
 
     Args:
         own, server: the dealer's and the server's seed of the inference.
+        space: memory that each part's are drawn into after the last one's; each has
+            memory of its own if None.
     """
     stream = Keystream(own).fork(b"batch").fork(batch)
     draws = Draws(plan, server, batch)
     for number, (step, between) in enumerate(
         zip(plan.steps, plan.evaluations, strict=True)
     ):
-        delta = draws.deltas(number)
-        first = draw(stream, (1, batch * between.opened), bits=step.ring)
-        masks = first if not len(delta) else np.concatenate([first, first + delta])
-        drop = step.activation.drop
-        rounding = draw(stream, (batch * between.elements,), bits=drop)
-        rounding = rounding.astype(np.int64, copy=False)
-        # A type's own width comes with a sign, and coins are not negative.
-        yield Coins(masks, rounding & kernels.ring_mask(drop))
+        here = Space() if space is None else space
+        act, dtype = step.activation, kernels.ring_dtype(step.ring)
+        masks = here.array("masks", (act.masks, batch * between.opened), dtype)
+        draw(stream, masks[:1].shape, bits=step.ring, out=masks[:1])
+        draws.deltas(number, out=masks[1:])
+        masks[1:] += masks[0]
+        rounding = here.array("rounding", (batch * between.elements,), np.int64)
+        if act.drop > 32:
+            draw(stream, rounding.shape, bits=act.drop, out=rounding)
+        else:
+            # A type's own width comes with a sign, and coins are not negative.
+            drawn = here.array("drawn", rounding.shape, np.int32)
+            draw(stream, drawn.shape, bits=act.drop, out=drawn)
+            rounding[:] = drawn.view(np.uint32)
+        yield Coins(masks, rounding)
     yield None

@@ -125,8 +125,8 @@ class Evaluation(ABC):
         """
 
     @abstractmethod
-    def deal(self, coins: Coins, taken: np.ndarray) -> np.ndarray:
-        """The words that one party is sent, from those that the other draws."""
+    def deal(self, coins: Coins, words: np.ndarray) -> None:
+        """Overwrite the words that one party draws by those that the other is sent."""
 
     @abstractmethod
     def hide(self, words: np.ndarray, hidden: np.ndarray) -> None:
@@ -261,18 +261,19 @@ class OfPolynomial(Evaluation):
         count = half.size // self.opened * self.elements
         return self._add_sums(half, words[0, :count] << low) >> unsent
 
-    def deal(self, coins: Coins, taken: np.ndarray) -> np.ndarray:
+    def deal(self, coins: Coins, words: np.ndarray) -> None:
         tables = self._tables
         zeros, rounding = tables.zeros, coins.rounding
         if self._pool is not None:
             # Every value's constant, whole; they are summed before it is cut.
             zeros = np.concatenate([zeros[:1] * 0, zeros[1:]])
-            rounding = np.zeros(taken.shape[1], dtype=np.int64)
-        out = np.empty_like(taken)
+            rounding = np.zeros(words.shape[1], dtype=np.int64)
+            first = words[0].copy()
+            words[0] = 0
         kernels.deal_polynomial(
             coins.masks,
             rounding,
-            taken,
+            words,
             bits=self.step.ring,
             shifts=tables.shifts,
             degrees=tables.degrees,
@@ -280,12 +281,11 @@ class OfPolynomial(Evaluation):
             linear=tables.linear,
             linear_shift=tables.linear_shift,
             zeros=zeros,
-            out=out,
+            out=words,
         )
         if self._pool is not None:
-            sums = self._add_sums(out[0] + taken[0], coins.rounding.copy())
-            out[0, : sums.size] = (sums >> tables.zeros[0]) - taken[0, : sums.size]
-        return out
+            sums = self._add_sums(words[0], coins.rounding.copy())
+            words[0, : sums.size] = (sums >> tables.zeros[0]) - first[: sums.size]
 
     def hide(self, words: np.ndarray, hidden: np.ndarray) -> None:
         # The constant's word is without the bits that the client does not send.
@@ -357,19 +357,17 @@ class OfProduct(Evaluation):
         )
         return half.reshape(-1)
 
-    def deal(self, coins: Coins, taken: np.ndarray) -> np.ndarray:
-        out = np.empty_like(taken)
+    def deal(self, coins: Coins, words: np.ndarray) -> None:
         kernels.deal_product(
-            coins.masks.reshape(len(taken), -1),
-            coins.rounding.reshape(len(taken), -1),
-            taken,
+            coins.masks.reshape(len(words), -1),
+            coins.rounding.reshape(len(words), -1),
+            words,
             bits=self.step.ring,
             dropped=self._dropped,
             places=self._places,
             lift=self.lift,
-            out=out,
+            out=words,
         )
-        return out
 
     def hide(self, words: np.ndarray, hidden: np.ndarray) -> None:
         size = self.elements

@@ -27,9 +27,16 @@ from .messages import CLIENT, SERVER, Party
 from .plan import Plan
 
 
-def draw(stream: Keystream, shape: Shape, *, bits: int) -> np.ndarray:
-    """Uniform ring elements, int32 for up to 32 bits and int64 for more."""
-    out = np.empty(shape, dtype=kernels.ring_dtype(bits))
+def draw(
+    stream: Keystream, shape: Shape, *, bits: int, out: np.ndarray | None = None
+) -> np.ndarray:
+    """Uniform ring elements, int32 for up to 32 bits and int64 for more.
+
+    Args:
+        out: where they go, an array of that shape and type; a new one if None.
+    """
+    if out is None:
+        out = np.empty(shape, dtype=kernels.ring_dtype(bits))
     stream.fill(out)
     if bits not in (32, 64):
         out &= kernels.ring_mask(bits)
@@ -82,11 +89,11 @@ class Draws:
         shape = self._batch, *first.shape
         return draw(self._stream.fork(b"input"), shape, bits=first.ring)
 
-    def linear(self, number: int) -> np.ndarray:
+    def linear(self, number: int, *, out: np.ndarray | None = None) -> np.ndarray:
         """G, this party's half of a linear part's B*t + r, (batch, *shape)."""
         part = self.plan.parts[number]
         shape = self._batch, *self.plan.part_shapes[number]
-        return draw(self._of(b"linear", number), shape, bits=part.ring)
+        return draw(self._of(b"linear", number), shape, bits=part.ring, out=out)
 
     def hidden(self, number: int) -> np.ndarray:
         """The second opening's mask without the bits it drops, (batch, elements)."""
@@ -95,13 +102,15 @@ class Draws:
         bits = between.step.activation.ring
         return draw(self._of(b"hidden", number), shape, bits=bits)
 
-    def deltas(self, number: int) -> np.ndarray:
+    def deltas(self, number: int, *, out: np.ndarray | None = None) -> np.ndarray:
         """What each further group's mask adds to a step's first, (masks - 1, n)."""
         step = self.plan.steps[number]
         shape = step.activation.masks - 1, self._batch * self.plan.elements(number)
-        return draw(self._of(b"deltas", number), shape, bits=step.ring)
+        return draw(self._of(b"deltas", number), shape, bits=step.ring, out=out)
 
-    def words(self, number: int, chunk: slice) -> np.ndarray:
+    def words(
+        self, number: int, chunk: slice, *, out: np.ndarray | None = None
+    ) -> np.ndarray:
         """This party's half of the words for a chunk, as the evaluation has them.
 
         Args:
@@ -109,7 +118,7 @@ class Draws:
         """
         stream = self._of(b"words", number, chunk.start)
         shape = self.plan.evaluations[number].words_shape(chunk.stop - chunk.start)
-        return draw(stream, shape, bits=64)
+        return draw(stream, shape, bits=64, out=out)
 
     def _of(self, label: bytes, *numbers: int) -> Keystream:
         return self._stream.fork(b" ".join([label, *(b"%d" % n for n in numbers)]))
@@ -123,10 +132,13 @@ def chunk_words(plan: Plan, number: int, words: np.ndarray, chunk: slice) -> np.
 
 
 def source_mask(plan: Plan, number: int, hidden: np.ndarray) -> np.ndarray:
-    """t = -(r >> s) of step `number`'s second opening, whose mask is hidden * 2**s."""
-    source = plan.sources[number + 1]
-    mask = (-hidden).astype(kernels.ring_dtype(source.ring), copy=False)
-    return mask.reshape(-1, *source.shape)
+    """t = -(r >> s) of step `number`'s second opening, whose mask is hidden * 2**s.
+
+    Args:
+        hidden: overwritten.
+    """
+    np.negative(hidden, out=hidden)
+    return hidden.reshape(-1, *plan.sources[number + 1].shape)
 
 
 # ---------------------------------------------------------------- prepared

@@ -27,11 +27,14 @@ from .material import (
     Pairing,
     ServerMaterial,
     chunk_words,
+    client_layout,
     draw,
     inference_seeds,
+    server_layout,
     source_mask,
     weight_masks,
 )
+from .memory import Space, in_one_piece
 from .messages import CLIENT, DEALER, SERVER, Protocol, Receive, receive, send
 from .plan import Plan
 from .steps import Step
@@ -83,40 +86,44 @@ class ServerPreparation:
         """
         plan = self.plan
         seed = self._ratchet.take(pairing.index)
-        material = ServerMaterial(pairing, seed, [], [])
-        draws = material.draws(plan)
+        layout = server_layout(plan, pairing.batch, corrections=pairing.corrections)
+        _, *arrays = in_one_piece(layout)
+        parts = len(plan.parts)
+        material = ServerMaterial(pairing, seed, arrays[parts:], arrays[:parts])
+        draws, space = material.draws(plan), Space()
         for number, part in enumerate(plan.parts):
-            total = yield from _half(draws, material, number)
+            total = material.linear[number]
+            yield from _half(draws, material, number, total)
             if isinstance(part, Step):
-                (theirs,) = yield receive(CLIENT, total.size, part.ring)
-                total = total + theirs.reshape(total.shape)
-            material.linear.append(total + self._biases[number])
+                theirs = space.array("theirs", (total.size,), total.dtype)
+                yield Receive(CLIENT, ((total.size, part.ring),), (theirs,))
+                total += theirs.reshape(total.shape)
+            total += self._biases[number]
         material.linear[-1] += _noise(plan, material.linear[-1])
         return material
 
 
-def _half(draws: Draws, material: Material, number: int) -> Protocol[np.ndarray]:
-    """A party's half of a linear part's B*t + r, (batch, *shape).
+def _half(
+    draws: Draws, material: Material, number: int, out: np.ndarray
+) -> Protocol[None]:
+    """A party's half of a linear part's B*t + r, into out, (batch, *shape).
 
     Whoever receives the corrections keeps its half of the step's words too; whoever
     draws them does so when it needs them.
     """
     pairing = material.pairing
     if pairing.corrections != material.party:
-        return draws.linear(number)
-    plan, batch = draws.plan, pairing.batch
-    part = plan.parts[number]
-    (given,) = yield receive(DEALER, batch * plan.elements(number), part.ring)
+        draws.linear(number, out=out)
+        return
+    part = draws.plan.parts[number]
+    yield Receive(DEALER, ((out.size, part.ring),), (out.reshape(-1),))
     if isinstance(part, Step):
-        material.words.append((yield from _words(plan, number, batch)))
-    half: np.ndarray = given.reshape(batch, *plan.part_shapes[number])
-    return half
+        yield from _words(draws.plan, number, pairing.batch, material.words[number])
 
 
-def _words(plan: Plan, number: int, batch: int) -> Protocol[np.ndarray]:
+def _words(plan: Plan, number: int, batch: int, words: np.ndarray) -> Protocol[None]:
     """A step's words from the dealer, one chunk after the other."""
     between = plan.evaluations[number]
-    words = np.empty(batch * between.words, dtype=np.int64)
     for chunk in chunks(batch):
         parts = between.dealt(chunk.stop - chunk.start)
         place = chunk_words(plan, number, words, chunk)
@@ -124,7 +131,6 @@ def _words(plan: Plan, number: int, batch: int) -> Protocol[np.ndarray]:
         for line, used in zip(place.reshape(len(parts), -1), lines, strict=True):
             line[len(used) :] = 0
         yield Receive(DEALER, parts, tuple(lines))
-    return words
 
 
 def _noise(plan: Plan, like: np.ndarray) -> np.ndarray:
@@ -165,11 +171,17 @@ class ClientPreparation:
         """
         plan = self.plan
         seed = self._ratchet.take(pairing.index)
-        material = ClientMaterial(pairing, seed, [], np.empty(0))
-        draws = material.draws(plan)
+        layout = client_layout(plan, pairing.batch, corrections=pairing.corrections)
+        _, output, *words = in_one_piece(layout)
+        material = ClientMaterial(pairing, seed, words, output)
+        draws, space = material.draws(plan), Space()
         sources = {0: draws.input_mask}
         for number, part in enumerate(plan.parts):
-            total = yield from _half(draws, material, number)
+            total = output
+            if isinstance(part, Step):
+                shape = pairing.batch, *plan.part_shapes[number]
+                total = space.message("total", shape, kernels.ring_dtype(part.ring))
+            yield from _half(draws, material, number, total)
             operands = Operands(plan.shapes, sources, self._opened)
             accumulate(part.root, operands, total)
             if isinstance(part, Step):
@@ -177,6 +189,4 @@ class ClientPreparation:
                 for dead in plan.last_reads[number]:
                     del sources[dead]
                 yield send(SERVER, total, part.ring)
-            else:
-                material.output = total
         return material

@@ -62,7 +62,7 @@ def test_dealt_values_are_the_powers_of_the_mask(made, corrections):
     dealt, theirs = [], seeds_of(pair, 0)
     for event in pair.dealing.deal(0, batch):
         assert isinstance(event, Send) and event.to == corrections
-        dealt.append([array for array, _ in event.parts])
+        dealt.append([array.copy() for array, _ in event.parts])
     draws = Draws(plan, theirs[2], batch)
     halves = draws if corrections == SERVER else Draws(plan, theirs[1], batch)
     coin = list(coins(plan, theirs[0], theirs[1], batch))
