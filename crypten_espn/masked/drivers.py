@@ -5,6 +5,7 @@ from __future__ import annotations
 import hmac
 from collections import deque
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
@@ -24,36 +25,83 @@ _Queues = dict[tuple[str, str], deque[_Message]]
 TOLD_BYTES = 32
 
 
-def over(part: Protocol[T], channels: Mapping[str, Channel], *, tag: int = 0) -> T:
+def over(
+    part: Protocol[T],
+    channels: Mapping[str, Channel],
+    *,
+    tag: int = 0,
+    ahead: bool = False,
+) -> T:
     """Run one party's part of a protocol over channels to the others.
 
     Args:
         part: the generator; closed when a channel fails.
         channels: by the other party's name.
         tag: number that every message carries.
+        ahead: let the part go on while a thread writes its last message. For one that
+            sends much and waits for nobody: it costs a thread's start.
 
     Raises: PeerError as the channels do; MaterialError if the parties' digests differ,
         on both sides.
     """
     answer: list[np.ndarray] | None = None
-    try:
-        while True:
-            event, answer = part.send(answer), None
-            if isinstance(event, Send):
-                channels[event.to].send_parts(event.parts, tag=tag)
-            elif isinstance(event, Receive):
-                answer = channels[event.of].receive_parts(
-                    event.parts, tag=tag, out=event.out
-                )
-            elif isinstance(event, Tell):
-                channels[event.to].send_bytes(event.digest, tag=tag)
-            else:
-                told = channels[event.of].receive_bytes(limit=TOLD_BYTES, tag=tag)
-                _compare(event, told)
-    except StopIteration as end:
-        return cast(T, end.value)
-    finally:
-        part.close()
+    with _Writer(tag, ahead=ahead) as writer:
+        try:
+            while True:
+                event, answer = part.send(answer), None
+                if isinstance(event, Send):
+                    writer.send(channels[event.to], event)
+                    continue
+                writer.wait()
+                if isinstance(event, Receive):
+                    answer = channels[event.of].receive_parts(
+                        event.parts, tag=tag, out=event.out
+                    )
+                elif isinstance(event, Tell):
+                    channels[event.to].send_bytes(event.digest, tag=tag)
+                else:
+                    told = channels[event.of].receive_bytes(limit=TOLD_BYTES, tag=tag)
+                    _compare(event, told)
+        except StopIteration as end:
+            writer.wait()
+            return cast(T, end.value)
+        finally:
+            part.close()
+
+
+class _Writer:
+    """Writes messages at once, or each in a thread while the next one is made."""
+
+    def __init__(self, tag: int, *, ahead: bool) -> None:
+        self._tag = tag
+        self._thread = ThreadPoolExecutor(1, "sends") if ahead else None
+        self._under_way: Future[None] | None = None
+
+    def __enter__(self) -> _Writer:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._thread is not None:
+            self._thread.shutdown()
+
+    def send(self, channel: Channel, event: Send) -> None:
+        """Send this, once the message before has been sent."""
+        if self._thread is None:
+            channel.send_parts(event.parts, tag=self._tag)
+            return
+        self.wait()
+        self._under_way = self._thread.submit(
+            channel.send_parts, event.parts, tag=self._tag
+        )
+
+    def wait(self) -> None:
+        """Until everything has been sent.
+
+        Raises: PeerError as the channel does.
+        """
+        if self._under_way is not None:
+            sent, self._under_way = self._under_way, None
+            sent.result()
 
 
 def _compare(mine: Compare, theirs: bytes) -> None:

@@ -25,7 +25,11 @@ Party = Literal["server", "client"]
 
 @dataclass(frozen=True)
 class Send:
-    """One message of ring elements; each part is an array and the bits of its ring."""
+    """One message of ring elements; each part is an array and the bits of its ring.
+
+    The arrays may be read until the sender's next message is under way: it leaves them
+    as they are until it goes on from there.
+    """
 
     to: str
     parts: tuple[tuple[np.ndarray, int], ...]

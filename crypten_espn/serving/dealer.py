@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from ..errors import LimitError, MaterialError, PeerError, PlanError
 from ..masked.dealing import Dealing
 from ..masked.drivers import over
+from ..masked.memory import Space
 from ..masked.messages import Party
 from ..masked.plan import Plan
 from ..wire.channel import Channel
@@ -245,8 +246,10 @@ class DealerServer(Host):
                 following = order.start + order.count
                 began, sent = time.perf_counter(), receiver.bytes_sent
                 channels: dict[str, Channel] = {corrections: receiver}
+                space = Space()
                 for index in range(order.start, following):
-                    over(dealing.deal(index, order.batch), channels, tag=index)
+                    part = dealing.deal(index, order.batch, space=space)
+                    over(part, channels, tag=index, ahead=True)
                 self.report(
                     Dealt(
                         tag,

@@ -290,7 +290,7 @@ def test_an_unforeseen_failure_reaches_both_sides_and_the_log_without_its_text(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise KeyError("the seed is 1234")
 
     monkeypatch.setattr(Dealing, "deal", fail)
