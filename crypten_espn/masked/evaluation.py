@@ -241,7 +241,7 @@ class OfPolynomial(Evaluation):
             widths=tables.widths,
             degrees=tables.degrees,
             zeros=tables.zeros,
-            public=np.zeros_like(tables.coeffs) if c is None else tables.coeffs,
+            public=None if c is None else tables.coeffs,
             step=0 if pooled else unsent,
             out=half,
         )
@@ -289,8 +289,8 @@ class OfPolynomial(Evaluation):
 
     def hide(self, words: np.ndarray, hidden: np.ndarray) -> None:
         # The constant's word is without the bits that the client does not send.
-        mask = hidden.reshape(-1).astype(np.int64) << self.step.activation.kept
-        words[0, : mask.size] += mask
+        mask = hidden.reshape(-1)
+        kernels.hide(words[0, : mask.size], mask, kept=self.step.activation.kept)
 
 
 class OfProduct(Evaluation):

@@ -171,8 +171,18 @@ def of_channel(columns, i):
 @pytest.mark.parametrize("linear, groups", POLYNOMIALS)
 def test_polynomial_of_an_opening_is_exact(bits, linear, groups):
     """dealer + both parties = p of the floor-or-floor-plus-one, modulo 2**64."""
+    check_polynomial(bits, linear, groups, 3001)
+
+
+@pytest.mark.parametrize("count", [1, 7, 8, 9, 511, 529])
+def test_a_polynomial_of_few_elements_is_exact(count):
+    """Those that fill no vector, no block, or just more than one."""
+    for bits in (32, 33):
+        check_polynomial(bits, *POLYNOMIALS[4], count, every=1)
+
+
+def check_polynomial(bits, linear, groups, count, *, every=7):
     rng = np.random.default_rng(3)
-    count = 3000
     count_of = [len(group.coeffs) for group in groups]
     constant = tuple(987654321 + c for c in range(max([1, *count_of])))
     # With so few bits to drop the client sends all, and nothing is left out of a word.
@@ -180,16 +190,17 @@ def test_polynomial_of_an_opening_is_exact(bits, linear, groups):
     tables, dtype = PolynomialTables.of(act, bits), kernels.ring_dtype(bits)
     bound = 2 ** (bits - 2) - 1
     z = rng.integers(-bound, bound + 1, count)
-    z[:4] = [-bound, bound, 0, -1]
+    z[:4] = [-bound, bound, 0, -1][:count]
     r = rng.integers(0, 2**bits, (act.masks, count))
-    r[0, 4:8] = [0, 2**bits - 1, 2 ** (bits - 1), 2 ** (bits - 1) - 1]
+    edges = [0, 2**bits - 1, 2 ** (bits - 1), 2 ** (bits - 1) - 1]
+    r[0, 4:8] = edges[: max(0, count - 4)]
     coins = rng.integers(0, 2**32, count)
     taken = rng.integers(-(2**63), 2**63 - 1, (act.words, count))
-    given = np.empty_like(taken)
+    given = taken.copy()
     kernels.deal_polynomial(
         kernels.reduce_ring(r, bits),
         coins,
-        taken,
+        given,
         bits=bits,
         shifts=tables.shifts,
         degrees=tables.degrees,
@@ -223,7 +234,7 @@ def test_polynomial_of_an_opening_is_exact(bits, linear, groups):
             widths=tables.widths,
             degrees=tables.degrees,
             zeros=tables.zeros,
-            public=tables.coeffs if server else np.zeros_like(tables.coeffs),
+            public=tables.coeffs if server else None,
             step=0,
             out=out,
         )
@@ -236,7 +247,7 @@ def test_polynomial_of_an_opening_is_exact(bits, linear, groups):
                 out=out,
             )
         shares.append(out)
-    for i in range(0, count, 7):
+    for i in range(0, count, every):
         expected = of_channel(act.constant, i) + int(coins[i])
         if linear is not None:
             x = (int(z[i]) + int(r[0, i]) % 2**linear.shift) >> linear.shift
@@ -282,7 +293,8 @@ def test_a_share_of_some_inputs_is_that_of_all(rows, step, count):
         found.append((out, linear))
     here = slice(rows.start * elements, rows.stop * elements)
     (all_shares, all_linear), (shares, linear) = found
-    assert np.array_equal(shares, all_shares[here] >> step)
+    whole = all_shares[here].view(np.uint64)
+    assert np.array_equal(shares.view(np.uint64), whole >> np.uint64(step))
     assert np.array_equal(linear, all_linear[here])
 
 
@@ -300,6 +312,49 @@ def test_a_second_opening_drops_its_bits(drop, kept):
         c = (int(mine[i]) + (int(theirs[i]) << step) + 2**62) % 2**64
         expected = (c >> drop) - 2 ** (62 - drop)
         assert (int(out[i]) - expected) % 2**ring == 0
+
+
+@pytest.mark.parametrize("bits", [32, 40])
+def test_a_mask_joins_a_line_of_shares_above_the_bits_that_round(bits):
+    rng = np.random.default_rng(6)
+    line = rng.integers(-(2**63), 2**63 - 1, 100)
+    mask = rng.integers(-(2**31), 2**31, 60).astype(kernels.ring_dtype(bits))
+    sums = line.copy()
+    kernels.hide(sums[:60], mask, kept=16)
+    for before, after, one in zip(line, sums, mask, strict=False):
+        assert (int(before) + (int(one) << 16) - int(after)) % 2**64 == 0
+    assert np.array_equal(sums[60:], line[60:])
+
+
+def test_dealing_in_place_gives_what_dealing_elsewhere_does():
+    call = right_calls()["deal_polynomial"]
+    rng = np.random.default_rng(7)
+    taken = rng.integers(-(2**63), 2**63 - 1, (11, 5))
+    elsewhere = np.empty_like(taken)
+    call(taken=taken, out=elsewhere)
+    call(taken=taken, out=taken)
+    assert np.array_equal(taken, elsewhere)
+
+
+@pytest.mark.parametrize("name", ["polynomial_share", "deal_polynomial"])
+def test_operands_with_gaps_are_read_as_those_without(name):
+    call = right_calls()[name]
+    rng = np.random.default_rng(8)
+    count = 21
+    close: dict[str, Any] = {}
+    for key, value in call.given.items():
+        if isinstance(value, np.ndarray) and value.shape[-1] == 5:
+            shape = (*value.shape[:-1], count)
+            close[key] = rng.integers(0, 2**31, shape).astype(value.dtype)
+    apart = {
+        key: np.repeat(value, 2, axis=-1)[..., ::2]
+        for key, value in close.items()
+        if key != "out"
+    }
+    call(**close)
+    out = np.empty_like(close["out"])
+    call(**apart, out=out)
+    assert np.array_equal(out, close["out"])
 
 
 def test_representatives():
@@ -363,6 +418,7 @@ def right_calls():
              "degrees": degrees, "zeros": words(11), "public": words(2, 5, 3),
              "step": 16, "out": words(5)},
         ),
+        "hide": Call(kernels.hide, {"words": words(5), "mask": narrow(5), "kept": 16}),
         "add_linear": Call(
             kernels.add_linear,
             {"c": narrow(5), "bits": 32, "shift": 2, "coefficient": words(3),
@@ -447,8 +503,15 @@ WRONG = [
     ("polynomial_share", {"public": narrow(2, 5, 3)}),
     ("polynomial_share", {"public": np.ones((2, 5, 3))}),
     ("polynomial_share", {"step": 64}),
+    ("polynomial_share", {"out": words(10)[::2]}),
     ("polynomial_share", {"out": words(4)}),
     ("polynomial_share", {"out": narrow(5)}),
+    ("hide", {"words": words(4)}),
+    ("hide", {"words": narrow(5)}),
+    ("hide", {"words": words(5, 1), "mask": narrow(5, 1)}),
+    ("hide", {"mask": np.ones(5)}),
+    ("hide", {"kept": 64}),
+    ("hide", {"kept": -1}),
     ("add_linear", {"c": narrow(6)}),
     ("add_linear", {"out": narrow(5)}),
     ("add_linear", {"c": narrow(5, 1), "out": words(5, 1)}),
@@ -457,6 +520,7 @@ WRONG = [
     ("add_linear", {"coefficient": narrow(3)}),
     ("add_linear", {"shift": 31}),
     ("add_linear", {"shift": -1}),
+    ("deal_polynomial", {"out": words(11, 10)[:, ::2]}),
     ("deal_polynomial", {"masks": narrow(1, 5)}),
     ("deal_polynomial", {"masks": narrow(2, 4)}),
     ("deal_polynomial", {"rounding": words(4)}),
@@ -547,16 +611,22 @@ def test_arguments_that_do_not_belong_together_are_refused(name, wrong):
 BOUNDS_CHECKED = """
 import numpy as np
 from crypten_espn.compiled import compiled
+from crypten_espn.masked.kernels.vectors import LANES, load, store
 from tests.masked import test_kernels as cases
 
 @compiled
 def beyond(array, index):
     return array[index]
 
-try:
-    beyond(np.zeros(3), 3)
-except IndexError:
-    print("checked")
+@compiled
+def vector_beyond(array, index):
+    store(array, (0,), load(array, (index,)))
+
+for kernel in (beyond, vector_beyond):
+    try:
+        kernel(np.zeros(LANES + 3, np.int64), LANES + 3 if kernel is beyond else 4)
+    except IndexError:
+        print("checked")
 for name, call in cases.right_calls().items():
     call()
 for bits in (32, 64):
@@ -590,4 +660,4 @@ def test_kernels_stay_in_bounds(tmp_path):
         [sys.executable, "-c", BOUNDS_CHECKED], env=env, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.split("\n")[:2] == ["checked", "all in bounds"]
+    assert done.stdout.split("\n")[:3] == ["checked", "checked", "all in bounds"]

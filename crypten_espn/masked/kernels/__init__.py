@@ -5,16 +5,10 @@ thread, and releases the GIL. Before compiled code touches memory, its caller he
 compares the shapes of everything it gets, once per call.
 """
 
-from .activation import (
-    add_linear,
-    deal_polynomial,
-    polynomial_share,
-    shifted_openings,
-    truncate,
-    words_of,
-)
+from .activation import deal_polynomial, polynomial_share, words_of
 from .convolution import convolve, pad, pool_sum, windows
 from .filters import Filters
+from .opening import add_linear, hide, shifted_openings, truncate
 from .product import deal_product, product_share
 from .ring import centred, reduce_ring, ring_dtype, ring_mask
 from .winograd import pays
@@ -26,6 +20,7 @@ __all__ = [
     "convolve",
     "deal_polynomial",
     "deal_product",
+    "hide",
     "pad",
     "pays",
     "polynomial_share",
