@@ -51,6 +51,7 @@ from . import kernels
 from .evaluation import chunks
 from .linear import Operands, accumulate
 from .material import ClientMaterial, ServerMaterial
+from .memory import Space
 from .messages import (
     CLIENT,
     SERVER,
@@ -110,6 +111,7 @@ def server_layers(
     Cost, Error: as `server`, without its first message and its last.
     """
     parts, draws = chunks(material.pairing.batch), material.draws(plan)
+    space = Space()
     sources = {INPUT: data}
     halves: list[np.ndarray] = []  # by chunk, the last polynomial's share
     for number, part in enumerate(plan.parts):
@@ -123,7 +125,9 @@ def server_layers(
         deltas = draws.deltas(number) if isinstance(part, Step) else None
         mine: list[np.ndarray] = []
         for place, chunk in enumerate(parts):
-            words = None if deltas is None else material.chunk(draws, number, chunk)
+            words = None
+            if deltas is not None:
+                words = material.chunk(draws, number, chunk, space=space)
             if number > 0:
                 yield from _truncated(
                     plan.steps[number - 1], halves[place], sources[number][chunk]
@@ -223,12 +227,12 @@ def client_layers(plan: Plan, material: ClientMaterial) -> Protocol[np.ndarray]:
 
     Cost, Error: as `client`, without its first message and the logits.
     """
-    draws = material.draws(plan)
+    draws, space = material.draws(plan), Space()
     for number, between in enumerate(plan.evaluations):
         hidden = draws.hidden(number)
         for chunk in chunks(material.pairing.batch):
             # While the server computes.
-            words = material.chunk(draws, number, chunk)
+            words = material.chunk(draws, number, chunk, space=space)
             between.hide(words, hidden[chunk])
             rows = chunk.stop - chunk.start
             openings = yield Receive(SERVER, between.payload(rows))

@@ -23,6 +23,7 @@ import numpy as np
 from ..randomness import Keystream, Ratchet
 from . import kernels
 from .linear import Shape
+from .memory import Space
 from .messages import CLIENT, SERVER, Party
 from .plan import Plan
 
@@ -115,6 +116,8 @@ class Draws:
 
         Args:
             chunk: one of `chunks(batch)`.
+            again: whether they may lie where the last such call's lay, which are lost;
+                what is drawn first into fresh memory waits for its pages.
         """
         stream = self._of(b"words", number, chunk.start)
         shape = self.plan.evaluations[number].words_shape(chunk.stop - chunk.start)
@@ -187,15 +190,24 @@ class Material:
         """What its seed gives."""
         return Draws(plan, self.seed, self.pairing.batch)
 
-    def chunk(self, draws: Draws, number: int, chunk: slice) -> np.ndarray:
+    def chunk(
+        self, draws: Draws, number: int, chunk: slice, *, space: Space | None = None
+    ) -> np.ndarray:
         """Its half of a step's words for a chunk, as the evaluation has them.
 
         Args:
             draws: its own.
+            space: of the inference alone, where words that are drawn take the place of
+                the chunk's before; each has memory of its own if None.
         """
         if self.pairing.corrections == self.party:
             return chunk_words(draws.plan, number, self.words[number], chunk)
-        return draws.words(number, chunk)
+        if space is None:
+            return draws.words(number, chunk)
+        between = draws.plan.evaluations[number]
+        shape = between.words_shape(chunk.stop - chunk.start)
+        out = space.array("words", shape, np.int64)
+        return draws.words(number, chunk, out=out)
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Memory of the offline phase: used again, or asked for in one piece.
+"""Memory of large arrays: used again, or asked for in one piece.
 
 Fresh memory is cleared by the kernel page by page before it is written, which takes
 longer than most of what is computed there.

@@ -25,6 +25,7 @@ from crypten_espn.masked.material import (
     source_mask,
     weight_masks,
 )
+from crypten_espn.masked.memory import Space
 from crypten_espn.masked.messages import CLIENT, SERVER, Send
 from crypten_espn.masked.preparing import ServerPreparation
 from crypten_espn.masked.steps import Activation, Step
@@ -179,6 +180,24 @@ def test_every_inference_and_every_batch_draws_fresh_masks(small):
     assert len(seen) == arrays > 60
     pairs = [Dealing(plan).seeds for _ in range(2)]
     assert len({*pairs[0], *pairs[1]}) == 4
+
+
+def test_words_drawn_into_memory_that_is_used_again_are_the_same(small):
+    plan, batch = small.plan, 9
+    material = ClientMaterial(Pairing(SESSION, 0, batch), bytes(16), [], np.empty(0))
+    draws, space, other = material.draws(plan), Space(), Space()
+    for number in range(len(plan.steps)):
+        for chunk in chunks(batch):
+            fresh = material.chunk(draws, number, chunk)
+            found = [
+                material.chunk(draws, number, chunk, space=memory)
+                for memory in (space, space, other)
+            ]
+            assert all(np.array_equal(words, fresh) for words in found)
+            assert np.shares_memory(found[0], found[1])
+            assert not np.shares_memory(found[0], fresh)
+            # Another inference, in another thread perhaps, has memory of its own.
+            assert not np.shares_memory(found[0], found[2])
 
 
 def test_an_index_is_dealt_and_prepared_once(small):
