@@ -16,6 +16,8 @@ import crypten
 import numpy as np
 import pytest
 import torch
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from cryptography.hazmat.primitives.cmac import CMAC
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -31,14 +33,16 @@ SEED = bytes(range(16))
 # The keystream.
 
 
-def test_stream_is_aes_in_counter_mode_under_a_derived_key() -> None:
-    from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
-    from cryptography.hazmat.primitives.cmac import CMAC
-
+def counter_blocks(first: int) -> bytes:
+    """Five blocks of SEED's stream: AES of a counter, under a derived key."""
     mac = CMAC(algorithms.AES(SEED))
     mac.update(b"stream")
     block = Cipher(algorithms.AES(mac.finalize()), modes.ECB()).encryptor()
-    expected = b"".join(block.update(i.to_bytes(16, "big")) for i in range(5))
+    return b"".join(block.update((first + i).to_bytes(16, "big")) for i in range(5))
+
+
+def test_stream_is_aes_in_counter_mode_under_a_derived_key() -> None:
+    expected = counter_blocks(0)
     assert Keystream(SEED).bytes(80) == expected
     words = Keystream(SEED).ring(10)
     assert words.numpy().tobytes() == expected
@@ -98,6 +102,23 @@ def test_fresh_seeds_and_forks_differ() -> None:
         base.fork(b"stream"),
     ]
     assert len({stream.bytes(16) for stream in streams}) == len(streams)
+
+
+def test_lanes_are_parts_of_one_counters_range() -> None:
+    """Lane 0 moves on; lane n begins at block n * 2**64, at every call."""
+    stream = Keystream(SEED)
+    first, second = np.empty(5, dtype=np.int64), np.empty(5, dtype=np.int64)
+    stream.fill(first)
+    for lane in (1, 2, 1 << 40, (1 << 64) - 1):
+        for _ in range(2):
+            out = np.empty(10, dtype=np.int64)
+            stream.fill(out, lane=lane)
+            assert out.tobytes() == counter_blocks(lane << 64)
+    stream.fill(second)
+    assert first.tobytes() + second.tobytes() == counter_blocks(0)
+    for lane in (-1, 1 << 64):
+        with pytest.raises(RandomnessError, match="allowed are 0 to 2"):
+            stream.fill(first, lane=lane)
 
 
 def test_fork_depends_on_seed_and_label_only() -> None:

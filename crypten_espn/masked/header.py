@@ -24,7 +24,7 @@ from .messages import SERVER, Party
 
 PAGE = 4096
 
-_MAGIC, _ANY_VERSION = b"ESPNMAT3", b"ESPNMAT"
+_MAGIC, _ANY_VERSION = b"ESPNMAT4", b"ESPNMAT"
 _LENGTH = struct.Struct("<I")
 _ALIGNMENT = 64
 

@@ -29,16 +29,22 @@ from .plan import Plan
 
 
 def draw(
-    stream: Keystream, shape: Shape, *, bits: int, out: np.ndarray | None = None
+    stream: Keystream,
+    shape: Shape,
+    *,
+    bits: int,
+    lane: int = 0,
+    out: np.ndarray | None = None,
 ) -> np.ndarray:
     """Uniform ring elements, int32 for up to 32 bits and int64 for more.
 
     Args:
+        lane: of the stream.
         out: where they go, an array of that shape and type; a new one if None.
     """
     if out is None:
         out = np.empty(shape, dtype=kernels.ring_dtype(bits))
-    stream.fill(out)
+    stream.fill(out, lane=lane)
     if bits not in (32, 64):
         out &= kernels.ring_mask(bits)
     return out
@@ -63,11 +69,20 @@ def _inference(seed: bytes, batch: int) -> Keystream:
 # ---------------------------------------------------------------- drawn from seeds
 
 
+# What is drawn; a chunk's words by the chunk's first input.
+_INPUT, _LINEAR, _HIDDEN, _DELTAS, _WORDS = range(1, 6)
+
+
+def _lane(kind: int, number: int = 0, start: int = 0) -> int:
+    """Of the inference's stream; a plan has at most 2**12 steps."""
+    return (kind << 16 | number) << 32 | start
+
+
 class Draws:
     """What a party's seed of an inference gives, drawn when it is asked for.
 
     The input's mask and the second openings' are the client's, the deltas the
-    server's, and the halves are of whoever receives no corrections. Each is a stream of
+    server's, and the halves are of whoever receives no corrections. Each is a lane of
     its own: asked for again, it is the same. So what the online phase needs is drawn
     there, and nothing of it is kept before.
 
@@ -88,26 +103,28 @@ class Draws:
         """t of the input, (batch, *shape)."""
         first = self.plan.sources[0]
         shape = self._batch, *first.shape
-        return draw(self._stream.fork(b"input"), shape, bits=first.ring)
+        return draw(self._stream, shape, bits=first.ring, lane=_lane(_INPUT))
 
     def linear(self, number: int, *, out: np.ndarray | None = None) -> np.ndarray:
         """G, this party's half of a linear part's B*t + r, (batch, *shape)."""
         part = self.plan.parts[number]
         shape = self._batch, *self.plan.part_shapes[number]
-        return draw(self._of(b"linear", number), shape, bits=part.ring, out=out)
+        lane = _lane(_LINEAR, number)
+        return draw(self._stream, shape, bits=part.ring, lane=lane, out=out)
 
     def hidden(self, number: int) -> np.ndarray:
         """The second opening's mask without the bits it drops, (batch, elements)."""
         between = self.plan.evaluations[number]
         shape = self._batch, between.elements
         bits = between.step.activation.ring
-        return draw(self._of(b"hidden", number), shape, bits=bits)
+        return draw(self._stream, shape, bits=bits, lane=_lane(_HIDDEN, number))
 
     def deltas(self, number: int, *, out: np.ndarray | None = None) -> np.ndarray:
         """What each further group's mask adds to a step's first, (masks - 1, n)."""
         step = self.plan.steps[number]
         shape = step.activation.masks - 1, self._batch * self.plan.elements(number)
-        return draw(self._of(b"deltas", number), shape, bits=step.ring, out=out)
+        lane = _lane(_DELTAS, number)
+        return draw(self._stream, shape, bits=step.ring, lane=lane, out=out)
 
     def words(
         self, number: int, chunk: slice, *, out: np.ndarray | None = None
@@ -116,15 +133,10 @@ class Draws:
 
         Args:
             chunk: one of `chunks(batch)`.
-            again: whether they may lie where the last such call's lay, which are lost;
-                what is drawn first into fresh memory waits for its pages.
         """
-        stream = self._of(b"words", number, chunk.start)
+        lane = _lane(_WORDS, number, chunk.start)
         shape = self.plan.evaluations[number].words_shape(chunk.stop - chunk.start)
-        return draw(stream, shape, bits=64, out=out)
-
-    def _of(self, label: bytes, *numbers: int) -> Keystream:
-        return self._stream.fork(b" ".join([label, *(b"%d" % n for n in numbers)]))
+        return draw(self._stream, shape, bits=64, lane=lane, out=out)
 
 
 def chunk_words(plan: Plan, number: int, words: np.ndarray, chunk: slice) -> np.ndarray:
