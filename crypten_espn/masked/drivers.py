@@ -15,7 +15,7 @@ from ..errors import MaterialError
 from ..wire.channel import Channel
 from ..wire.frames import HEADER_BYTES
 from ..wire.packing import pack, packed_bytes, unpack_parts
-from .messages import Compare, Protocol, Receive, Send, Tell
+from .messages import AHEAD, Compare, Protocol, Receive, Send, Tell
 
 T = TypeVar("T")
 # A message of packed ring elements, each part with its bits; or what a party tells.
@@ -38,7 +38,7 @@ def over(
         part: the generator; closed when a channel fails.
         channels: by the other party's name.
         tag: number that every message carries.
-        ahead: let the part go on while a thread writes its last message. For one that
+        ahead: let the part go on while a thread writes its last messages. For one that
             sends much and waits for nobody: it costs a thread's start.
 
     Raises: PeerError as the channels do; MaterialError if the parties' digests differ,
@@ -70,12 +70,12 @@ def over(
 
 
 class _Writer:
-    """Writes messages at once, or each in a thread while the next one is made."""
+    """Writes messages at once, or in a thread while the next ones are made."""
 
     def __init__(self, tag: int, *, ahead: bool) -> None:
         self._tag = tag
         self._thread = ThreadPoolExecutor(1, "sends") if ahead else None
-        self._under_way: Future[None] | None = None
+        self._under_way: deque[Future[None]] = deque()
 
     def __enter__(self) -> _Writer:
         return self
@@ -85,23 +85,22 @@ class _Writer:
             self._thread.shutdown()
 
     def send(self, channel: Channel, event: Send) -> None:
-        """Send this, once the message before has been sent."""
+        """Send this, now or after the others that are under way; see `Send`."""
         if self._thread is None:
             channel.send_parts(event.parts, tag=self._tag)
             return
-        self.wait()
-        self._under_way = self._thread.submit(
-            channel.send_parts, event.parts, tag=self._tag
+        self.wait(AHEAD - 1)
+        self._under_way.append(
+            self._thread.submit(channel.send_parts, event.parts, tag=self._tag)
         )
 
-    def wait(self) -> None:
-        """Until everything has been sent.
+    def wait(self, most: int = 0) -> None:
+        """Until no more than so many messages are under way.
 
         Raises: PeerError as the channel does.
         """
-        if self._under_way is not None:
-            sent, self._under_way = self._under_way, None
-            sent.result()
+        while len(self._under_way) > most:
+            self._under_way.popleft().result()
 
 
 def _compare(mine: Compare, theirs: bytes) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from .linear import Shape
+from .messages import AHEAD
 
 _LINE = 64  # arrays start at multiples of it: a line of any processor's cache
 
@@ -21,6 +22,8 @@ class Space:
 
     def __init__(self) -> None:
         self._held: dict[str, np.ndarray] = {}
+        # By name, which message each piece of memory was last for.
+        self._last: dict[str, list[int]] = {}
         self._messages = 0
 
     def array(self, name: str, shape: Shape, dtype: DTypeLike) -> np.ndarray:
@@ -32,9 +35,13 @@ class Space:
         return held[:size].view(dtype).reshape(shape)
 
     def message(self, name: str, shape: Shape, dtype: DTypeLike) -> np.ndarray:
-        """An array for the next message, while the one before may still be read."""
+        """An array for the next message, while `AHEAD` before it may still be read."""
         self._messages += 1
-        return self.array(f"{name} {self._messages % 2}", shape, dtype)
+        last = self._last.setdefault(name, [])
+        free = (k for k, when in enumerate(last) if when < self._messages - AHEAD)
+        place = next(free, len(last))
+        last[place:] = [self._messages, *last[place + 1 :]]
+        return self.array(f"{name} {place}", shape, dtype)
 
 
 def in_one_piece(layout: tuple[tuple[Shape, np.dtype], ...]) -> list[np.ndarray]:

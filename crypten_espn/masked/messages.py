@@ -23,12 +23,17 @@ DEALER: Final = "dealer"
 Party = Literal["server", "client"]
 
 
+# Messages that a driver may still have to write while the next one is made: a layer's
+# two, of which one is short.
+AHEAD: Final = 2
+
+
 @dataclass(frozen=True)
 class Send:
     """One message of ring elements; each part is an array and the bits of its ring.
 
-    The arrays may be read until the sender's next message is under way: it leaves them
-    as they are until it goes on from there.
+    The arrays may be read while the sender makes the next `AHEAD` messages: it leaves
+    them as they are until the last of these is on its way.
     """
 
     to: str

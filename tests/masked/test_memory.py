@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from crypten_espn.masked.memory import Space, in_one_piece
+from crypten_espn.masked.messages import AHEAD
 
 
 def test_an_array_takes_the_memory_of_the_last_one_of_its_name() -> None:
@@ -17,12 +18,17 @@ def test_an_array_takes_the_memory_of_the_last_one_of_its_name() -> None:
     assert not np.shares_memory(space.array("a", (9, 8), np.int64), large)
 
 
-def test_a_message_leaves_the_one_before_as_it_is() -> None:
+def test_a_message_leaves_those_before_it_as_they_are() -> None:
     space = Space()
-    first, second, third = (space.message("m", (64,), np.int64) for _ in range(3))
-    assert not np.shares_memory(first, second)
-    assert not np.shares_memory(second, third)
-    assert np.shares_memory(first, third)
+    made = [space.message("m", (64,), np.int64) for _ in range(9)]
+    for number, array in enumerate(made):
+        for other in made[max(0, number - AHEAD) : number]:
+            assert not np.shares_memory(array, other)
+    # And takes the memory of what came before these.
+    assert np.shares_memory(made[-1], made[-2 - AHEAD])
+    turns = [space.message(name, (64,), np.int64) for name in "xyxyxy"]
+    assert not np.shares_memory(turns[0], turns[2])
+    assert np.shares_memory(turns[0], turns[4])
 
 
 def test_arrays_in_one_piece_are_apart_and_aligned() -> None:
