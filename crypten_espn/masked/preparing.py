@@ -22,7 +22,6 @@ from .evaluation import chunks
 from .linear import Operands, accumulate
 from .material import (
     ClientMaterial,
-    Draws,
     Material,
     Pairing,
     ServerMaterial,
@@ -93,7 +92,10 @@ class ServerPreparation:
         draws, space = material.draws(plan), Space()
         for number, part in enumerate(plan.parts):
             total = material.linear[number]
-            yield from _half(draws, material, number, total)
+            if pairing.corrections == SERVER:
+                yield from _corrections(plan, material, number, total)
+            else:
+                draws.linear(number, out=total)
             if isinstance(part, Step):
                 theirs = space.array("theirs", (total.size,), total.dtype)
                 yield Receive(CLIENT, ((total.size, part.ring),), (theirs,))
@@ -103,22 +105,19 @@ class ServerPreparation:
         return material
 
 
-def _half(
-    draws: Draws, material: Material, number: int, out: np.ndarray
+def _corrections(
+    plan: Plan, material: Material, number: int, out: np.ndarray
 ) -> Protocol[None]:
-    """A party's half of a linear part's B*t + r, into out, (batch, *shape).
+    """Receive a linear part's B*t + r less what was drawn, and keep the step's words.
 
-    Whoever receives the corrections keeps its half of the step's words too; whoever
-    draws them does so when it needs them.
+    Args:
+        out: (batch, *shape) of the part, overwritten.
     """
-    pairing = material.pairing
-    if pairing.corrections != material.party:
-        draws.linear(number, out=out)
-        return
-    part = draws.plan.parts[number]
+    part = plan.parts[number]
     yield Receive(DEALER, ((out.size, part.ring),), (out.reshape(-1),))
     if isinstance(part, Step):
-        yield from _words(draws.plan, number, pairing.batch, material.words[number])
+        batch = material.pairing.batch
+        yield from _words(plan, number, batch, material.words[number])
 
 
 def _words(plan: Plan, number: int, batch: int, words: np.ndarray) -> Protocol[None]:
@@ -181,9 +180,17 @@ class ClientPreparation:
             if isinstance(part, Step):
                 shape = pairing.batch, *plan.part_shapes[number]
                 total = space.message("total", shape, kernels.ring_dtype(part.ring))
-            yield from _half(draws, material, number, total)
+            if pairing.corrections == SERVER:
+                draws.linear(number, out=total)
+            else:
+                total[...] = 0
             operands = Operands(plan.shapes, sources, self._opened)
             accumulate(part.root, operands, total)
+            if pairing.corrections == CLIENT:
+                # Last, so that the dealer makes them meanwhile.
+                given = space.array("given", total.shape, total.dtype)
+                yield from _corrections(plan, material, number, given)
+                total += given
             if isinstance(part, Step):
                 sources[number + 1] = source_mask(plan, number, draws.hidden(number))
                 for dead in plan.last_reads[number]:
