@@ -133,6 +133,7 @@ class Draws:
 
         Args:
             chunk: one of `chunks(batch)`.
+            out: where they go; a new array if None.
         """
         lane = _lane(_WORDS, number, chunk.start)
         shape = self.plan.evaluations[number].words_shape(chunk.stop - chunk.start)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 
 from ..errors import LimitError, MaterialError, PeerError, PlanError
@@ -245,11 +245,7 @@ class DealerServer(Host):
                 self._check(order, plan, following, corrections)
                 following = order.start + order.count
                 began, sent = time.perf_counter(), receiver.bytes_sent
-                channels: dict[str, Channel] = {corrections: receiver}
-                space = Space()
-                for index in range(order.start, following):
-                    part = dealing.deal(index, order.batch, space=space)
-                    over(part, channels, tag=index, ahead=True)
+                _deal_order(dealing, order, {corrections: receiver})
                 self.report(
                     Dealt(
                         tag,
@@ -284,6 +280,16 @@ class DealerServer(Host):
             )
         size = material_bytes(plan, corrections, order.batch, corrections)
         self.limits.check_bytes(size)
+
+
+def _deal_order(
+    dealing: Dealing, order: Order, channels: Mapping[str, Channel]
+) -> None:
+    # Memory and masks of what is dealt here end with the order.
+    space = Space()
+    for index in range(order.start, order.start + order.count):
+        part = dealing.deal(index, order.batch, space=space)
+        over(part, channels, tag=index, ahead=True)
 
 
 def deal(

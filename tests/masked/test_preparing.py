@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+from types import FunctionType, ModuleType
+
 import numpy as np
 import pytest
 import torch
@@ -212,6 +215,36 @@ def test_an_index_is_dealt_and_prepared_once(small):
                 with pytest.raises(RandomnessError, match="cannot be derived again"):
                     next(side.prepare(pairing))
     pair.prepare(2, 1)
+
+
+def secrets_within(root: object) -> set[bytes]:
+    """All byte strings that an object leads to."""
+    found: set[bytes] = set()
+    seen, waiting = {id(root)}, [root]
+    while waiting:
+        here = waiting.pop()
+        if isinstance(here, (bytes, bytearray)):
+            found.add(bytes(here))
+        for there in gc.get_referents(here):
+            if isinstance(there, (type, ModuleType, FunctionType)):
+                continue  # the way to all of Python
+            if id(there) not in seen:
+                seen.add(id(there))
+                waiting.append(there)
+    return found
+
+
+def test_a_used_seed_is_with_nobody_once_its_inference_is_prepared(small):
+    """Forward secrecy: dealer and parties keep the seeds to come, and no others."""
+    pair = Pair(small)
+    seeds = seeds_of(pair, 2)
+    ours, theirs, _ = pair.prepare(2, 1)
+    for side in (pair.dealing, pair.server, pair.client):
+        kept = secrets_within(side)
+        assert kept and not kept & set(seeds)
+    # The inference's own material does, until it is used.
+    assert seeds[1] in secrets_within(ours) and seeds[2] in secrets_within(theirs)
+    assert not secrets_within([ours, theirs]) & {seeds[0]}
 
 
 def test_weights_are_opened_under_a_uniform_mask(small):
