@@ -40,7 +40,7 @@ _POINTS = 16
 _CACHE = 1 << 17
 _AT_ONCE = 16  # tiles, at least, that a weight is read for
 # Tiles of an image below which reading more weights costs what multiplying less saves.
-_FEWEST = 8
+_FEWEST = 4
 
 _Lines = Sequence[Sequence[ir.Value]]
 
