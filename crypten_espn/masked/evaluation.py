@@ -195,6 +195,7 @@ class OfPolynomial(Evaluation):
         self.sizes = (self.opened,) * act.masks
         self._pool = act.pool
         self._tables = PolynomialTables.of(act, step.ring)
+        self._linear = bool(self._tables.linear.any())
 
     @property
     def activations(self) -> int:
@@ -245,7 +246,7 @@ class OfPolynomial(Evaluation):
             step=0 if pooled else unsent,
             out=half,
         )
-        if c is not None and tables.linear.any():
+        if c is not None and self._linear:
             kernels.add_linear(
                 c.reshape(-1),
                 bits=bits,

@@ -26,7 +26,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ...compiled import compiled, heats
-from .ring import require, same_ring
+from .ring import require, same_ring, within
 from .vectors import LANES, load, negative, padded, repeated, store
 
 BLOCK = 512  # elements of which a pass keeps sums in the first-level cache
@@ -133,15 +133,15 @@ def polynomial_share(
         and out.dtype == np.int64
         and widths.shape == degrees.shape == (groups,)
         and groups > 0
-        and int(degrees.min()) >= 1
+        and within(1, degrees, 1 << 31)
         and (public is None or _are_coefficients(public, degrees))
         and values.ndim == 2
         and zeros.shape == (len(values),) == (words_of(degrees),)
-        and 0 <= int(zeros.min()) <= int(zeros.max()) < 64
+        and within(0, zeros, 64)
         and values.shape[1] == n
         and out.flags.c_contiguous
         and 0 <= step < 64
-        and 1 <= int(widths.min()) <= int(widths.max()) < 64,
+        and within(1, widths, 64),
         "polynomial_share",
         opened,
         values,
@@ -168,7 +168,7 @@ def _are_coefficients(coeffs: np.ndarray, degrees: np.ndarray) -> bool:
         coeffs.ndim == 3
         and coeffs.dtype == np.int64
         and len(coeffs) == len(degrees)
-        and coeffs.shape[1] > int(degrees.max())
+        and within(1, degrees, coeffs.shape[1])
         and coeffs.size > 0
     )
 
@@ -308,15 +308,14 @@ def deal_polynomial(
         and out.dtype == np.int64
         and shifts.shape == degrees.shape == (groups,)
         and groups > 0
-        and int(degrees.min()) >= 1
         and _are_coefficients(coeffs, degrees)
         and linear.shape == (coeffs.shape[2],)
         and taken.shape == out.shape == (words_of(degrees), n)
         and zeros.shape == (len(out),)
-        and 0 <= int(zeros.min()) <= int(zeros.max()) < 64
+        and within(0, zeros, 64)
         and out.flags.c_contiguous
         and 1 <= bits < 64
-        and 0 <= int(shifts.min()) <= int(shifts.max()) < bits
+        and within(0, shifts, bits)
         and 0 <= linear_shift < bits,
         "deal_polynomial",
         masks,

@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 
 from ...compiled import compiled, heats
-from .ring import require, same_ring
+from .ring import require, same_ring, within
 
 BLOCK = 512  # elements that read a row of coefficients without a gap
 
@@ -115,7 +115,7 @@ def shifted_openings(
         and shifts.dtype == np.int64
         and 1 <= bits <= 64
         and groups > 0
-        and 0 <= int(shifts.min()) <= int(shifts.max()) < bits,
+        and within(0, shifts, bits),
         "shifted_openings",
         c,
         deltas,
