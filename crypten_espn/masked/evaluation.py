@@ -16,6 +16,7 @@ import numpy as np
 
 from . import kernels
 from .linear import NO_PADS, Shape, shape_of
+from .memory import Space
 from .products import Factors, dealt_words, places
 from .steps import Activation, Product, Step
 
@@ -103,6 +104,13 @@ class Evaluation(ABC):
         sizes = zip(self.sizes, self.step.opened_bits, strict=True)
         return tuple((rows * size, bits) for size, bits in sizes)
 
+    def room(self, rows: int, space: Space) -> Openings:
+        """Where a message of the server's for so many inputs is received."""
+        return [
+            space.array(f"opening {k}", (count,), kernels.ring_dtype(bits))
+            for k, (count, bits) in enumerate(self.payload(rows))
+        ]
+
     @abstractmethod
     def words_shape(self, rows: int) -> Shape:
         """Of one party's shares of the dealer's words for so many inputs."""
@@ -118,7 +126,7 @@ class Evaluation(ABC):
         """One party's share of the value, (elements of the chunk,) modulo 2**64.
 
         Args:
-            openings: of the chunk, as `open` makes them or as they were received.
+            openings: of the chunk, as `open` makes them or as `room` received them.
             words: this party's, of the chunk.
             c: the opening itself, at the server. The client's share comes without the
                 bits that it does not send.
@@ -221,6 +229,13 @@ class OfPolynomial(Evaluation):
         )
         return out
 
+    def room(self, rows: int, space: Space) -> Openings:
+        dtypes = {kernels.ring_dtype(bits) for bits in self.step.opened_bits}
+        if len(dtypes) > 1:
+            return super().room(rows, space)
+        shape = len(self.sizes), rows * self.opened
+        return space.array("openings", shape, dtypes.pop())  # its rows
+
     def open(self, c: np.ndarray, deltas: np.ndarray) -> Openings:
         flat = c.reshape(-1)
         out = np.empty((len(self.sizes), flat.size), dtype=c.dtype)
@@ -237,7 +252,7 @@ class OfPolynomial(Evaluation):
         unsent = self.step.activation.unsent if c is None else 0
         half = np.empty(words.shape[1], dtype=np.int64)
         kernels.polynomial_share(
-            np.asarray(openings, dtype=kernels.ring_dtype(bits)),
+            np.asarray(openings),
             words,
             widths=tables.widths,
             degrees=tables.degrees,

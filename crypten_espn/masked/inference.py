@@ -235,7 +235,8 @@ def client_layers(plan: Plan, material: ClientMaterial) -> Protocol[np.ndarray]:
             words = material.chunk(draws, number, chunk, space=space)
             between.hide(words, hidden[chunk])
             rows = chunk.stop - chunk.start
-            openings = yield Receive(SERVER, between.payload(rows))
+            openings = between.room(rows, space)
+            yield Receive(SERVER, between.payload(rows), tuple(openings))
             half = between.share(openings, words)
             yield send(SERVER, half, between.step.activation.sent_bits)
     return material.output

@@ -495,6 +495,7 @@ WRONG = [
     ("polynomial_share", {"widths": np.array([30])}),
     ("polynomial_share", {"widths": np.array([30, 64])}),
     ("polynomial_share", {"widths": np.array([0, 30])}),
+    ("polynomial_share", {"widths": np.array([30, 33])}),
     ("polynomial_share", {"public": words(2, 5, 0)}),
     ("polynomial_share", {"public": words(1, 5, 3)}),
     ("polynomial_share", {"public": words(3, 5, 3)}),

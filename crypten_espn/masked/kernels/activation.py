@@ -112,7 +112,8 @@ def polynomial_share(
     public * D_k**j and, for each power below the degree, its selected value.
 
     Args:
-        opened: (groups, n), row k modulo 2**widths[k]: c_k >> s_k.
+        opened: (groups, n), row k modulo 2**widths[k]: c_k >> s_k. Of int32 where no
+            width is above 32, or of int64.
         values: (V, n) this party's shares of the dealer's words, in the module's order,
             word j without its zeros[j] low bits; what stands above 64 - zeros[j] does
             not count.
@@ -141,7 +142,7 @@ def polynomial_share(
         and values.shape[1] == n
         and out.flags.c_contiguous
         and 0 <= step < 64
-        and within(1, widths, 64),
+        and within(1, widths, 64 if opened.dtype == np.int64 else 33),
         "polynomial_share",
         opened,
         values,
