@@ -8,6 +8,8 @@ import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 
+import torch
+
 from ..errors import LimitError, MaterialError, PeerError, PlanError
 from ..masked.dealing import Dealing
 from ..masked.drivers import over
@@ -287,9 +289,12 @@ def _deal_order(
 ) -> None:
     # Memory and masks of what is dealt here end with the order.
     space = Space()
+    # A message that another core writes leaves this one's cache: worth it where there
+    # are cores to spare.
+    ahead = torch.get_num_threads() > 1
     for index in range(order.start, order.start + order.count):
         part = dealing.deal(index, order.batch, space=space)
-        over(part, channels, tag=index, ahead=True)
+        over(part, channels, tag=index, ahead=ahead)
 
 
 def deal(
