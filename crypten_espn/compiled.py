@@ -7,8 +7,11 @@ them once, on a few elements, and whoever serves or connects calls `heat` first.
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 from typing import TypeVar, cast
 
 from numba import njit
@@ -25,7 +28,7 @@ def compiled(function: F) -> F:
     """Compile with an on-disk cache where one can be written, without it elsewhere.
 
     Additions may be reordered, so that sums use vectors; NaN and infinity keep their
-    meaning.
+    meaning. What is cached is used until any module beside the kernel's own changes.
     """
     options = {
         "nogil": True,
@@ -34,10 +37,23 @@ def compiled(function: F) -> F:
     }
     try:
         kernel = njit(cache=True, **options)(function)
+        # A kernel has others inlined, and numba looks at its own file alone: after a
+        # change to theirs it would go on with what they were.
+        cached = kernel._cache._cache_file
+        cached._source_stamp = _stamp(Path(function.__code__.co_filename).parent)
     except RuntimeError:  # numba: no writable place for the cache
         kernel = njit(**options)(function)
     _kernels.append(kernel)
     return cast(F, kernel)
+
+
+@cache
+def _stamp(folder: Path) -> str:
+    """A digest of a folder's modules."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.py")):
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
 
 
 def heats(calls: Callable[[], None]) -> Callable[[], None]:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -48,3 +53,30 @@ def test_a_failure_while_heating_is_not_forgotten() -> None:
         heat()
     heat()
     assert len(calls) == 2
+
+
+def test_a_cached_kernel_is_not_used_once_a_module_beside_it_has_changed(
+    tmp_path: Path,
+) -> None:
+    """It has the other's function inlined, in machine code from before."""
+    inner, outer = tmp_path / "inner.py", tmp_path / "outer.py"
+    header = "from crypten_espn.compiled import compiled\n"
+    outer.write_text(
+        f"{header}from inner import one\n"
+        "@compiled\ndef two():\n    return one() + 1\n"
+        "print(two(), sum(two.stats.cache_hits.values()))\n"
+    )
+
+    def outcome(value: int) -> str:
+        text = f"{header}@compiled\ndef one():\n    return {value}\n"
+        if not inner.exists() or inner.read_text() != text:
+            inner.write_text(text)
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+        env.pop("NUMBA_CACHE_DIR", None)
+        done = subprocess.run(
+            [sys.executable, str(outer)], env=env, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        return done.stdout.strip()
+
+    assert [outcome(value) for value in (1, 1, 41)] == ["2 0", "2 1", "42 0"]
