@@ -29,9 +29,11 @@ def _vector_bytes() -> int:
 
 
 VECTOR = _vector_bytes()
-# Output pixels a tile keeps in registers beside 4 vectors of filters each.
-PIXELS = 6 if VECTOR == 64 else 3
-DEPTH = 64  # input channels per visit to a tile: their weights stay in the cache
+# A tile's output pixels and vectors of filters: their sums, a pixel, the filters and a
+# product fill the registers, of which there are 32 or 16; more would go through memory.
+PIXELS, WIDE = (6, 4) if VECTOR == 64 else (4, 2)
+# Input channels per visit to a tile: their weights stay in the first-level cache.
+DEPTH = 64 if VECTOR == 64 else 128
 STRIP = 96  # output pixels that share them; a multiple of PIXELS
 
 
@@ -280,4 +282,4 @@ def strip(
 @compiled
 def widest(left: int, lanes: int) -> int:
     """How many vectors of filters a tile takes next, so many filters left."""
-    return 4 if left >= 4 * lanes else (2 if left >= 2 * lanes else 1)
+    return min(WIDE, 4 if left >= 4 * lanes else (2 if left >= 2 * lanes else 1))

@@ -31,7 +31,7 @@ from numba.core.typing.templates import Signature
 from numba.extending import intrinsic
 
 from ...compiled import compiled
-from .tiles import DEPTH, VECTOR, strip, widest
+from .tiles import DEPTH, VECTOR, WIDE, strip, widest
 
 RING = 30  # bits of the widest ring in which it is exact
 LANES = VECTOR // 4
@@ -306,5 +306,5 @@ def convolve(x: np.ndarray, weight: np.ndarray, out: np.ndarray) -> None:
         out,
         np.empty(most, dtype=np.int64),
         np.empty(_POINTS * most * channels, dtype=np.int32),
-        np.empty(_POINTS * most * min(filters, 4 * LANES), dtype=np.int32),
+        np.empty(_POINTS * most * min(filters, WIDE * LANES), dtype=np.int32),
     )
