@@ -194,23 +194,28 @@ def _limit(rows: pandas.DataFrame) -> pandas.DataFrame:
     lines = []
     near = rows[rows.network == "loopback"]
     for model, found in near.groupby("model", sort=False):
-        masked = found[found.activation == MASKED].online_s
         plain = found[found.activation == PLAIN].set_index("engine").online_s
-        if masked.empty or "torch+eager" not in plain:
+        if "torch+eager" not in plain:
             continue
         fastest = plain.idxmin()
-        private, usual, best = masked.iloc[-1], plain["torch+eager"], plain[fastest]
-        lines.append(
-            {
-                "network": model,
-                "masked online ms": _digits(1e3 * private),
-                "torch ms": _digits(1e3 * usual),
-                "masked / torch": f"{private / usual:.2f}",
-                "fastest torch ms": _digits(1e3 * best),
-                "its form": fastest.partition("+")[2],
-                "masked / fastest": f"{private / best:.2f}",
-            }
-        )
+        usual, best = plain["torch+eager"], plain[fastest]
+        for activation, precision in ((MASKED, "fast"), (COMPACT, "compact")):
+            masked = found[found.activation == activation].online_s
+            if masked.empty:
+                continue
+            private = masked.iloc[-1]
+            lines.append(
+                {
+                    "network": model,
+                    "precision": precision,
+                    "masked online ms": _digits(1e3 * private),
+                    "torch ms": _digits(1e3 * usual),
+                    "masked / torch": f"{private / usual:.2f}",
+                    "fastest torch ms": _digits(1e3 * best),
+                    "its form": fastest.partition("+")[2],
+                    "masked / fastest": f"{private / best:.2f}",
+                }
+            )
     return pandas.DataFrame(lines)
 
 

@@ -150,8 +150,9 @@ def test_the_limit_stands_beside_the_masked_engine_of_the_same_run(
     results.add(dataclasses.replace(LOOPBACK, model="vgg16"))  # without its limit
     results.add(dataclasses.replace(LOOPBACK, activation=COMPACT))
     lines = markdown(folder, "networks-plain").splitlines()
-    assert lines[2] == "| minionn | 15.0 | 10.0 | 1.50 | 6.00 | frozen | 2.50 |"
-    assert lines[3] == ""
+    assert lines[2] == "| minionn | fast | 15.0 | 10.0 | 1.50 | 6.00 | frozen | 2.50 |"
+    assert lines[3].startswith("| minionn | compact | 30.0 | 10.0 | 3.00 |")
+    assert lines[4] == ""
     near = markdown(folder, "networks-loopback").splitlines()
     assert near[0] == "| network | plain torch | masked | masked compact |"
     assert near[2] == "| minionn | 0.0100 | 0.100 + 0.0150 | 0.100 + 0.0300 |"
