@@ -15,9 +15,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from crypten_espn.compiled import heat, variants
 from crypten_espn.errors import PlanError
 from crypten_espn.masked import kernels
 from crypten_espn.masked.evaluation import PolynomialTables
+from crypten_espn.masked.kernels import activation
 from crypten_espn.masked.kernels.winograd import LANES
 from crypten_espn.masked.plan import WeightShape
 from crypten_espn.masked.steps import Activation, Group, Linear
@@ -591,6 +593,26 @@ WRONG = [
     ("pad", {"x": narrow(6, 6, 4)}),
     ("pad", {"pads": (-1, 0, 0, 0)}),
 ]  # fmt: skip
+
+
+@pytest.mark.parametrize("channels", [1, 3, 16, 64, 100])
+def test_after_heating_no_polynomial_of_channels_of_its_own_is_compiled(channels):
+    heat()
+    before = variants(activation.__name__)
+    shifts, degrees = np.array([2, 9]), np.array([2, 4])
+    values, out = words(11, 200), words(200)
+    options = {"degrees": degrees, "zeros": words(11)}
+    coeffs, opened = words(2, 5, channels), narrow(2, 200)
+    for public in (coeffs, None):
+        kernels.polynomial_share(
+            opened, values, widths=30 - shifts, public=public, step=0, out=out,
+            **options,
+        )  # fmt: skip
+    kernels.deal_polynomial(
+        opened, out, values, bits=30, shifts=shifts, coeffs=coeffs,
+        linear=words(channels), linear_shift=0, out=values, **options,
+    )  # fmt: skip
+    assert variants(activation.__name__) == before
 
 
 @pytest.mark.parametrize("name", right_calls())

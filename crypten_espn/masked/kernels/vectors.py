@@ -206,4 +206,5 @@ def repeated(columns: np.ndarray) -> np.ndarray:
     channels = columns.shape[-1]
     times = -(-LANES // channels)
     more = times + -(-LANES // channels)
-    return np.concatenate([columns] * more, axis=-1)[..., : times * channels + LANES]
+    whole = np.tile(columns, more)[..., : times * channels + LANES]
+    return np.ascontiguousarray(whole)  # with gaps it would be another type
