@@ -46,10 +46,6 @@ class Filters:
     def __repr__(self) -> str:
         return f"Filters({self.dtype}{list(self.shape)})"
 
-    @property
-    def nbytes(self) -> int:
-        return self.packed.nbytes
-
 
 def _packed(weight: np.ndarray) -> np.ndarray:
     """By group and tile's width of filters, then by tap and channel."""

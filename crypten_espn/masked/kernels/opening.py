@@ -14,7 +14,7 @@ import numpy as np
 from ...compiled import compiled, heats
 from .ring import require, same_ring, within
 
-BLOCK = 512  # elements that read a row of coefficients without a gap
+BLOCK = 512  # elements, about, that read repeated coefficients without a gap
 
 
 @compiled
@@ -82,18 +82,6 @@ def _hide(words: np.ndarray, mask: np.ndarray, kept: int) -> None:
         words[i] += np.int64(mask[i]) << kept
 
 
-def _periods(columns: np.ndarray) -> np.ndarray:
-    """Coefficients by channel, the last axis, repeated to about a block's length.
-
-    So a block reads each row from its first element's channel on, without a gap.
-    """
-    *before, channels = columns.shape
-    times = max(1, BLOCK // channels)
-    repeated = np.empty((*before, times, channels), dtype=np.int64)
-    repeated[:] = columns[..., None, :]
-    return repeated.reshape(*before, times * channels)
-
-
 def shifted_openings(
     c: np.ndarray, deltas: np.ndarray, *, bits: int, shifts: np.ndarray, out: np.ndarray
 ) -> None:
@@ -144,7 +132,8 @@ def add_linear(
     fits = fits and same_ring(c) and out.dtype == coefficient.dtype == np.int64
     fits = fits and coefficient.size > 0
     require(fits and 0 <= shift <= bits - 2 <= 62, "add_linear", c, coefficient, out)
-    _add_linear(c, bits, shift, _periods(coefficient), out)
+    columns = np.tile(coefficient, max(1, BLOCK // coefficient.size))
+    _add_linear(c, bits, shift, columns, out)
 
 
 def truncate(

@@ -6,7 +6,6 @@ What both convolutions, direct and Winograd's, spend their time in.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import cast
 
 import numpy as np
 from llvmlite import binding, ir
@@ -37,141 +36,138 @@ DEPTH = 64 if VECTOR == 64 else 128
 STRIP = 96  # output pixels that share them; a multiple of PIXELS
 
 
-def _tile(pixels: int, vectors: int) -> Callable[..., None]:
-    """An intrinsic: out[p, v] += sum over c of x[p, c] * weight[c, v], in registers.
+@intrinsic
+def _tile(
+    context: Context,
+    down: types.UniTuple,
+    across: types.UniTuple,
+    like: types.Array,
+    x: types.Type,
+    offsets: types.Type,
+    weight: types.Type,
+    row: types.Type,
+    out: types.Type,
+    step: types.Type,
+    count: types.Type,
+) -> tuple[Signature, Callable[..., ir.Value]]:
+    """out[p, v] += sum over c of x[p, c] * weight[c, v], in registers.
 
     LLVM does not keep an accumulator array in registers by itself, so the tile is
     written as vector instructions: one load of each weight serves all its pixels, and
     the sums meet memory once.
 
+    Addresses and strides in bytes; offsets holds each pixel's place in x.
+
     Args:
-        pixels, vectors: size of the tile.
+        down, across: tuples as long as the tile has pixels, and vectors of filters: of
+            a tuple the length is known when this is compiled.
+        like: any array of the elements' type, in which the sums wrap.
     """
+    bits = like.dtype.bitwidth
+    lanes, size = VECTOR * 8 // bits, bits // 8
+    pixels, vectors = down.count, across.count
 
-    @intrinsic
-    def tile(
-        context: Context,
-        like: types.Array,
-        x: types.Type,
-        offsets: types.Type,
-        weight: types.Type,
-        row: types.Type,
-        out: types.Type,
-        step: types.Type,
-        count: types.Type,
-    ) -> tuple[Signature, Callable[..., ir.Value]]:
-        """Addresses and strides in bytes; offsets holds each pixel's place in x.
+    def emit(
+        context: BaseContext,
+        builder: ir.IRBuilder,
+        signature: Signature,
+        arguments: Sequence[ir.Value],
+    ) -> ir.Value:
+        index, element = ir.IntType(64), ir.IntType(bits)
+        vector = ir.VectorType(element, lanes)
+        half = ir.IntType(32)
+        *_, x, offsets, weight, row, out, step, count = arguments
 
-        `like` is any array of the elements' type, in which the sums wrap.
-        """
-        bits = like.dtype.bitwidth
-        lanes, size = VECTOR * 8 // bits, bits // 8
+        def constant(value: int) -> ir.Constant:
+            return ir.Constant(index, value)
 
-        def emit(
-            context: BaseContext,
-            builder: ir.IRBuilder,
-            signature: Signature,
-            arguments: Sequence[ir.Value],
-        ) -> ir.Value:
-            index, element = ir.IntType(64), ir.IntType(bits)
-            vector = ir.VectorType(element, lanes)
-            half = ir.IntType(32)
-            _, x, offsets, weight, row, out, step, count = arguments
+        def pointer(address: ir.Value, kind: ir.Type) -> ir.Instruction:
+            return builder.inttoptr(address, kind.as_pointer())
 
-            def constant(value: int) -> ir.Constant:
-                return ir.Constant(index, value)
+        def load(address: ir.Value, kind: ir.Type) -> ir.Instruction:
+            value = builder.load(pointer(address, kind))
+            value.align = size
+            return value
 
-            def pointer(address: ir.Value, kind: ir.Type) -> ir.Instruction:
-                return builder.inttoptr(address, kind.as_pointer())
-
-            def load(address: ir.Value, kind: ir.Type) -> ir.Instruction:
-                value = builder.load(pointer(address, kind))
-                value.align = size
-                return value
-
-            # Before the loop: where each pixel and each sum lies, and the sums so far.
-            places = [
-                builder.add(x, load(builder.add(offsets, constant(8 * p)), index))
-                for p in range(pixels)
-            ]
-            outs = [
-                [
-                    builder.add(
-                        builder.add(out, builder.mul(step, constant(p))),
-                        constant(v * VECTOR),
-                    )
-                    for v in range(vectors)
-                ]
-                for p in range(pixels)
-            ]
-            before = [[load(address, vector) for address in line] for line in outs]
-            entry = builder.block
-            loop = builder.append_basic_block("tile")
-            done = builder.append_basic_block("tile_done")
-            builder.branch(loop)
-
-            # The loop over channels: its counter and its sums come from before, or from
-            # the turn that has just ended.
-            builder.position_at_end(loop)
-            c = builder.phi(index)
-            c.add_incoming(constant(0), entry)
-            sums = [[builder.phi(vector) for _ in line] for line in before]
-            for phis, values in zip(sums, before, strict=True):
-                for phi, value in zip(phis, values, strict=True):
-                    phi.add_incoming(value, entry)
-            # One load of each weight vector, for all pixels of the tile.
-            start = builder.add(weight, builder.mul(c, row))
-            weights = [
-                load(builder.add(start, constant(v * VECTOR)), vector)
+        # Before the loop: where each pixel and each sum lies, and the sums so far.
+        places = [
+            builder.add(x, load(builder.add(offsets, constant(8 * p)), index))
+            for p in range(pixels)
+        ]
+        outs = [
+            [
+                builder.add(
+                    builder.add(out, builder.mul(step, constant(p))),
+                    constant(v * VECTOR),
+                )
                 for v in range(vectors)
             ]
-            # A pixel's one channel in every lane, times each of the weight vectors.
-            away = builder.mul(c, constant(size))
-            nothing = ir.Constant(vector, ir.Undefined)
-            first = ir.Constant(ir.VectorType(half, lanes), [0] * lanes)
-            results: list[list[ir.Instruction]] = []
-            for place, phis in zip(places, sums, strict=True):
-                one = load(builder.add(place, away), element)
-                many = builder.shuffle_vector(
-                    builder.insert_element(nothing, one, ir.Constant(half, 0)),
-                    nothing,
-                    first,
-                )
-                results.append(
-                    [
-                        builder.add(phi, builder.mul(many, w))
-                        for phi, w in zip(phis, weights, strict=True)
-                    ]
-                )
-                for phi, result in zip(phis, results[-1], strict=True):
-                    phi.add_incoming(result, loop)
-            # The next channel, if there is one.
-            following = builder.add(c, constant(1))
-            c.add_incoming(following, loop)
-            more = builder.icmp_signed("<", following, count)
-            builder.cbranch(more, loop, done)
+            for p in range(pixels)
+        ]
+        before = [[load(address, vector) for address in line] for line in outs]
+        entry = builder.block
+        loop = builder.append_basic_block("tile")
+        done = builder.append_basic_block("tile_done")
+        builder.branch(loop)
 
-            # After the loop, the sums meet memory.
-            builder.position_at_end(done)
-            for line, values in zip(outs, results, strict=True):
-                for address, result in zip(line, values, strict=True):
-                    builder.store(result, pointer(address, vector)).align = size
-            return context.get_dummy_value()
+        # The loop over channels: its counter and its sums come from before, or from
+        # the turn that has just ended.
+        builder.position_at_end(loop)
+        c = builder.phi(index)
+        c.add_incoming(constant(0), entry)
+        sums = [[builder.phi(vector) for _ in line] for line in before]
+        for phis, values in zip(sums, before, strict=True):
+            for phi, value in zip(phis, values, strict=True):
+                phi.add_incoming(value, entry)
+        # One load of each weight vector, for all pixels of the tile.
+        start = builder.add(weight, builder.mul(c, row))
+        weights = [
+            load(builder.add(start, constant(v * VECTOR)), vector)
+            for v in range(vectors)
+        ]
+        # A pixel's one channel in every lane, times each of the weight vectors.
+        away = builder.mul(c, constant(size))
+        nothing = ir.Constant(vector, ir.Undefined)
+        first = ir.Constant(ir.VectorType(half, lanes), [0] * lanes)
+        results: list[list[ir.Instruction]] = []
+        for place, phis in zip(places, sums, strict=True):
+            one = load(builder.add(place, away), element)
+            many = builder.shuffle_vector(
+                builder.insert_element(nothing, one, ir.Constant(half, 0)),
+                nothing,
+                first,
+            )
+            results.append(
+                [
+                    builder.add(phi, builder.mul(many, w))
+                    for phi, w in zip(phis, weights, strict=True)
+                ]
+            )
+            for phi, result in zip(phis, results[-1], strict=True):
+                phi.add_incoming(result, loop)
+        # The next channel, if there is one.
+        following = builder.add(c, constant(1))
+        c.add_incoming(following, loop)
+        more = builder.icmp_signed("<", following, count)
+        builder.cbranch(more, loop, done)
 
-        return types.void(like, *[types.intp] * 7), emit
+        # After the loop, the sums meet memory.
+        builder.position_at_end(done)
+        for line, values in zip(outs, results, strict=True):
+            for address, result in zip(line, values, strict=True):
+                builder.store(result, pointer(address, vector)).align = size
+        return context.get_dummy_value()
 
-    return cast(Callable[..., None], tile)
+    return types.void(down, across, like, *[types.intp] * 7), emit
 
 
-# Numba keys its on-disk cache by what a closure holds, and an intrinsic has no stable
-# key: the tiles are globals.
-_WIDE4, _PAIR4, _ONE4 = (_tile(pixels, 4) for pixels in (PIXELS, 2, 1))
-_WIDE2, _PAIR2, _ONE2 = (_tile(pixels, 2) for pixels in (PIXELS, 2, 1))
-_WIDE1, _PAIR1, _ONE1 = (_tile(pixels, 1) for pixels in (PIXELS, 2, 1))
+# As long as a tile has pixels, or vectors.
+_MANY, _WIDTH, _PAIR, _ONE = (0,) * PIXELS, (0,) * WIDE, (0,) * 2, (0,)
 
 
 @compiled
-def _strip4(
+def _strip(
+    across: tuple[int, ...],
     like: np.ndarray,
     x: int,
     offsets: int,
@@ -183,66 +179,19 @@ def _strip4(
     start: int,
     stop: int,
 ) -> None:
-    """One strip of pixels against 4 vectors of filters, tile by tile."""
+    """One strip of pixels against some vectors of filters, tile by tile."""
     p = start
     while p + PIXELS <= stop:
-        _WIDE4(like, x, offsets + 8 * p, weight, row, out + p * step, step, count)
+        at, to = offsets + 8 * p, out + p * step
+        _tile(_MANY, across, like, x, at, weight, row, to, step, count)
         p += PIXELS
     while p + 2 <= stop:
-        _PAIR4(like, x, offsets + 8 * p, weight, row, out + p * step, step, count)
+        at, to = offsets + 8 * p, out + p * step
+        _tile(_PAIR, across, like, x, at, weight, row, to, step, count)
         p += 2
     if p < stop:
-        _ONE4(like, x, offsets + 8 * p, weight, row, out + p * step, step, count)
-
-
-@compiled
-def _strip2(
-    like: np.ndarray,
-    x: int,
-    offsets: int,
-    weight: int,
-    row: int,
-    out: int,
-    step: int,
-    count: int,
-    start: int,
-    stop: int,
-) -> None:
-    """One strip of pixels against 2 vectors of filters, tile by tile."""
-    p = start
-    while p + PIXELS <= stop:
-        _WIDE2(like, x, offsets + 8 * p, weight, row, out + p * step, step, count)
-        p += PIXELS
-    while p + 2 <= stop:
-        _PAIR2(like, x, offsets + 8 * p, weight, row, out + p * step, step, count)
-        p += 2
-    if p < stop:
-        _ONE2(like, x, offsets + 8 * p, weight, row, out + p * step, step, count)
-
-
-@compiled
-def _strip1(
-    like: np.ndarray,
-    x: int,
-    offsets: int,
-    weight: int,
-    row: int,
-    out: int,
-    step: int,
-    count: int,
-    start: int,
-    stop: int,
-) -> None:
-    """One strip of pixels against 1 vector of filters, tile by tile."""
-    p = start
-    while p + PIXELS <= stop:
-        _WIDE1(like, x, offsets + 8 * p, weight, row, out + p * step, step, count)
-        p += PIXELS
-    while p + 2 <= stop:
-        _PAIR1(like, x, offsets + 8 * p, weight, row, out + p * step, step, count)
-        p += 2
-    if p < stop:
-        _ONE1(like, x, offsets + 8 * p, weight, row, out + p * step, step, count)
+        at, to = offsets + 8 * p, out + p * step
+        _tile(_ONE, across, like, x, at, weight, row, to, step, count)
 
 
 @compiled
@@ -259,11 +208,12 @@ def strip(
     start: int,
     stop: int,
 ) -> None:
-    """Add to `out` the products of pixels' channels with 4, 2 or 1 vectors of filters.
+    """Add to `out` the products of pixels' channels with some vectors of filters.
 
     Addresses, strides and offsets in bytes.
 
     Args:
+        vectors: WIDE, 2 or 1; see `widest`.
         like: any array of the elements' type.
         x: the first channel; a pixel's is at its place in `offsets` from here.
         weight: the first channel's filters; each further channel's `row` after.
@@ -271,15 +221,15 @@ def strip(
         count: channels.
         start, stop: which pixels.
     """
-    if vectors == 4:
-        _strip4(like, x, offsets, weight, row, out, step, count, start, stop)
+    if vectors == WIDE:
+        _strip(_WIDTH, like, x, offsets, weight, row, out, step, count, start, stop)
     elif vectors == 2:
-        _strip2(like, x, offsets, weight, row, out, step, count, start, stop)
+        _strip(_PAIR, like, x, offsets, weight, row, out, step, count, start, stop)
     else:
-        _strip1(like, x, offsets, weight, row, out, step, count, start, stop)
+        _strip(_ONE, like, x, offsets, weight, row, out, step, count, start, stop)
 
 
 @compiled
 def widest(left: int, lanes: int) -> int:
     """How many vectors of filters a tile takes next, so many filters left."""
-    return min(WIDE, 4 if left >= 4 * lanes else (2 if left >= 2 * lanes else 1))
+    return WIDE if left >= WIDE * lanes else (2 if left >= 2 * lanes else 1)

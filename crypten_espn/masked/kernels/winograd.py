@@ -43,6 +43,7 @@ _AT_ONCE = 16  # tiles, at least, that a weight is read for
 _FEWEST = 4
 
 _Lines = Sequence[Sequence[ir.Value]]
+_Half = Callable[[ir.IRBuilder, Sequence[ir.Value]], list[ir.Value]]
 
 
 def possible(shape: tuple[int, ...], dtype: np.dtype) -> bool:
@@ -117,12 +118,44 @@ def _store(builder: ir.IRBuilder, value: ir.Value, address: ir.Value) -> None:
     builder.store(value, _address(builder, address)).align = 4
 
 
-def _transposed(lines: _Lines) -> _Lines:
-    return list(zip(*lines, strict=True))
-
-
 def _number(value: int) -> ir.Constant:
     return ir.Constant(ir.IntType(64), value)
+
+
+def _square(
+    builder: ir.IRBuilder, first: ir.Value, row: ir.Value, column: ir.Value
+) -> _Lines:
+    """The vectors at 4x4 places, from the first one's address and both strides on."""
+    found = []
+    for i in range(4):
+        line = builder.add(first, builder.mul(row, _number(i)))
+        places = [builder.mul(column, _number(j)) for j in range(4)]
+        found.append([_load(builder, builder.add(line, place)) for place in places])
+    return found
+
+
+def _on_both_axes(half: _Half, builder: ir.IRBuilder, lines: _Lines) -> list[ir.Value]:
+    """A transform of each line, then of each column of the results; row by row."""
+    for _ in range(2):
+        changed = [half(builder, line) for line in lines]
+        lines = list(zip(*changed, strict=True))
+    return [value for line in lines for value in line]
+
+
+def _half_forward(builder: ir.IRBuilder, d: Sequence[ir.Value]) -> list[ir.Value]:
+    return [
+        builder.sub(d[0], d[2]),
+        builder.add(d[1], d[2]),
+        builder.sub(d[2], d[1]),
+        builder.sub(d[1], d[3]),
+    ]
+
+
+def _half_backward(builder: ir.IRBuilder, m: Sequence[ir.Value]) -> list[ir.Value]:
+    return [
+        builder.add(builder.add(m[0], m[1]), m[2]),
+        builder.sub(builder.sub(m[1], m[2]), m[3]),
+    ]
 
 
 @intrinsic
@@ -136,14 +169,6 @@ def _forward(
 ) -> tuple[Signature, Callable[..., ir.Value]]:
     """B' d B of one vector of channels: 4x4 places of x to 16 planes of out."""
 
-    def half(builder: ir.IRBuilder, d: Sequence[ir.Value]) -> list[ir.Value]:
-        return [
-            builder.sub(d[0], d[2]),
-            builder.add(d[1], d[2]),
-            builder.sub(d[2], d[1]),
-            builder.sub(d[1], d[3]),
-        ]
-
     def emit(
         context: BaseContext,
         builder: ir.IRBuilder,
@@ -151,25 +176,8 @@ def _forward(
         arguments: Sequence[ir.Value],
     ) -> ir.Value:
         x, row, column, out, plane = arguments
-        lines: _Lines = [
-            [
-                _load(
-                    builder,
-                    builder.add(
-                        x,
-                        builder.add(
-                            builder.mul(row, _number(i)),
-                            builder.mul(column, _number(j)),
-                        ),
-                    ),
-                )
-                for j in range(4)
-            ]
-            for i in range(4)
-        ]
-        for _ in range(2):
-            lines = _transposed([half(builder, line) for line in lines])
-        for point, value in enumerate(value for line in lines for value in line):
+        values = _on_both_axes(_half_forward, builder, _square(builder, x, row, column))
+        for point, value in enumerate(values):
             away = builder.mul(plane, _number(point))
             _store(builder, value, builder.add(out, away))
         return context.get_dummy_value()
@@ -189,12 +197,6 @@ def _backward(
 ) -> tuple[Signature, Callable[..., ir.Value]]:
     """A' m A / 4 of one vector of filters: 16 planes of m, added to four places."""
 
-    def half(builder: ir.IRBuilder, m: Sequence[ir.Value]) -> list[ir.Value]:
-        return [
-            builder.add(builder.add(m[0], m[1]), m[2]),
-            builder.sub(builder.sub(m[1], m[2]), m[3]),
-        ]
-
     def emit(
         context: BaseContext,
         builder: ir.IRBuilder,
@@ -202,22 +204,12 @@ def _backward(
         arguments: Sequence[ir.Value],
     ) -> ir.Value:
         m, plane, *places = arguments
-        lines: _Lines = [
-            [
-                _load(
-                    builder,
-                    builder.add(m, builder.mul(plane, _number(4 * i + j))),
-                )
-                for j in range(4)
-            ]
-            for i in range(4)
-        ]
-        for _ in range(2):
-            lines = _transposed([half(builder, line) for line in lines])
+        planes = _square(builder, m, builder.mul(plane, _number(4)), plane)
+        values = _on_both_axes(_half_backward, builder, planes)
         two = ir.Constant(ir.VectorType(ir.IntType(32), LANES), [2] * LANES)
-        values = [builder.ashr(value, two) for line in lines for value in line]
         for value, place in zip(values, places, strict=True):
-            _store(builder, builder.add(_load(builder, place), value), place)
+            quarter = builder.ashr(value, two)
+            _store(builder, builder.add(_load(builder, place), quarter), place)
         return context.get_dummy_value()
 
     return types.void(*[types.intp] * 6), emit
