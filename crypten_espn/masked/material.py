@@ -215,11 +215,8 @@ class Material:
         """
         if self.pairing.corrections == self.party:
             return chunk_words(draws.plan, number, self.words[number], chunk)
-        if space is None:
-            return draws.words(number, chunk)
-        between = draws.plan.evaluations[number]
-        shape = between.words_shape(chunk.stop - chunk.start)
-        out = space.array("words", shape, np.int64)
+        shape = draws.plan.evaluations[number].words_shape(chunk.stop - chunk.start)
+        out = None if space is None else space.array("words", shape, np.int64)
         return draws.words(number, chunk, out=out)
 
 

@@ -22,6 +22,7 @@ from .evaluation import chunks
 from .linear import Operands, accumulate
 from .material import (
     ClientMaterial,
+    Layout,
     Material,
     Pairing,
     ServerMaterial,
@@ -86,9 +87,7 @@ class ServerPreparation:
         plan = self.plan
         seed = self._ratchet.take(pairing.index)
         layout = server_layout(plan, pairing.batch, corrections=pairing.corrections)
-        _, *arrays = in_one_piece(layout)
-        parts = len(plan.parts)
-        material = ServerMaterial(pairing, seed, arrays[parts:], arrays[:parts])
+        material = ServerMaterial.from_arrays(plan, pairing, _room(layout, seed))
         draws, space = material.draws(plan), Space()
         for number, part in enumerate(plan.parts):
             total = material.linear[number]
@@ -103,6 +102,13 @@ class ServerPreparation:
             total += self._biases[number]
         material.linear[-1] += _noise(plan, material.linear[-1])
         return material
+
+
+def _room(layout: Layout, seed: bytes) -> list[np.ndarray]:
+    """Memory of an inference's arrays, of which so far the seed is there."""
+    arrays = in_one_piece(layout)
+    arrays[0][:] = np.frombuffer(seed, dtype=np.uint8)
+    return arrays
 
 
 def _corrections(
@@ -171,12 +177,11 @@ class ClientPreparation:
         plan = self.plan
         seed = self._ratchet.take(pairing.index)
         layout = client_layout(plan, pairing.batch, corrections=pairing.corrections)
-        _, output, *words = in_one_piece(layout)
-        material = ClientMaterial(pairing, seed, words, output)
+        material = ClientMaterial.from_arrays(plan, pairing, _room(layout, seed))
         draws, space = material.draws(plan), Space()
         sources = {0: draws.input_mask}
         for number, part in enumerate(plan.parts):
-            total = output
+            total = material.output
             if isinstance(part, Step):
                 shape = pairing.batch, *plan.part_shapes[number]
                 total = space.message("total", shape, kernels.ring_dtype(part.ring))
