@@ -111,8 +111,11 @@ class WeightShape:
 
     @property
     def filter_bytes(self) -> int:
-        """Of `filters` in memory."""
+        """Of `filters` in memory, at most: channels may be paired, or need half."""
         size = self.elements * np.dtype(kernels.ring_dtype(self.ring)).itemsize
+        channels = self.shape[1]
+        if channels > 1:
+            size = size // channels * (channels + channels % 2)
         return size * 16 // 9 if self.fast else size
 
     def filters(self, array: np.ndarray) -> kernels.Filters:

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -19,7 +20,8 @@ from crypten_espn.compiled import heat, variants
 from crypten_espn.errors import PlanError
 from crypten_espn.masked import kernels
 from crypten_espn.masked.evaluation import PolynomialTables
-from crypten_espn.masked.kernels import activation
+from crypten_espn.masked.kernels import activation, halves
+from crypten_espn.masked.kernels.tiles import FEATURES
 from crypten_espn.masked.kernels.winograd import LANES
 from crypten_espn.masked.plan import WeightShape
 from crypten_espn.masked.steps import Activation, Group, Linear
@@ -32,6 +34,7 @@ def test_convolution_is_exact_in_its_ring(bits, data):
     draw = data.draw
     groups = draw(st.sampled_from([1, 1, 2, 3]))
     depth, filters = draw(st.integers(1, 18)), draw(st.integers(1, 9))
+    filters = draw(st.sampled_from([filters, LANES]))
     if draw(st.booleans()) and groups > 1:
         depth = filters = 1  # one filter per channel
     kernel = (draw(st.integers(1, 3)), draw(st.integers(1, 3)))
@@ -94,33 +97,63 @@ def check_convolution(
     rng, bits, groups, depth, filters, kernel, stride, dilation, pads, size, batch,
     *, fast=False,
 ):  # fmt: skip
+    """Weights of 16 bits and wider ones, by every way to multiply."""
     x = rng.integers(-(2**63), 2**63 - 1, (batch, *size, depth * groups))
-    w = rng.integers(-(2**40), 2**40, (filters * groups, depth, *kernel))
+    x[..., :2] = rng.choice([-1, 2**15, 2**31 - 2**15, -(2**31)], x[..., :2].shape)
     top, left, bottom, right = pads
-    expected = torch.nn.functional.conv2d(
-        torch.nn.functional.pad(
-            torch.from_numpy(x).permute(0, 3, 1, 2), (left, right, top, bottom)
-        ),
-        torch.from_numpy(w),
-        stride=stride,
-        dilation=dilation,
-        groups=groups,
-    ).permute(0, 2, 3, 1)
-    shape = WeightShape(w.shape, groups, bits)
-    dtype = kernels.ring_dtype(bits)
-    arranged = shape.arrange(w).astype(dtype)
-    assert arranged.shape == shape.kernel_layout
-    start = rng.integers(-(2**63), 2**63 - 1, tuple(expected.shape))
-    out = start.astype(dtype)
-    filters = kernels.Filters(arranged, fast=fast)
-    kernels.convolve(
-        x.astype(dtype), filters, out, stride=stride, dilation=dilation, pads=pads
-    )
-    ring = 30 if fast else bits
-    wanted = (expected.numpy() + start).astype(dtype)
-    assert np.array_equal(
-        kernels.reduce_ring(out, ring), kernels.reduce_ring(wanted, ring)
-    )
+    for width in (16, 41):
+        limit = 2 ** (width - 1) // (9 if fast and width == 16 else 1)
+        w = rng.integers(-limit, limit, (filters * groups, depth, *kernel))
+        w[0, 0, 0, 0], w[-1, -1, -1, -1] = -limit, limit - 1
+        expected = torch.nn.functional.conv2d(
+            torch.nn.functional.pad(
+                torch.from_numpy(x).permute(0, 3, 1, 2), (left, right, top, bottom)
+            ),
+            torch.from_numpy(w),
+            stride=stride,
+            dilation=dilation,
+            groups=groups,
+        ).permute(0, 2, 3, 1)
+        shape = WeightShape(w.shape, groups, bits)
+        dtype = kernels.ring_dtype(bits)
+        arranged = shape.arrange(w).astype(dtype)
+        assert arranged.shape == shape.kernel_layout
+        start = rng.integers(-(2**63), 2**63 - 1, tuple(expected.shape))
+        wanted = (expected.numpy() + start).astype(dtype)
+        ring = 30 if fast else bits
+        for filters_made in ways(arranged, fast=fast):
+            out = start.astype(dtype)
+            kernels.convolve(
+                x.astype(dtype),
+                filters_made,
+                out,
+                stride=stride,
+                dilation=dilation,
+                pads=pads,
+            )
+            assert np.array_equal(
+                kernels.reduce_ring(out, ring), kernels.reduce_ring(wanted, ring)
+            )
+
+
+def ways(weight, *, fast=False):
+    """The filters as each kind of processor has them that this one can stand for."""
+    for halved in (False, True) if FEATURES.get("avx2") else (False,):
+        with patch.multiple(halves, SHORT=halved, LONG=halved):
+            yield kernels.Filters(weight, fast=fast)
+
+
+@pytest.mark.skipif(not FEATURES.get("avx2"), reason="multiplies no halves")
+@pytest.mark.parametrize("fast", [False, True])
+def test_weights_of_16_bits_take_two_phases_and_wider_ones_three(fast):
+    # Winograd's weights are up to 9 times as large.
+    within = np.full((1, 3, 3, LANES, LANES), 2**15 // 9 if fast else 2**15 - 1)
+    found = []
+    for weight in (within, within + 1, -within - 1, -within - 2):
+        *_, last = ways(weight.astype(np.int32), fast=fast)
+        found.append(len(last.phases))
+    assert found == ([2, 3, 3, 3] if fast else [2, 3, 2, 3])
+    assert [len(one.phases) for one in ways(within)] == [1, 1]  # int64
 
 
 def test_a_convolution_into_part_of_an_array_touches_nothing_else():

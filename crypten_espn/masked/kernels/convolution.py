@@ -6,6 +6,7 @@ channels. Kernels run on one thread and release the GIL.
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -13,8 +14,9 @@ import numpy as np
 from ...compiled import compiled, heats
 from . import winograd
 from .filters import Filters
+from .halves import WHOLE, even, split
 from .ring import require, same_ring
-from .tiles import DEPTH, STRIP, VECTOR, strip, widest
+from .tiles import DEPTH, STRIP, VECTOR, Phases, strip, widest
 
 _CACHE = 1 << 17  # bytes of weights that a small second-level cache keeps
 
@@ -24,35 +26,33 @@ def _convolve_rest(
     x: np.ndarray,
     weight: np.ndarray,
     out: np.ndarray,
+    groups: int,
     kernel: tuple[int, int],
     stride: tuple[int, int],
     dilation: tuple[int, int],
-    start: int,
-    first: int,
-    stop: int,
 ) -> None:
-    """The filters of a group that fill no vector, from `first` to `stop` on.
-
-    Args:
-        weight: (taps * channels, stop - first) of these filters.
-        start: the group's first channel.
-    """
-    batch, height, width, _ = out.shape
-    depth = len(weight) // (kernel[0] * kernel[1])
-    for p in range(batch * height * width):
-        n = p // (height * width)
-        h = p // width % height
-        w = p % width
-        y = out[n, h, w, first:stop]
-        for i in range(kernel[0]):
-            for j in range(kernel[1]):
-                line = x[n, h * stride[0] + i * dilation[0]]
-                values = line[w * stride[1] + j * dilation[1]]
-                for c in range(depth):
-                    value = values[start + c]
-                    taps = weight[(i * kernel[1] + j) * depth + c]
-                    for o in range(stop - first):
-                        y[o] += value * taps[o]
+    """The filters of each group that fill no vector; they are packed last."""
+    batch, height, width, total = out.shape
+    filters, depth = total // groups, x.shape[3] // groups
+    taps = kernel[0] * kernel[1] * depth
+    count = filters % (VECTOR // out.itemsize)
+    for group in range(groups):
+        stop = (group + 1) * filters
+        rest = weight[taps * (stop - count) : taps * stop].reshape(taps, count)
+        for p in range(batch * height * width):
+            n = p // (height * width)
+            h = p // width % height
+            w = p % width
+            y = out[n, h, w, stop - count : stop]
+            for i in range(kernel[0]):
+                for j in range(kernel[1]):
+                    line = x[n, h * stride[0] + i * dilation[0]]
+                    values = line[w * stride[1] + j * dilation[1]]
+                    for c in range(depth):
+                        value = values[group * depth + c]
+                        row = rest[(i * kernel[1] + j) * depth + c]
+                        for o in range(count):
+                            y[o] += value * row[o]
 
 
 @compiled
@@ -60,30 +60,39 @@ def _convolve(
     x: np.ndarray,
     weight: np.ndarray,
     out: np.ndarray,
+    phases: Phases,
     groups: int,
+    depth: int,
     kernel: tuple[int, int],
     stride: tuple[int, int],
     dilation: tuple[int, int],
     offsets: np.ndarray,
 ) -> None:
-    """out += conv(x, weight); x is padded, weight packed as `filters` says."""
+    """out += conv(x, weight) of the filters that fill vectors.
+
+    Args:
+        x: padded; elements or their halves, as `phases` says.
+        weight: packed as `filters` says.
+        depth: channels of a group, as they are packed.
+    """
     batch, height, width, total = out.shape
-    _, rows, columns, channels = x.shape
-    depth, filters = channels // groups, total // groups
-    size = x.itemsize
-    lanes = VECTOR // size
+    _, rows, columns, elements = x.shape
+    filters, size = total // groups, out.itemsize
+    lanes, inside = VECTOR // size, elements * x.itemsize
     pixels = 0
     for n in range(batch):
         for h in range(height):
             for w in range(width):
                 line = (n * rows + h * stride[0]) * columns + w * stride[1]
-                offsets[pixels] = line * channels * size
+                offsets[pixels] = line * inside
                 pixels += 1
     vectored = filters - filters % lanes
     step = total * size
-    taps = kernel[0] * kernel[1] * depth
+    spots = kernel[0] * kernel[1]
+    # Rows of a tap; of whole elements one a channel.
+    taps = weight.size // (spots * total)
     # Few weights stay in the cache while pixels pass once; of many, one block does.
-    span = STRIP if taps * filters * size <= _CACHE else pixels
+    span = STRIP if spots * taps * filters * size <= _CACHE else pixels
     for group in range(groups):
         for begin in range(0, pixels, span):
             end, first = min(pixels, begin + span), 0
@@ -91,30 +100,22 @@ def _convolve(
                 vectors = widest(vectored - first, lanes)
                 row = vectors * VECTOR
                 to = out.ctypes.data + (group * filters + first) * size
-                block = weight.ctypes.data + taps * (group * filters + first) * size
+                block = (group * filters + first) * spots * taps * size
+                block += weight.ctypes.data
                 for start in range(begin, end, STRIP):
                     stop = min(end, start + STRIP)
                     for i in range(kernel[0]):
                         for j in range(kernel[1]):
                             for c in range(0, depth, DEPTH):
-                                count = min(DEPTH, depth - c)
                                 tap = i * dilation[0] * columns + j * dilation[1]
-                                here = (tap * channels + group * depth + c) * size
-                                tap = (i * kernel[1] + j) * depth + c
+                                here = tap * inside + group * depth * x.itemsize
+                                tap = (i * kernel[1] + j) * taps
                                 strip(
-                                    vectors, x, x.ctypes.data + here,
+                                    vectors, phases, x, x.ctypes.data + here,
                                     offsets.ctypes.data, block + tap * row, row, to,
-                                    step, count, start, stop,
+                                    step, c, min(DEPTH, depth - c), start, stop,
                                 )  # fmt: skip
                 first += vectors * lanes
-        if vectored < filters:
-            rest = weight[taps * (group * filters + vectored) :]
-            rest = rest[: taps * (filters - vectored)]
-            at = group * filters
-            _convolve_rest(
-                x, rest.reshape(taps, filters - vectored), out, kernel, stride,
-                dilation, group * depth, at + vectored, at + filters,
-            )  # fmt: skip
 
 
 @compiled
@@ -251,16 +252,35 @@ def convolve(
     if weight.fast:
         top, left, bottom, right = pads
         odd = (bottom + out.shape[1] % 2, right + out.shape[2] % 2)
-        winograd.convolve(pad(x, (top, left, *odd)), weight.packed, whole)
+        padded = pad(x, (top, left, *odd))
+        winograd.convolve(padded, weight.packed, weight.phases, whole)
     else:
-        groups, *kernel = weight.shape[:3]
-        offsets = np.empty(math.prod(out.shape[:3]), dtype=np.int64)
-        _convolve(
-            pad(x, pads), weight.packed, whole, groups, tuple(kernel), stride, dilation,
-            offsets,
-        )  # fmt: skip
+        _convolve_direct(pad(x, pads), weight, whole, stride, dilation)
     if whole is not out:
         out += whole
+
+
+def _convolve_direct(
+    x: np.ndarray,
+    weight: Filters,
+    out: np.ndarray,
+    stride: tuple[int, int],
+    dilation: tuple[int, int],
+) -> None:
+    """Of a padded x, into contiguous memory."""
+    groups, *kernel, depth, filters = weight.shape
+    offsets = np.empty(math.prod(out.shape[:3]), dtype=np.int64)
+    lanes = VECTOR // out.itemsize
+    if filters >= lanes:
+        given, channels = x, depth
+        if weight.phases != WHOLE:
+            given, channels = split(x), even(depth)
+        _convolve(
+            given, weight.packed, out, weight.phases, groups, channels, tuple(kernel),
+            stride, dilation, offsets,
+        )  # fmt: skip
+    if filters % lanes:
+        _convolve_rest(x, weight.packed, out, groups, tuple(kernel), stride, dilation)
 
 
 def pool_sum(
@@ -288,14 +308,21 @@ def pool_sum(
 
 @heats
 def _all_types() -> None:
+    one, none = (1, 1), (0, 0, 0, 0)
     for dtype in (np.int32, np.int64):
+        lanes = VECTOR // np.dtype(dtype).itemsize
         x = np.zeros((1, 2, 2, 2), dtype)
-        one, none = (1, 1), (0, 0, 0, 0)
-        for shape in ((1, 1, 1, 2, 2), (1, 1, 2)):
-            weight, out = Filters(np.zeros(shape, dtype)), np.zeros_like(x)
+        # Weights of 16 bits and wider ones, filters that fill vectors and others.
+        shapes = (1, 1, 1, 2, lanes), (1, 1, 1, 2, lanes + 1), (1, 1, 2)
+        for value, shape in itertools.product((1, 1 << 20), shapes):
+            weight = Filters(np.full(shape, value, dtype))
+            out = np.zeros((1, 2, 2, shape[-1]), dtype)
             convolve(x, weight, out, stride=one, dilation=one, pads=none)
         pool_sum(x, np.zeros_like(x), kernel=one, stride=one, pads=none)
     channels = winograd.LANES
     x = np.zeros((1, 2, 2, channels), np.int32)
-    weight = Filters(np.zeros((1, 3, 3, channels, channels), np.int32), fast=True)
-    convolve(x, weight, x.copy(), stride=one, dilation=one, pads=(1, 1, 1, 1))
+    for value in (1, 1 << 20):
+        weight = Filters(
+            np.full((1, 3, 3, channels, channels), value, np.int32), fast=True
+        )
+        convolve(x, weight, x.copy(), stride=one, dilation=one, pads=(1, 1, 1, 1))

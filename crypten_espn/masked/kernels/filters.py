@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from . import winograd
+from . import halves, winograd
 from .ring import require, same_ring
 from .tiles import VECTOR, widest
 
@@ -26,6 +26,7 @@ class Filters:
     Attributes:
         shape, dtype: of `weight`.
         fast: as given.
+        phases: how products are computed; see `halves`.
         packed: the elements, flat; of one filter per channel as they came.
 
     Raises: PlanError where the shape is none of these, or is not one for `fast`.
@@ -39,9 +40,11 @@ class Filters:
             weight,
         )
         self.shape, self.dtype, self.fast = weight.shape, weight.dtype, fast
-        self.packed = weight
+        self.packed, self.phases = weight, halves.WHOLE
         if weight.ndim == 5:
-            self.packed = _packed(winograd.transformed(weight) if fast else weight)
+            taps = winograd.transformed(weight) if fast else weight
+            self.phases = halves.phases(taps)
+            self.packed = _packed(halves.rows(taps, self.phases))
 
     def __repr__(self) -> str:
         return f"Filters({self.dtype}{list(self.shape)})"

@@ -31,7 +31,8 @@ from numba.core.typing.templates import Signature
 from numba.extending import intrinsic
 
 from ...compiled import compiled
-from .tiles import DEPTH, VECTOR, WIDE, strip, widest
+from .halves import WHOLE
+from .tiles import DEPTH, VECTOR, WIDE, Phases, strip, widest
 
 RING = 30  # bits of the widest ring in which it is exact
 LANES = VECTOR // 4
@@ -103,19 +104,16 @@ def _doubled(first: np.ndarray, middle: np.ndarray, last: np.ndarray) -> np.ndar
 # ------------------------------------------------------------ a vector of channels
 
 
-def _address(builder: ir.IRBuilder, address: ir.Value) -> ir.Value:
-    vector = ir.VectorType(ir.IntType(32), LANES)
-    return builder.inttoptr(address, vector.as_pointer())
-
-
 def _load(builder: ir.IRBuilder, address: ir.Value) -> ir.Value:
-    value = builder.load(_address(builder, address))
+    vector = ir.VectorType(ir.IntType(32), LANES)
+    value = builder.load(builder.inttoptr(address, vector.as_pointer()))
     value.align = 4
     return value
 
 
 def _store(builder: ir.IRBuilder, value: ir.Value, address: ir.Value) -> None:
-    builder.store(value, _address(builder, address)).align = 4
+    place = builder.inttoptr(address, value.type.as_pointer())
+    builder.store(value, place).align = value.type.element.width // 8
 
 
 def _number(value: int) -> ir.Constant:
@@ -161,13 +159,21 @@ def _half_backward(builder: ir.IRBuilder, m: Sequence[ir.Value]) -> list[ir.Valu
 @intrinsic
 def _forward(
     context: Context,
+    like: types.Array,
     x: types.Type,
     row: types.Type,
     column: types.Type,
     out: types.Type,
     plane: types.Type,
+    high: types.Type,
 ) -> tuple[Signature, Callable[..., ir.Value]]:
-    """B' d B of one vector of channels: 4x4 places of x to 16 planes of out."""
+    """B' d B of one vector of channels: 4x4 places of x to 16 planes of out.
+
+    Args:
+        like: any array of what out holds: elements, or halves, of which the high ones
+            are `high` bytes after the low ones.
+    """
+    split = like.dtype.bitwidth == 16
 
     def emit(
         context: BaseContext,
@@ -175,14 +181,23 @@ def _forward(
         signature: Signature,
         arguments: Sequence[ir.Value],
     ) -> ir.Value:
-        x, row, column, out, plane = arguments
+        _, x, row, column, out, plane, high = arguments
         values = _on_both_axes(_half_forward, builder, _square(builder, x, row, column))
         for point, value in enumerate(values):
-            away = builder.mul(plane, _number(point))
-            _store(builder, value, builder.add(out, away))
+            place = builder.add(out, builder.mul(plane, _number(point)))
+            if not split:
+                _store(builder, value, place)
+                continue
+            halves = ir.VectorType(ir.IntType(16), LANES)
+            _store(builder, builder.trunc(value, halves), place)
+            # The low half has a sign: what is left without it.
+            raised = builder.add(value, ir.Constant(value.type, [1 << 15] * LANES))
+            sixteen = ir.Constant(value.type, [16] * LANES)
+            left = builder.trunc(builder.lshr(raised, sixteen), halves)
+            _store(builder, left, builder.add(place, high))
         return context.get_dummy_value()
 
-    return types.void(*[types.intp] * 5), emit
+    return types.void(like, *[types.intp] * 6), emit
 
 
 @intrinsic
@@ -222,6 +237,7 @@ def _backward(
 def _convolve(
     x: np.ndarray,
     weight: np.ndarray,
+    phases: Phases,
     out: np.ndarray,
     offsets: np.ndarray,
     inputs: np.ndarray,
@@ -232,35 +248,39 @@ def _convolve(
     _, rows, columns, channels = x.shape
     down, across = (height + 1) // 2, (width + 1) // 2
     total, most = batch * down * across, len(offsets)
+    taps = weight.size // (_POINTS * filters)  # rows of one
+    inside = 4 * channels  # bytes of a tile's inputs to a point, whole or in halves
     for t in range(most):
-        offsets[t] = t * channels * 4
+        offsets[t] = t * inside
     nowhere = np.empty(LANES, np.int32)  # results beyond an odd edge
     away = nowhere.ctypes.data
     for start in range(0, total, most):
         count = min(most, total - start)
-        plane = count * channels * 4
+        plane = count * inside
         for t in range(count):
             n, place = divmod(start + t, down * across)
             i, j = 2 * (place // across), 2 * (place % across)
-            a = x.ctypes.data + ((n * rows + i) * columns + j) * channels * 4
-            b = inputs.ctypes.data + t * channels * 4
-            for c in range(0, channels * 4, VECTOR):
-                _forward(a + c, columns * channels * 4, channels * 4, b + c, plane)
+            a = x.ctypes.data + ((n * rows + i) * columns + j) * inside
+            b = inputs.ctypes.data + t * inside
+            for c in range(0, channels, LANES):
+                to = b + c * inputs.itemsize
+                _forward(
+                    inputs, a + 4 * c, columns * inside, inside, to, plane, inside // 2
+                )
         first = 0
         while first < filters:
             vectors = widest(filters - first, LANES)
             step = vectors * VECTOR
-            block = weight.ctypes.data + _POINTS * channels * first * 4
+            block = weight.ctypes.data + _POINTS * taps * first * 4
             sums[: _POINTS * count * step // 4] = 0
             for k in range(_POINTS):
                 a = inputs.ctypes.data + k * plane
-                b = block + k * channels * step
+                b = block + k * taps * step
                 c = sums.ctypes.data + k * count * step
                 for depth in range(0, channels, DEPTH):
                     strip(
-                        vectors, x, a + depth * 4, offsets.ctypes.data,
-                        b + depth * step, step, c, step, min(DEPTH, channels - depth),
-                        0, count,
+                        vectors, phases, inputs, a, offsets.ctypes.data, b, step, c,
+                        step, depth, min(DEPTH, channels - depth), 0, count,
                     )  # fmt: skip
             for t in range(count):
                 n, place = divmod(start + t, down * across)
@@ -280,23 +300,27 @@ def _convolve(
             first += step // 4
 
 
-def convolve(x: np.ndarray, weight: np.ndarray, out: np.ndarray) -> None:
+def convolve(
+    x: np.ndarray, weight: np.ndarray, phases: Phases, out: np.ndarray
+) -> None:
     """Add a 3x3 convolution to `out`, exactly modulo 2**30.
 
     Args:
         x: (batch, 2 * ceil(oh / 2) + 2, 2 * ceil(ow / 2) + 2, channels), padded.
-        weight: packed, as `filters.Filters` has them.
+        weight, phases: as `filters.Filters` has them.
         out: (batch, oh, ow, filters), contiguous; all int32.
     """
     batch, height, width, filters = out.shape
     channels = x.shape[3]
     fitting = max(_AT_ONCE, _CACHE // (_POINTS * channels * 4))
     most = min(batch * tiles((height, width)), fitting)
+    inputs = np.empty(_POINTS * most * channels, dtype=np.int32)
     _convolve(
         x,
         weight,
+        phases,
         out,
         np.empty(most, dtype=np.int64),
-        np.empty(_POINTS * most * channels, dtype=np.int32),
+        inputs if phases == WHOLE else inputs.view(np.int16),
         np.empty(_POINTS * most * min(filters, WIDE * LANES), dtype=np.int32),
     )

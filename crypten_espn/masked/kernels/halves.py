@@ -1,0 +1,98 @@
+"""Products modulo 2**32 out of halves of 16 bits.
+
+Some processors multiply two pairs of 16-bit integers and add both products to a sum of
+32 bits in one instruction, where one product of 32 bits and its addition take three.
+With x = 2**16 h + l, both halves signed, and weights likewise,
+
+    x * w = l * w_l + 2**16 * (h * w_l + l * w_h)    modulo 2**32.
+
+So a tile first sums what counts 2**16 times, two channels at once, shifts, and goes
+on with the lower products: two phases where all weights fit 16 bits (w_h is 0), else
+three.
+
+Layout. A pixel's channels are their low halves, then their high ones. A tap's filters
+are rows, a row two channels' halves for every filter: w_l of all channels, then w_h. A
+phase is where it starts: bytes into a pixel, rows into a tap.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from llvmlite import binding
+
+from ...compiled import compiled
+from .tiles import FEATURES, VECTOR, Phases
+
+#: Elements as they came: one phase.
+WHOLE: Phases = ((0, 0),)
+_FUSED = bool(FEATURES.get("avx512vnni" if VECTOR == 64 else "avxvnni"))
+# Weights of 16 bits take 2 instructions for two products, wider ones 3. Against those a
+# processor that does 32 bits in one multiplication, as AMD's do, is as fast with it.
+SHORT = _FUSED
+LONG = _FUSED and not binding.get_host_cpu_name().startswith("znver")
+
+
+def phases(weight: np.ndarray) -> Phases:
+    """How a layer's products are computed on this processor.
+
+    Args:
+        weight: (groups, ..., channels, filters) ring elements.
+    """
+    groups, *_, channels, filters = weight.shape
+    if weight.dtype != np.int32 or filters % (VECTOR // 4):
+        return WHOLE
+    if (channels % 2 and groups > 1) or channels == 1:  # no pairs
+        return WHOLE
+    inside = 2 * even(groups * channels)  # bytes of the low halves
+    if SHORT and not _high(weight).any():
+        return (inside, 0), (0, 0)
+    if LONG:
+        return (inside, 0), (0, even(channels) // 2), (0, 0)
+    return WHOLE
+
+
+def rows(weight: np.ndarray, phases: Phases) -> np.ndarray:
+    """The weights as a tile reads them: (..., rows, filters)."""
+    if len(phases) == 1:
+        return weight
+    odd = weight.shape[-2] % 2
+    whole = np.pad(weight, [(0, 0)] * (weight.ndim - 2) + [(0, odd), (0, 0)])
+    parts = [whole, _high(whole)][: len(phases) - 1]
+    pairs = [part[..., 0::2, :] & 0xFFFF | part[..., 1::2, :] << 16 for part in parts]
+    return np.concatenate(pairs, axis=-2)
+
+
+def split(x: np.ndarray) -> np.ndarray:
+    """A pixel's channels in halves, an odd last channel beside a zero.
+
+    Args:
+        x: (..., channels) int32.
+
+    Returns: (..., 2 * channels) int16, of an odd number 2 more.
+    """
+    channels = x.shape[-1]
+    out = np.zeros((*x.shape[:-1], 2 * even(channels)), dtype=np.int16)
+    _split(x.reshape(-1, channels), out.reshape(-1, out.shape[-1]))
+    return out
+
+
+@compiled
+def _split(x: np.ndarray, out: np.ndarray) -> None:
+    pixels, channels = x.shape
+    high = out.shape[1] // 2
+    for p in range(pixels):
+        for c in range(channels):
+            out[p, c] = np.int16(x[p, c])
+        for c in range(channels):
+            out[p, high + c] = np.int16((np.int64(x[p, c]) + (1 << 15)) >> 16)
+
+
+def even(channels: int) -> int:
+    """Channels with the one that fills up a pair."""
+    return channels + channels % 2
+
+
+def _high(weight: np.ndarray) -> np.ndarray:
+    """What is left of an element without its low half, which has a sign."""
+    high: np.ndarray = (weight.astype(np.int64) + (1 << 15) >> 16).astype(np.int32)
+    return high
