@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import pickle
 import tempfile
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -33,12 +34,13 @@ SEED = bytes(range(16))
 # The keystream.
 
 
-def counter_blocks(first: int) -> bytes:
-    """Five blocks of SEED's stream: AES of a counter, under a derived key."""
+def counter_blocks(first: int, count: int = 5) -> bytes:
+    """Blocks of SEED's stream: AES of a counter, under a derived key."""
     mac = CMAC(algorithms.AES(SEED))
     mac.update(b"stream")
     block = Cipher(algorithms.AES(mac.finalize()), modes.ECB()).encryptor()
-    return b"".join(block.update((first + i).to_bytes(16, "big")) for i in range(5))
+    counters = (first + i for i in range(count))
+    return b"".join(block.update(number.to_bytes(16, "big")) for number in counters)
 
 
 def test_stream_is_aes_in_counter_mode_under_a_derived_key() -> None:
@@ -119,6 +121,26 @@ def test_lanes_are_parts_of_one_counters_range() -> None:
     for lane in (-1, 1 << 64):
         with pytest.raises(RandomnessError, match="allowed are 0 to 2"):
             stream.fill(first, lane=lane)
+
+
+def test_threads_that_fill_from_lanes_do_not_mix_them() -> None:
+    """They share a cipher context."""
+    stream, lanes = Keystream(SEED), range(1, 5)
+    size = 1 << 20
+    outs = {lane: np.empty(size, dtype=np.uint8) for lane in lanes}
+
+    def fill(lane: int) -> None:
+        for _ in range(8):
+            outs[lane][:] = 0
+            stream.fill(outs[lane], lane=lane)
+
+    threads = [threading.Thread(target=fill, args=(lane,)) for lane in lanes]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for lane in lanes:
+        assert outs[lane].tobytes() == counter_blocks(lane << 64, size // 16)
 
 
 def test_fork_depends_on_seed_and_label_only() -> None:
