@@ -37,6 +37,9 @@ def words_of(degrees: Sequence[int] | np.ndarray) -> int:
     return 1 + sum(2 * int(degree) - 1 for degree in degrees)
 
 
+# The client's columns.
+_NO_ROWS = np.empty((1, 0, 2 * LANES), dtype=np.int64)
+
 # ---------------------------------------------------------------- both parties
 
 
@@ -149,17 +152,16 @@ def polynomial_share(
         *(() if public is None else (public,)),
         out,
     )
-    if public is None:
-        public = np.empty((groups, 0, 1), dtype=np.int64)
+    rows, whole = _NO_ROWS if public is None else repeated(public), n - n % LANES
     opened, values = map(np.ascontiguousarray, (opened, values))
-    rows, whole = repeated(public), n - n % LANES
     options = widths, degrees
     if whole:
         _polynomial_share(opened, *options, values, zeros, rows, 0, step, out)
     if whole < n:
         last = np.empty(LANES, dtype=np.int64)
         ends = padded(opened, whole), *options, padded(values, whole), zeros
-        _polynomial_share(*ends, rows, whole % public.shape[2], step, last)
+        phase = whole % (rows.shape[2] - LANES)
+        _polynomial_share(*ends, rows, phase, step, last)
         out[whole:] = last[: n - whole]
 
 
