@@ -15,6 +15,8 @@ from . import (
     concat_one,
     conv_padding,
     decode_negative,
+    device_convolution,
+    device_dispatch,
     encoder_range,
     exporter,
     generator,
@@ -47,6 +49,8 @@ PATCHES: list[Patch] = [
     batch_norm.PATCH,
     graph_inputs.PATCH,
     concat_one.PATCH,
+    device_convolution.PATCH,
+    device_dispatch.PATCH,
 ]
 
 
