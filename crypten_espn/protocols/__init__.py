@@ -191,7 +191,7 @@ def polyval(x: MPCTensor, polynomial: AnyPolynomial) -> MPCTensor:
         )
     frac_bits = x.encoder._precision_bits
     form = chosen.form(polynomial, frac_bits, world_size)
-    share = x.share
+    share = x.share.data  # on a GPU without CrypTen's wrapper
     form.check(tuple(share.shape))
     # Shares of more than two parties pass the ring's end several times.
     reduce = truncation.exact if world_size > 2 else truncation.local

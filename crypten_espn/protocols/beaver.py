@@ -43,11 +43,11 @@ def evaluate(x: torch.Tensor, p: torch.Tensor, form: Form) -> torch.Tensor:
         return result
 
     base = ArithmeticSharedTensor.from_shares(p, precision=0)
-    known = torch.stack([p, beaver.square(base).share])
+    known = torch.stack([p, beaver.square(base).share.data])
     for missing in _batches(n):
         factors = ArithmeticSharedTensor.from_shares(known[:missing], precision=0)
         highest = ArithmeticSharedTensor.from_shares(known[-1:], precision=0)
-        known = torch.cat([known, beaver.mul(factors, highest).share])
+        known = torch.cat([known, beaver.mul(factors, highest).share.data])
     for k in range(2, n + 1):
         c = form.multiple(k, 1, p)
         if c is not None:

@@ -11,6 +11,7 @@ import torch
 from crypten import communicator as comm
 from crypten.communicator.communicator import _logging
 from crypten.communicator.distributed_communicator import DistributedCommunicator
+from crypten.cuda import CUDALongTensor
 from torch import Tensor
 from torch.distributed import ProcessGroup, ReduceOp
 
@@ -60,7 +61,7 @@ class DirectCommunicator(DistributedCommunicator):
 
     @_logging
     def recv(self, tensor: Tensor, src: int | None = None) -> Tensor:
-        return self._pull([tensor.data])[0]
+        return _as(tensor, self._pull([tensor.data])[0])
 
     @_logging
     def isend(self, tensor: Tensor, dst: int) -> _Done:
@@ -100,9 +101,7 @@ class DirectCommunicator(DistributedCommunicator):
         if dst != self.get_rank():
             self._push(inputs)
             return None
-        theirs = self._pull(inputs)
-        result = [_combine(a, b, op) for a, b in zip(inputs, theirs, strict=True)]
-        return result if batched else result[0]
+        return _combined(input, inputs, self._pull(inputs), op)
 
     @_logging
     def all_reduce(
@@ -112,9 +111,7 @@ class DirectCommunicator(DistributedCommunicator):
         batched: bool = False,
     ) -> Tensor | list[Tensor]:
         inputs = _data(input)
-        theirs = self._swap(inputs)
-        result = [_combine(a, b, op) for a, b in zip(inputs, theirs, strict=True)]
-        return result if batched else result[0]
+        return _combined(input, inputs, self._swap(inputs), op)
 
     @_logging
     def gather(self, tensor: Tensor, dst: int) -> list[Tensor] | list[None]:
@@ -184,6 +181,21 @@ def _split(raw: memoryview, like: list[Tensor]) -> list[Tensor]:
         result.append(part.to(tensor.device))
         start += size
     return result
+
+
+def _as(given: Tensor, value: Tensor) -> Tensor:
+    """A value in the wrapper that CrypTen has around integers of a GPU, if any."""
+    return CUDALongTensor(value) if isinstance(given, CUDALongTensor) else value
+
+
+def _combined(
+    given: Tensor | list[Tensor], mine: list[Tensor], theirs: list[Tensor], op: object
+) -> Tensor | list[Tensor]:
+    """What a collective makes of both parties' tensors, in the form it was given."""
+    results = [_combine(a, b, op) for a, b in zip(mine, theirs, strict=True)]
+    if not isinstance(given, list):
+        return _as(given, results[0])
+    return [_as(x, result) for x, result in zip(given, results, strict=True)]
 
 
 def _combine(mine: Tensor, theirs: Tensor, op: object) -> Tensor:
