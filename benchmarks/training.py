@@ -81,11 +81,19 @@ def follow(
         train(recipe, out=folder, data=data, start=start, progress=not quiet)
     result = json.loads((folder / "result.json").read_text())
     del result["path"]
-    record = {"kind": kind, "machine": machine(), **result}
+    record = {"kind": kind, "machine": _where(), **result}
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / f"{title}.json", json.dumps(record, indent=1) + "\n")
     shutil.copyfile(folder / "log.csv", out / f"{title}.csv")
     return f"{title}: test accuracy {result['test_accuracy']:.2%}"
+
+
+def _where() -> dict[str, Any]:
+    """The machine, by the name of the device that trained where there is one."""
+    found = machine()
+    if torch.cuda.is_available():
+        found["processor"] = torch.cuda.get_device_name()
+    return found
 
 
 def _ended(folder: Path, recipe: Recipe) -> bool:
