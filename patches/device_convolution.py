@@ -31,8 +31,11 @@ def convolution(op: str, x: Tensor, weight: Tensor, **options: Any) -> Tensor:
     groups = options.pop("groups", 1)
     inputs = weight.size(0) // groups if "transpose" in op else weight.size(1)
     terms = inputs * weight[0, 0].numel()
-    blocks = 3 if terms <= 1 << (_MANTISSA - 2 * 22) else 4
-    bits = -(-64 // blocks)
+    blocks, bits = next(
+        (count, bits)
+        for count, bits in ((n, -(-64 // n)) for n in range(3, 64))
+        if 2 * bits + (terms - 1).bit_length() <= _MANTISSA
+    )
     pairs = [
         (i, j) for i in range(blocks) for j in range(blocks) if (i + j) * bits < 64
     ]
