@@ -370,6 +370,7 @@ TABLES = {
         ("masked",), functools.partial(_by_system, "cheetah", _seconds)
     ),
     "networks-plain": Table(("masked",), _limit),
+    "networks-vnni": Table(("vnni",), _limit),
     "networks-wire": Table(_WHOLE, functools.partial(_by_system, "loopback", _wire)),
     "networks-gains": Table(_WHOLE, _gains),
     "activations": Table(("activations",), _layer),

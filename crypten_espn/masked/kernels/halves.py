@@ -55,11 +55,18 @@ def rows(weight: np.ndarray, phases: Phases) -> np.ndarray:
     """The weights as a tile reads them: (..., rows, filters)."""
     if len(phases) == 1:
         return weight
-    odd = weight.shape[-2] % 2
-    whole = np.pad(weight, [(0, 0)] * (weight.ndim - 2) + [(0, odd), (0, 0)])
-    parts = [whole, _high(whole)][: len(phases) - 1]
-    pairs = [part[..., 0::2, :] & 0xFFFF | part[..., 1::2, :] << 16 for part in parts]
-    return np.concatenate(pairs, axis=-2)
+    if weight.shape[-2] % 2:
+        last = [(0, 0)] * (weight.ndim - 2) + [(0, 1), (0, 0)]
+        weight = np.pad(weight, last)
+    half = weight.shape[-2] // 2
+    shape = *weight.shape[:-2], half * (len(phases) - 1), weight.shape[-1]
+    out = np.empty(shape, dtype=np.int32)
+    for k in range(len(phases) - 1):
+        part = weight if k == 0 else _high(weight)
+        here = out[..., k * half : (k + 1) * half, :]
+        np.left_shift(part[..., 1::2, :], 16, out=here)
+        here |= part[..., 0::2, :] & 0xFFFF
+    return out
 
 
 def split(x: np.ndarray) -> np.ndarray:
@@ -94,5 +101,5 @@ def even(channels: int) -> int:
 
 def _high(weight: np.ndarray) -> np.ndarray:
     """What is left of an element without its low half, which has a sign."""
-    high: np.ndarray = (weight.astype(np.int64) + (1 << 15) >> 16).astype(np.int32)
+    high: np.ndarray = ((weight >> 15) + 1) >> 1
     return high
