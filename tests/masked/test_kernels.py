@@ -138,12 +138,12 @@ def check_convolution(
 
 def ways(weight, *, fast=False):
     """The filters as each kind of processor has them that this one can stand for."""
-    for halved in (False, True) if FEATURES.get("avx2") else (False,):
+    for halved in (False, True) if "avx2" in FEATURES else (False,):
         with patch.multiple(halves, SHORT=halved, LONG=halved):
             yield kernels.Filters(weight, fast=fast)
 
 
-@pytest.mark.skipif(not FEATURES.get("avx2"), reason="multiplies no halves")
+@pytest.mark.skipif("avx2" not in FEATURES, reason="multiplies no halves")
 @pytest.mark.parametrize("fast", [False, True])
 def test_weights_of_16_bits_take_two_phases_and_wider_ones_three(fast):
     # Winograd's weights are up to 9 times as large.
@@ -717,3 +717,42 @@ def test_kernels_stay_in_bounds(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.split("\n")[:3] == ["checked", "checked", "all in bounds"]
+
+
+RESTRICTED = """
+import numpy as np
+from crypten_espn.masked.kernels.tiles import FEATURES, VECTOR
+from tests.masked import test_kernels as cases
+
+assert VECTOR == 32 and len(FEATURES) <= 1
+rng, one, size = np.random.default_rng(0), (1, 1), (7, 6)
+for filters in (cases.LANES, 2 * cases.LANES + 3):
+    cases.check_convolution(
+        rng, 32, 1, 5, filters, (3, 3), one, one, (1, 0, 2, 1), size, 2
+    )
+cases.check_convolution(
+    rng, 32, 1, cases.LANES, cases.LANES, (3, 3), one, one, (1, 1, 1, 1), size, 1,
+    fast=True,
+)
+cases.test_polynomial_of_an_opening_is_exact(32, *cases.POLYNOMIALS[1])
+print("exact")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("features", ["", "+avx2"])
+def test_kernels_are_exact_where_numba_may_use_less_of_a_processor(features, tmp_path):
+    """As NUMBA_CPU_NAME=generic has it, or as on a processor with smaller vectors."""
+    if not {features.strip("+")} <= {"", *FEATURES}:
+        pytest.skip("this processor has none")
+    env = {
+        **os.environ,
+        "NUMBA_CPU_FEATURES": features,
+        "NUMBA_CACHE_DIR": str(tmp_path),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", RESTRICTED], env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout == "exact\n"

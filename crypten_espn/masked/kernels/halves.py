@@ -25,7 +25,7 @@ from .tiles import FEATURES, VECTOR, Phases
 
 #: Elements as they came: one phase.
 WHOLE: Phases = ((0, 0),)
-_FUSED = bool(FEATURES.get("avx512vnni" if VECTOR == 64 else "avxvnni"))
+_FUSED = ("avx512vnni" if VECTOR == 64 else "avxvnni") in FEATURES
 # Weights of 16 bits take 2 instructions for two products, wider ones 3. Against those a
 # processor that does 32 bits in one multiplication, as AMD's do, is as fast with it.
 SHORT = _FUSED

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from llvmlite import binding, ir
+from llvmlite import ir
 from numba import types
-from numba.core import cgutils
+from numba.core import cgutils, codegen, config
 from numba.core.base import BaseContext
 from numba.core.typing.context import BaseContext as Context
 from numba.core.typing.templates import Signature
@@ -19,17 +19,17 @@ from numba.extending import intrinsic
 from ...compiled import compiled
 
 
-def _features() -> dict[str, bool]:
-    """What this processor can do."""
-    try:
-        return dict(binding.get_host_cpu_features())
-    except RuntimeError:  # unknown to LLVM
-        return {}
+def _features() -> frozenset[str]:
+    """What numba may use of this processor, which a user can restrict."""
+    given = config.CPU_FEATURES
+    listed = codegen.get_host_cpu_features() if given is None else given
+    names = listed.split(",")
+    return frozenset(name[1:] for name in names if name.startswith("+"))
 
 
 FEATURES = _features()
 #: Bytes of the widest integer vector; one of 32 every processor can emulate.
-VECTOR = 64 if FEATURES.get("avx512f") else 32
+VECTOR = 64 if "avx512f" in FEATURES else 32
 #: By bytes of a vector, the instruction that multiplies two pairs of halves and adds.
 PAIRED = {32: "llvm.x86.avx2.pmadd.wd", 64: "llvm.x86.avx512.pmaddw.d.512"}
 #: Of a convolution; see `halves`.
