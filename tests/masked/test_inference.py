@@ -87,7 +87,9 @@ def test_fast_convolutions_are_the_references_bit_for_bit(precision, fast, side,
     model = planned(net, example, precision=precision)
     assert sum(shape.fast for shape in model.plan.weights) == fast
     for shape, filters in zip(model.plan.weights, model.weights.filters, strict=True):
-        assert shape.filter_bytes // 2 <= filters.packed.nbytes <= shape.filter_bytes
+        # With weights of 16 bits in halves, two phases, it is half.
+        share = 2 if len(filters.phases) == 2 else 1
+        assert filters.packed.nbytes * share == shape.filter_bytes
     x = images(batch, example)
     z, _ = check_bit_exact(model, x, index=1)
     assert float((model.plan.decode(z) - net(x)).abs().max()) < 0.1

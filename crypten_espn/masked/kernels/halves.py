@@ -44,7 +44,7 @@ def phases(weight: np.ndarray) -> Phases:
     if (channels % 2 and groups > 1) or channels == 1:  # no pairs
         return WHOLE
     inside = 2 * even(groups * channels)  # bytes of the low halves
-    if SHORT and not _high(weight).any():
+    if SHORT and weight.min() >= -(1 << 15) and weight.max() < 1 << 15:
         return (inside, 0), (0, 0)
     if LONG:
         return (inside, 0), (0, even(channels) // 2), (0, 0)
