@@ -165,7 +165,14 @@ _MANY = 1 << 19  # the dealer's values then come from memory, as in an inference
 _SHIFTS, _DEGREES = np.array([7, 18]), np.array([2, 4])
 _RING, _DROP, _STEP = 32, 32, 16
 _WORDS = kernels.words_of(_DEGREES)
-_ZEROS = np.zeros(_WORDS, dtype=np.int64)
+
+
+def _polynomial() -> kernels.Polynomial:
+    coeffs = np.ones((2, 5, 1), dtype=np.int64)
+    return kernels.Polynomial(
+        bits=_RING, shifts=_SHIFTS, degrees=_DEGREES, coeffs=coeffs,
+        linear=coeffs[0, 1], linear_shift=0, zeros=np.zeros(_WORDS, dtype=np.int64),
+    )  # fmt: skip
 
 
 def _polynomials() -> _Task:
@@ -174,17 +181,13 @@ def _polynomials() -> _Task:
     deltas = np.ones((1, _MANY), dtype=np.int32)
     openings = np.empty((2, _MANY), dtype=np.int32)
     words = np.ones((_WORDS, _MANY), dtype=np.int64)
-    coeffs = np.ones((2, 5, 1), dtype=np.int64)
+    polynomial = _polynomial()
     out = np.empty(_MANY, dtype=np.int64)
     following = np.empty(_MANY, dtype=np.int32)
 
     def run() -> None:
         kernels.shifted_openings(c, deltas, bits=_RING, shifts=_SHIFTS, out=openings)
-        kernels.polynomial_share(
-            openings, words, widths=_RING - _SHIFTS, degrees=_DEGREES, zeros=_ZEROS,
-            public=coeffs, step=0, out=out,
-        )  # fmt: skip
-        kernels.add_linear(c, bits=_RING, shift=0, coefficient=coeffs[0, 1], out=out)
+        polynomial.share(openings, words, c=c, step=0, out=out)
         kernels.truncate(out, out, bits=64, drop=_DROP, step=_STEP, out=following)
 
     return run, _WORDS * _MANY
@@ -195,16 +198,12 @@ def _deals() -> _Task:
     stream = Keystream()
     masks = np.ones((2, _ELEMENTS), dtype=np.int32)
     rounding = np.ones(_ELEMENTS, dtype=np.int64)
-    coeffs = np.ones((2, 5, 1), dtype=np.int64)
+    polynomial = _polynomial()
 
     def run() -> None:
         taken = np.empty((_WORDS, _ELEMENTS), dtype=np.int64)
         stream.fill(taken)
-        kernels.deal_polynomial(
-            masks, rounding, taken, bits=_RING, shifts=_SHIFTS, degrees=_DEGREES,
-            coeffs=coeffs, linear=coeffs[0, 1], linear_shift=0, zeros=_ZEROS,
-            out=np.empty_like(taken),
-        )  # fmt: skip
+        polynomial.deal(masks, rounding, taken, out=np.empty_like(taken))
 
     return run, _WORDS * _ELEMENTS
 

@@ -11,6 +11,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -101,8 +102,12 @@ class Evaluation(ABC):
 
     def payload(self, rows: int) -> tuple[tuple[int, int], ...]:
         """Elements and bits of each part of the server's message for so many inputs."""
-        sizes = zip(self.sizes, self.step.opened_bits, strict=True)
+        sizes = zip(self.sizes, self._opened_bits, strict=True)
         return tuple((rows * size, bits) for size, bits in sizes)
+
+    @cached_property
+    def _opened_bits(self) -> tuple[int, ...]:
+        return self.step.opened_bits
 
     def room(self, rows: int, space: Space) -> Openings:
         """Where a message of the server's for so many inputs is received."""
@@ -141,48 +146,31 @@ class Evaluation(ABC):
         """Let the second opening's mask, without the bits it drops, join the words."""
 
 
-@dataclass(frozen=True)
-class PolynomialTables:
-    """A step's activation as the kernels take it, its C columns by channel.
+def polynomial(act: Activation, ring: int, zeros: Sequence[int]) -> kernels.Polynomial:
+    """An activation of values modulo 2**ring, as the kernels read it.
 
     Args:
-        shifts, widths, degrees: (masks,) of each opening.
-        coeffs: (masks, K + 1, C) of each mask's powers; the constant is the first's.
-        zeros: (words,) low bits that each of the dealer's words is without.
-        linear, linear_shift: (C,) the power 1, and bits dropped from it.
+        zeros: low bits that each of the dealer's words is without.
     """
-
-    shifts: np.ndarray
-    widths: np.ndarray
-    degrees: np.ndarray
-    coeffs: np.ndarray
-    zeros: np.ndarray
-    linear: np.ndarray
-    linear_shift: int
-
-    @staticmethod
-    def of(act: Activation, ring: int) -> PolynomialTables:
-        """The tables of a polynomial of values modulo 2**ring."""
-        shifts = np.array(act.shifts(ring), dtype=np.int64)
-        degrees = np.array([group.degree for group in act.groups] or [1])
-        shape = act.masks, int(degrees.max()) + 1, max(act.columns)
-        coeffs = np.zeros(shape, dtype=np.int64)
-        for g, group in enumerate(act.groups):
-            rows = np.array(group.coeffs, dtype=np.int64)
-            coeffs[g, : group.degree + 1] = rows.T
-        coeffs[0, 0] = act.constant
-        linear = np.zeros(shape[2], dtype=np.int64)
-        if act.linear is not None:
-            linear[:] = act.linear.coefficient
-        return PolynomialTables(
-            shifts,
-            ring - shifts,
-            degrees,
-            coeffs,
-            np.array(act.zeros(ring), dtype=np.int64),
-            linear,
-            0 if act.linear is None else act.linear.shift,
-        )
+    degrees = np.array([group.degree for group in act.groups] or [1])
+    shape = act.masks, int(degrees.max()) + 1, max(act.columns)
+    coeffs = np.zeros(shape, dtype=np.int64)
+    for g, group in enumerate(act.groups):
+        rows = np.array(group.coeffs, dtype=np.int64)
+        coeffs[g, : group.degree + 1] = rows.T
+    coeffs[0, 0] = act.constant
+    linear = np.zeros(shape[2], dtype=np.int64)
+    if act.linear is not None:
+        linear[:] = act.linear.coefficient
+    return kernels.Polynomial(
+        bits=ring,
+        shifts=np.array(act.shifts(ring), dtype=np.int64),
+        degrees=degrees,
+        coeffs=coeffs,
+        linear=linear,
+        linear_shift=0 if act.linear is None else act.linear.shift,
+        zeros=np.array(zeros, dtype=np.int64),
+    )
 
 
 class OfPolynomial(Evaluation):
@@ -202,18 +190,18 @@ class OfPolynomial(Evaluation):
         self.opened = math.prod(values)
         self.sizes = (self.opened,) * act.masks
         self._pool = act.pool
-        self._tables = PolynomialTables.of(act, step.ring)
-        self._linear = bool(self._tables.linear.any())
+        self._zeros = act.zeros(step.ring)
+        self._polynomial = polynomial(act, step.ring, self._zeros)
 
     @property
     def activations(self) -> int:
         return self.opened
 
     def words_shape(self, rows: int) -> Shape:
-        return (len(self._tables.zeros), rows * self.opened)
+        return (len(self._zeros), rows * self.opened)
 
     def dealt(self, rows: int) -> tuple[tuple[int, int], ...]:
-        constant, *others = self._tables.zeros.tolist()
+        constant, *others = self._zeros
         parts = [(rows * self.opened, 64 - low) for low in others]
         return ((rows * self.elements, 64 - constant), *parts)
 
@@ -230,7 +218,7 @@ class OfPolynomial(Evaluation):
         return out
 
     def room(self, rows: int, space: Space) -> Openings:
-        dtypes = {kernels.ring_dtype(bits) for bits in self.step.opened_bits}
+        dtypes = {kernels.ring_dtype(bits) for bits in self._opened_bits}
         if len(dtypes) > 1:
             return super().room(rows, space)
         shape = len(self.sizes), rows * self.opened
@@ -240,68 +228,48 @@ class OfPolynomial(Evaluation):
         flat = c.reshape(-1)
         out = np.empty((len(self.sizes), flat.size), dtype=c.dtype)
         kernels.shifted_openings(
-            flat, deltas, bits=self.step.ring, shifts=self._tables.shifts, out=out
+            flat, deltas, bits=self.step.ring, shifts=self._polynomial.shifts, out=out
         )
         return out  # its rows
 
     def share(
         self, openings: Openings, words: np.ndarray, *, c: np.ndarray | None = None
     ) -> np.ndarray:
-        tables, bits = self._tables, self.step.ring
         pooled = self._pool is not None
         unsent = self.step.activation.unsent if c is None else 0
         half = np.empty(words.shape[1], dtype=np.int64)
-        kernels.polynomial_share(
+        self._polynomial.share(
             np.asarray(openings),
             words,
-            widths=tables.widths,
-            degrees=tables.degrees,
-            zeros=tables.zeros,
-            public=None if c is None else tables.coeffs,
+            c=None if c is None else c.reshape(-1),
             step=0 if pooled else unsent,
             out=half,
         )
-        if c is not None and self._linear:
-            kernels.add_linear(
-                c.reshape(-1),
-                bits=bits,
-                shift=tables.linear_shift,
-                coefficient=tables.linear,
-                out=half,
-            )
         if not pooled:
             return half
         # The constants' line is that of the sums, without one for each value.
-        low = tables.zeros[0]
+        low = self._zeros[0]
         half -= words[0] << low
         count = half.size // self.opened * self.elements
         return self._add_sums(half, words[0, :count] << low) >> unsent
 
     def deal(self, coins: Coins, words: np.ndarray) -> None:
-        tables = self._tables
-        zeros, rounding = tables.zeros, coins.rounding
-        if self._pool is not None:
-            # Every value's constant, whole; they are summed before it is cut.
-            zeros = np.concatenate([zeros[:1] * 0, zeros[1:]])
-            rounding = np.zeros(words.shape[1], dtype=np.int64)
-            first = words[0].copy()
-            words[0] = 0
-        kernels.deal_polynomial(
-            coins.masks,
-            rounding,
-            words,
-            bits=self.step.ring,
-            shifts=tables.shifts,
-            degrees=tables.degrees,
-            coeffs=tables.coeffs,
-            linear=tables.linear,
-            linear_shift=tables.linear_shift,
-            zeros=zeros,
-            out=words,
-        )
-        if self._pool is not None:
-            sums = self._add_sums(words[0], coins.rounding.copy())
-            words[0, : sums.size] = (sums >> tables.zeros[0]) - first[: sums.size]
+        if self._pool is None:
+            self._polynomial.deal(coins.masks, coins.rounding, words, out=words)
+            return
+        # Every value's constant, whole; they are summed before it is cut.
+        first = words[0].copy()
+        words[0] = 0
+        rounding = np.zeros(words.shape[1], dtype=np.int64)
+        self._before_sums.deal(coins.masks, rounding, words, out=words)
+        sums = self._add_sums(words[0], coins.rounding.copy())
+        words[0, : sums.size] = (sums >> self._zeros[0]) - first[: sums.size]
+
+    @cached_property
+    def _before_sums(self) -> kernels.Polynomial:
+        act = self.step.activation
+        assert isinstance(act, Activation)
+        return polynomial(act, self.step.ring, (0, *self._zeros[1:]))
 
     def hide(self, words: np.ndarray, hidden: np.ndarray) -> None:
         # The constant's word is without the bits that the client does not send.

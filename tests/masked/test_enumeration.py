@@ -212,22 +212,18 @@ def test_a_whole_activation_is_exact_and_hides_all_its_coins(
     last = slice(channels - 1, None, channels)
     taken = np.stack(pads)
     given = np.empty_like(taken)
-    shifts, degrees = np.array([shift]), np.array([2])
     coeffs = np.zeros((1, 3, channels), dtype=np.int64)
     coeffs[0, 2] = squares
-    kernels.deal_polynomial(
-        r[None],
-        rho,
-        taken,
+    of = kernels.Polynomial(
         bits=m,
-        shifts=shifts,
-        degrees=degrees,
+        shifts=np.array([shift]),
+        degrees=np.array([2]),
         coeffs=coeffs,
         linear=np.array(slopes),
         linear_shift=0,
         zeros=zeros,
-        out=given,
     )
+    of.deal(r[None], rho, taken, out=given)
     server_words, client_words = (
         (given, taken) if corrected == "server" else (taken, given)
     )
@@ -237,25 +233,10 @@ def test_a_whole_activation_is_exact_and_hides_all_its_coins(
         c = (z + (1 << (m - 2)) + r) % (1 << m)
         shifted = (c >> shift)[None]
         shares = []
-        for words, public in (
-            (server_words, coeffs),
-            (client_words, None),
-        ):
+        for words, own in ((server_words, c), (client_words, None)):
             out = np.empty_like(r)
-            kernels.polynomial_share(
-                shifted,
-                words,
-                widths=m - shifts,
-                degrees=degrees,
-                zeros=zeros,
-                public=public,
-                step=0,
-                out=out,
-            )
+            of.share(shifted, words, c=own, step=0, out=out)
             shares.append(out)
-        kernels.add_linear(
-            c, bits=m, shift=0, coefficient=np.array(slopes), out=shares[0]
-        )
         sent = shares[1] % (1 << v)
         opened = np.empty_like(r)
         kernels.truncate(shares[0], sent, bits=v, drop=s, step=0, out=opened)
@@ -282,42 +263,29 @@ def test_a_corrected_clients_message_is_uniform_to_a_server_that_knows_its_own_w
     m, shift, s, unsent = 3, 1, 3, 2
     v, width = m + s, m - shift
     zeros = np.array([unsent, 0, width, width])
-    shifts, degrees = np.array([shift]), np.array([2])
     r, rho, hidden = listed(1 << m, 1 << s, 1 << m)
     coeffs = np.zeros((1, 3, 1), dtype=np.int64)
     coeffs[0, 2] = 3
+    of = kernels.Polynomial(
+        bits=m,
+        shifts=np.array([shift]),
+        degrees=np.array([2]),
+        coeffs=coeffs,
+        linear=np.array([1]),
+        linear_shift=0,
+        zeros=zeros,
+    )
     draws = np.random.default_rng(0)
     for _ in range(32):
         drawn = draws.integers(0, 1 << v, 4)
         taken = np.repeat(drawn[:, None], len(r), axis=1)
         words = np.empty_like(taken)
-        kernels.deal_polynomial(
-            r[None],
-            rho,
-            taken,
-            bits=m,
-            shifts=shifts,
-            degrees=degrees,
-            coeffs=coeffs,
-            linear=np.array([1]),
-            linear_shift=0,
-            zeros=zeros,
-            out=words,
-        )
+        of.deal(r[None], rho, taken, out=words)
         words[0] += hidden << (s - unsent)
         for z in inner(m):
             c = (z + (1 << (m - 2)) + r) % (1 << m)
             share = np.empty_like(r)
-            kernels.polynomial_share(
-                (c >> shift)[None],
-                words,
-                widths=m - shifts,
-                degrees=degrees,
-                zeros=zeros,
-                public=None,
-                step=unsent,
-                out=share,
-            )
+            of.share((c >> shift)[None], words, c=None, step=unsent, out=share)
             sent = share % (1 << (v - unsent))
             assert is_uniform(ids(c, sent), 1 << (m + v - unsent))
 

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from crypten_espn.compiled import heat, variants
 from crypten_espn.errors import PlanError
 from crypten_espn.masked import kernels
-from crypten_espn.masked.evaluation import PolynomialTables
+from crypten_espn.masked.evaluation import polynomial
 from crypten_espn.masked.kernels import activation, halves
 from crypten_espn.masked.kernels.tiles import FEATURES
 from crypten_espn.masked.kernels.winograd import LANES
@@ -222,7 +222,7 @@ def check_polynomial(bits, linear, groups, count, *, every=7):
     constant = tuple(987654321 + c for c in range(max([1, *count_of])))
     # With so few bits to drop the client sends all, and nothing is left out of a word.
     act = Activation(16, 11, linear=linear, groups=groups, constant=constant)
-    tables, dtype = PolynomialTables.of(act, bits), kernels.ring_dtype(bits)
+    of, dtype = polynomial(act, bits, act.zeros(bits)), kernels.ring_dtype(bits)
     bound = 2 ** (bits - 2) - 1
     z = rng.integers(-bound, bound + 1, count)
     z[:4] = [-bound, bound, 0, -1][:count]
@@ -232,29 +232,17 @@ def check_polynomial(bits, linear, groups, count, *, every=7):
     coins = rng.integers(0, 2**32, count)
     taken = rng.integers(-(2**63), 2**63 - 1, (act.words, count))
     given = taken.copy()
-    kernels.deal_polynomial(
-        kernels.reduce_ring(r, bits),
-        coins,
-        given,
-        bits=bits,
-        shifts=tables.shifts,
-        degrees=tables.degrees,
-        coeffs=tables.coeffs,
-        linear=tables.linear,
-        linear_shift=tables.linear_shift,
-        zeros=tables.zeros,
-        out=given,
-    )
+    of.deal(kernels.reduce_ring(r, bits), coins, given, out=given)
     c = kernels.reduce_ring(z + 2 ** (bits - 2) + r[0], bits)
     opened = np.empty((act.masks, count), dtype=dtype)
     kernels.shifted_openings(
         c,
         kernels.reduce_ring(r[1:] - r[0], bits).astype(dtype),
         bits=bits,
-        shifts=tables.shifts,
+        shifts=of.shifts,
         out=opened,
     )
-    for row, mask, shift in zip(opened, r, tables.shifts, strict=True):
+    for row, mask, shift in zip(opened, r, of.shifts, strict=True):
         expected = ((z + 2 ** (bits - 2) + mask) % 2**bits) >> shift
         assert np.array_equal(
             row.astype(np.int64) & (2 ** (bits - shift) - 1), expected
@@ -262,25 +250,7 @@ def check_polynomial(bits, linear, groups, count, *, every=7):
     shares = []
     for values in (given, taken):
         out = np.empty(count, dtype=np.int64)
-        server = values is given
-        kernels.polynomial_share(
-            opened,
-            values,
-            widths=tables.widths,
-            degrees=tables.degrees,
-            zeros=tables.zeros,
-            public=tables.coeffs if server else None,
-            step=0,
-            out=out,
-        )
-        if server:
-            kernels.add_linear(
-                c,
-                bits=bits,
-                shift=tables.linear_shift,
-                coefficient=tables.linear,
-                out=out,
-            )
+        of.share(opened, values, c=c if values is given else None, step=0, out=out)
         shares.append(out)
     for i in range(0, count, every):
         expected = of_channel(act.constant, i) + int(coins[i])
@@ -301,36 +271,30 @@ def check_polynomial(bits, linear, groups, count, *, every=7):
 @pytest.mark.parametrize("rows, step", [(slice(0, 1), 0), (slice(1, 3), 16)])
 def test_a_share_of_some_inputs_is_that_of_all(rows, step, count):
     rng = np.random.default_rng(5)
-    degrees, widths = np.array([2, 4]), np.array([30, 20])
     elements = count * (1500 // count)
     opened = rng.integers(0, 2**20, (2, 3 * elements)).astype(np.int32)
     words = rng.integers(-(2**63), 2**63 - 1, (11, 3 * elements))
-    zeros = np.array([16, 0, 30, 31, 3, 0, 0, 20, 20, 20, 22])
-    public = rng.integers(-99, 99, (2, 5, count))
+    c = rng.integers(0, 2**30, 3 * elements).astype(np.int32)
+    of = kernels.Polynomial(
+        bits=30,
+        shifts=np.array([0, 10]),
+        degrees=np.array([2, 4]),
+        coeffs=rng.integers(-99, 99, (2, 5, count)),
+        linear=rng.integers(-99, 99, count),
+        linear_shift=3,
+        zeros=np.array([16, 0, 30, 31, 3, 0, 0, 20, 20, 20, 22]),
+    )
     found = []
     for part, drop in ((slice(0, 3), 0), (rows, step)):
         here = slice(part.start * elements, part.stop * elements)
-        out = np.empty(here.stop - here.start, dtype=np.int64)
-        kernels.polynomial_share(
-            opened[:, here],
-            np.ascontiguousarray(words[:, here]),
-            widths=widths,
-            degrees=degrees,
-            zeros=zeros,
-            public=public,
-            step=drop,
-            out=out,
-        )
-        linear = np.zeros_like(out)
-        kernels.add_linear(
-            opened[0, here], bits=30, shift=3, coefficient=public[1, 1], out=linear
-        )
-        found.append((out, linear))
+        for own in (c[here], None):
+            out = np.empty(here.stop - here.start, dtype=np.int64)
+            given = np.ascontiguousarray(words[:, here])
+            of.share(opened[:, here], given, c=own, step=drop, out=out)
+            found.append(out.view(np.uint64))
     here = slice(rows.start * elements, rows.stop * elements)
-    (all_shares, all_linear), (shares, linear) = found
-    whole = all_shares[here].view(np.uint64)
-    assert np.array_equal(shares.view(np.uint64), whole >> np.uint64(step))
-    assert np.array_equal(linear, all_linear[here])
+    for whole, some in zip(found[:2], found[2:], strict=True):
+        assert np.array_equal(some, whole[here] >> np.uint64(step))
 
 
 @pytest.mark.parametrize("drop, kept", [(32, 16), (24, 16), (12, 12), (8, 8), (44, 16)])
@@ -362,7 +326,7 @@ def test_a_mask_joins_a_line_of_shares_above_the_bits_that_round(bits):
 
 
 def test_dealing_in_place_gives_what_dealing_elsewhere_does():
-    call = right_calls()["deal_polynomial"]
+    call = right_calls()["Polynomial.deal"]
     rng = np.random.default_rng(7)
     taken = rng.integers(-(2**63), 2**63 - 1, (11, 5))
     elsewhere = np.empty_like(taken)
@@ -371,7 +335,7 @@ def test_dealing_in_place_gives_what_dealing_elsewhere_does():
     assert np.array_equal(taken, elsewhere)
 
 
-@pytest.mark.parametrize("name", ["polynomial_share", "deal_polynomial"])
+@pytest.mark.parametrize("name", ["Polynomial.share", "Polynomial.deal"])
 def test_operands_with_gaps_are_read_as_those_without(name):
     call = right_calls()[name]
     rng = np.random.default_rng(8)
@@ -440,32 +404,31 @@ def filters(*shape, fast=False):
 
 def right_calls():
     """Afresh for every test: one call of each public kernel that is right."""
-    shifts, degrees = np.array([3, 9]), np.array([2, 4])
+    shifts = np.array([3, 9])
+    given = {
+        "bits": 32, "shifts": shifts, "degrees": np.array([2, 4]),
+        "coeffs": words(2, 5, 3), "linear": words(3), "linear_shift": 2,
+        "zeros": words(11),
+    }  # fmt: skip
+    of = kernels.Polynomial(**given)
     return {
         "shifted_openings": Call(
             kernels.shifted_openings,
             {"c": narrow(5), "deltas": narrow(1, 5), "bits": 32, "shifts": shifts,
              "out": narrow(2, 5)},
         ),
-        "polynomial_share": Call(
-            kernels.polynomial_share,
-            {"opened": narrow(2, 5), "values": words(11, 5), "widths": 32 - shifts,
-             "degrees": degrees, "zeros": words(11), "public": words(2, 5, 3),
-             "step": 16, "out": words(5)},
-        ),
-        "hide": Call(kernels.hide, {"words": words(5), "mask": narrow(5), "kept": 16}),
-        "add_linear": Call(
-            kernels.add_linear,
-            {"c": narrow(5), "bits": 32, "shift": 2, "coefficient": words(3),
+        "Polynomial": Call(kernels.Polynomial, given),
+        "Polynomial.share": Call(
+            of.share,
+            {"opened": narrow(2, 5), "values": words(11, 5), "c": narrow(5), "step": 16,
              "out": words(5)},
         ),
-        "deal_polynomial": Call(
-            kernels.deal_polynomial,
+        "Polynomial.deal": Call(
+            of.deal,
             {"masks": narrow(2, 5), "rounding": words(5), "taken": words(11, 5),
-             "bits": 32, "shifts": shifts, "degrees": degrees, "coeffs": words(2, 5, 3),
-             "linear": words(3), "linear_shift": 2, "zeros": words(11),
              "out": words(11, 5)},
         ),
+        "hide": Call(kernels.hide, {"words": words(5), "mask": narrow(5), "kept": 16}),
         "truncate": Call(
             kernels.truncate,
             {"mine": words(5), "theirs": words(5), "bits": 64, "drop": 32, "step": 16,
@@ -513,75 +476,65 @@ WRONG = [
     ("shifted_openings", {"out": narrow(5)}),
     ("shifted_openings", {"out": narrow(1, 5)}),
     ("shifted_openings", {"bits": 65}),
-    ("polynomial_share", {"opened": narrow(1, 5)}),
-    ("polynomial_share", {"opened": narrow(5)}),
-    ("polynomial_share", {"opened": np.ones((2, 5))}),
-    ("polynomial_share", {"values": words(12, 5)}),
-    ("polynomial_share", {"values": words(11, 6)}),
-    ("polynomial_share", {"values": words(1, 11, 5)}),
-    ("polynomial_share", {"values": words(12, 5), "zeros": words(12)}),
-    ("polynomial_share", {"zeros": words(10)}),
-    ("polynomial_share", {"zeros": words(11) + 64}),
-    ("polynomial_share", {"zeros": -words(11)}),
-    ("polynomial_share", {"zeros": narrow(11)}),
-    ("polynomial_share", {"degrees": np.array([6])}),
-    ("polynomial_share", {"degrees": np.array([6, 0])}),
-    ("polynomial_share", {"degrees": np.array([-1, 7])}),
-    ("polynomial_share", {"widths": np.array([30])}),
-    ("polynomial_share", {"widths": np.array([30, 64])}),
-    ("polynomial_share", {"widths": np.array([0, 30])}),
-    ("polynomial_share", {"widths": np.array([30, 33])}),
-    ("polynomial_share", {"public": words(2, 5, 0)}),
-    ("polynomial_share", {"public": words(1, 5, 3)}),
-    ("polynomial_share", {"public": words(3, 5, 3)}),
-    ("polynomial_share", {"public": words(2, 4, 3)}),
-    ("polynomial_share", {"public": words(2, 5)}),
-    ("polynomial_share", {"public": narrow(2, 5, 3)}),
-    ("polynomial_share", {"public": np.ones((2, 5, 3))}),
-    ("polynomial_share", {"step": 64}),
-    ("polynomial_share", {"out": words(10)[::2]}),
-    ("polynomial_share", {"out": words(4)}),
-    ("polynomial_share", {"out": narrow(5)}),
+    ("Polynomial.share", {"opened": narrow(1, 5)}),
+    ("Polynomial.share", {"opened": narrow(5)}),
+    ("Polynomial.share", {"opened": np.ones((2, 5))}),
+    ("Polynomial.share", {"opened": words(2, 5)}),
+    ("Polynomial.share", {"values": words(12, 5)}),
+    ("Polynomial.share", {"values": words(11, 6)}),
+    ("Polynomial.share", {"values": words(1, 11, 5)}),
+    ("Polynomial.share", {"values": narrow(11, 5)}),
+    ("Polynomial.share", {"c": narrow(4)}),
+    ("Polynomial.share", {"c": words(5)}),
+    ("Polynomial.share", {"c": narrow(5, 1)}),
+    ("Polynomial.share", {"step": 64}),
+    ("Polynomial.share", {"out": words(10)[::2]}),
+    ("Polynomial.share", {"out": words(4)}),
+    ("Polynomial.share", {"out": narrow(5)}),
     ("hide", {"words": words(4)}),
     ("hide", {"words": narrow(5)}),
     ("hide", {"words": words(5, 1), "mask": narrow(5, 1)}),
     ("hide", {"mask": np.ones(5)}),
     ("hide", {"kept": 64}),
     ("hide", {"kept": -1}),
-    ("add_linear", {"c": narrow(6)}),
-    ("add_linear", {"out": narrow(5)}),
-    ("add_linear", {"c": narrow(5, 1), "out": words(5, 1)}),
-    ("add_linear", {"coefficient": words(0)}),
-    ("add_linear", {"coefficient": words(1, 3)}),
-    ("add_linear", {"coefficient": narrow(3)}),
-    ("add_linear", {"shift": 31}),
-    ("add_linear", {"shift": -1}),
-    ("deal_polynomial", {"out": words(11, 10)[:, ::2]}),
-    ("deal_polynomial", {"masks": narrow(1, 5)}),
-    ("deal_polynomial", {"masks": narrow(2, 4)}),
-    ("deal_polynomial", {"rounding": words(4)}),
-    ("deal_polynomial", {"rounding": words(5, 1)}),
-    ("deal_polynomial", {"taken": words(12, 5)}),
-    ("deal_polynomial", {"out": words(11, 4)}),
-    ("deal_polynomial", {"out": narrow(11, 5)}),
-    ("deal_polynomial", {"zeros": words(10)}),
-    ("deal_polynomial", {"zeros": words(11) + 64}),
-    ("deal_polynomial", {"bits": 64}),
-    ("deal_polynomial", {"degrees": np.array([6, 0])}),
-    ("deal_polynomial", {"degrees": np.array([1, 5])}),
-    ("deal_polynomial", {"coeffs": words(2, 4, 3)}),
-    ("deal_polynomial", {"coeffs": words(1, 5, 3)}),
-    ("deal_polynomial", {"coeffs": words(2, 5, 4)}),
-    ("deal_polynomial", {"coeffs": words(2, 15)}),
-    ("deal_polynomial", {"coeffs": np.ones((2, 5, 3))}),
-    ("deal_polynomial", {"coeffs": words(2, 5, 0), "linear": words(0)}),
-    ("deal_polynomial", {"linear": words(1)}),
-    ("deal_polynomial", {"linear": narrow(3)}),
-    ("deal_polynomial", {"degrees": np.array([-1, 7])}),
-    ("deal_polynomial", {"shifts": np.array([-1, 9])}),
-    ("deal_polynomial", {"shifts": np.array([3])}),
-    ("deal_polynomial", {"shifts": np.array([3, 40])}),
-    ("deal_polynomial", {"linear_shift": 32}),
+    ("Polynomial.deal", {"out": words(11, 10)[:, ::2]}),
+    ("Polynomial.deal", {"masks": narrow(1, 5)}),
+    ("Polynomial.deal", {"masks": narrow(2, 4)}),
+    ("Polynomial.deal", {"masks": np.ones((2, 5))}),
+    ("Polynomial.deal", {"rounding": words(4)}),
+    ("Polynomial.deal", {"rounding": words(5, 1)}),
+    ("Polynomial.deal", {"rounding": narrow(5)}),
+    ("Polynomial.deal", {"taken": words(12, 5)}),
+    ("Polynomial.deal", {"out": words(11, 4)}),
+    ("Polynomial.deal", {"out": narrow(11, 5)}),
+    ("Polynomial", {"bits": 64}),
+    ("Polynomial", {"bits": 1}),
+    ("Polynomial", {"degrees": np.array([6, 0])}),
+    ("Polynomial", {"degrees": np.array([1, 5])}),
+    ("Polynomial", {"degrees": np.array([-1, 7])}),
+    ("Polynomial", {"degrees": np.array([6])}),
+    ("Polynomial", {"degrees": np.array([2.0, 4.0])}),
+    ("Polynomial", {"shifts": np.array([-1, 9])}),
+    ("Polynomial", {"shifts": np.array([3])}),
+    ("Polynomial", {"shifts": np.array([3, 40])}),
+    ("Polynomial", {"coeffs": words(2, 4, 3)}),
+    ("Polynomial", {"coeffs": words(1, 5, 3)}),
+    ("Polynomial", {"coeffs": words(3, 5, 3)}),
+    ("Polynomial", {"coeffs": words(2, 5, 4)}),
+    ("Polynomial", {"coeffs": words(2, 15)}),
+    ("Polynomial", {"coeffs": np.ones((2, 5, 3))}),
+    ("Polynomial", {"coeffs": narrow(2, 5, 3)}),
+    ("Polynomial", {"coeffs": words(2, 5, 0), "linear": words(0)}),
+    ("Polynomial", {"linear": words(1)}),
+    ("Polynomial", {"linear": narrow(3)}),
+    ("Polynomial", {"linear": words(1, 3)}),
+    ("Polynomial", {"linear_shift": 31}),
+    ("Polynomial", {"linear_shift": -1}),
+    ("Polynomial", {"zeros": words(10)}),
+    ("Polynomial", {"zeros": words(12)}),
+    ("Polynomial", {"zeros": words(11) + 64}),
+    ("Polynomial", {"zeros": -words(11)}),
+    ("Polynomial", {"zeros": narrow(11)}),
     ("truncate", {"mine": words(4)}),
     ("truncate", {"theirs": narrow(5)}),
     ("truncate", {"out": np.ones(5)}),
@@ -632,19 +585,15 @@ WRONG = [
 def test_after_heating_no_polynomial_of_channels_of_its_own_is_compiled(channels):
     heat()
     before = variants(activation.__name__)
-    shifts, degrees = np.array([2, 9]), np.array([2, 4])
-    values, out = words(11, 200), words(200)
-    options = {"degrees": degrees, "zeros": words(11)}
-    coeffs, opened = words(2, 5, channels), narrow(2, 200)
-    for public in (coeffs, None):
-        kernels.polynomial_share(
-            opened, values, widths=30 - shifts, public=public, step=0, out=out,
-            **options,
-        )  # fmt: skip
-    kernels.deal_polynomial(
-        opened, out, values, bits=30, shifts=shifts, coeffs=coeffs,
-        linear=words(channels), linear_shift=0, out=values, **options,
+    of = kernels.Polynomial(
+        bits=30, shifts=np.array([2, 9]), degrees=np.array([2, 4]),
+        coeffs=words(2, 5, channels), linear=words(channels), linear_shift=0,
+        zeros=words(11),
     )  # fmt: skip
+    values, out, opened = words(11, 200), words(200), narrow(2, 200)
+    for c in (opened[1], None):
+        of.share(opened, values, c=c, step=0, out=out)
+    of.deal(opened, out, values, out=values)
     assert variants(activation.__name__) == before
 
 

@@ -31,14 +31,15 @@ from .vectors import LANES, load, negative, padded, repeated, store
 
 BLOCK = 512  # elements of which a pass keeps sums in the first-level cache
 
+# Of a `Polynomial`: bits, shifts, degrees, coeffs, linear, linear_shift, zeros; what
+# stands by channel is repeated.
+_Tables = tuple[int, np.ndarray, np.ndarray, np.ndarray, np.ndarray, int, np.ndarray]
+
 
 def words_of(degrees: Sequence[int] | np.ndarray) -> int:
     """The dealer's words for one element, the groups' degrees given."""
     return 1 + sum(2 * int(degree) - 1 for degree in degrees)
 
-
-# The client's columns.
-_NO_ROWS = np.empty((1, 0, 2 * LANES), dtype=np.int64)
 
 # ---------------------------------------------------------------- both parties
 
@@ -46,23 +47,22 @@ _NO_ROWS = np.empty((1, 0, 2 * LANES), dtype=np.int64)
 @compiled
 def _polynomial_share(
     opened: np.ndarray,
-    widths: np.ndarray,
-    degrees: np.ndarray,
     values: np.ndarray,
-    zeros: np.ndarray,
-    public: np.ndarray,
+    c: np.ndarray,
     phase: int,
+    tables: _Tables,
     step: int,
     out: np.ndarray,
 ) -> None:
-    own, period = public.shape[1] > 0, public.shape[2] - LANES
+    bits, shifts, degrees, coeffs, linear, linear_shift, zeros = tables
+    own, period = c.shape[0] > 0, coeffs.shape[2] - LANES
     groups, vectors = opened.shape[0], out.shape[0] - LANES + 1
     for start in range(0, vectors, BLOCK):
         stop = min(start + BLOCK, vectors)
         first = phase
         index = 1
         for g in range(groups):
-            width, degree = widths[g], degrees[g]
+            width, degree = bits - shifts[g], degrees[g]
             beside = index + degree - 1
             mask, offset = (np.int64(1) << width) - 1, np.int64(1) << (width - 2)
             drop = step if g == groups - 1 else 0
@@ -73,6 +73,10 @@ def _polynomial_share(
                 # All ones where the top bit is set: the logical case.
                 top = negative(u << (64 - width))
                 result += (load(values, (beside, i)) << zeros[beside]) & top
+                if own and g == 0:
+                    d = (load(c, (i,)) & ((np.int64(1) << bits) - 1)) >> linear_shift
+                    d = d - (np.int64(1) << (bits - 2 - linear_shift))
+                    result += load(linear, (0, phase)) * d
                 if degree > 1:
                     d = u - offset
                     # Horner in the opened value; the leading coefficient is public.
@@ -80,8 +84,8 @@ def _polynomial_share(
                     acc = load(values, (beside - 1, i)) << zeros[beside - 1]
                     acc += (load(values, (beside + j, i)) << zeros[beside + j]) & top
                     if own:
-                        acc += load(public, (g, degree, phase)) * d
-                        acc += load(public, (g, j, phase))
+                        acc += load(coeffs, (g, degree, phase)) * d
+                        acc += load(coeffs, (g, j, phase))
                     for back in range(2, degree):
                         j, base = degree - back, beside - back
                         other = beside + j
@@ -89,7 +93,7 @@ def _polynomial_share(
                         acc += load(values, (base, i)) << zeros[base]
                         acc += (load(values, (other, i)) << zeros[other]) & top
                         if own:
-                            acc += load(public, (g, j, phase))
+                            acc += load(coeffs, (g, j, phase))
                     result += acc * d
                 store(out, (i,), result >> drop)
                 phase += LANES
@@ -98,102 +102,19 @@ def _polynomial_share(
             index = beside + degree
 
 
-def polynomial_share(
-    opened: np.ndarray,
-    values: np.ndarray,
-    *,
-    widths: np.ndarray,
-    degrees: np.ndarray,
-    zeros: np.ndarray,
-    public: np.ndarray | None,
-    step: int,
-    out: np.ndarray,
-) -> None:
-    """One party's share of p(x) but for its linear term, each operand read once.
-
-    With D_k = opened[k] - 2**(widths[k]-2), the sum over groups and powers j of
-    public * D_k**j and, for each power below the degree, its selected value.
-
-    Args:
-        opened: (groups, n), row k modulo 2**widths[k]: c_k >> s_k. Of int32 where no
-            width is above 32, or of int64.
-        values: (V, n) this party's shares of the dealer's words, in the module's order,
-            word j without its zeros[j] low bits; what stands above 64 - zeros[j] does
-            not count.
-        widths, degrees: (groups,) int64; a group of degree 1 has its constant alone.
-        zeros: (V,) int64.
-        public: (groups, K + 1, C) p's own coefficients from power 1 on; None for the
-            client. K is at least the largest degree; element i belongs to channel
-            i % C.
-        step: low bits dropped from the share at the end.
-        out: (n,) contiguous, the share modulo 2**64 without `step` low bits.
-    """
-    groups, n = len(degrees), len(out)
-    require(
-        opened.shape == (groups, n)
-        and out.ndim == 1
-        and same_ring(opened)
-        and same_ring(out, values, widths, degrees, zeros)
-        and out.dtype == np.int64
-        and widths.shape == degrees.shape == (groups,)
-        and groups > 0
-        and within(1, degrees, 1 << 31)
-        and (public is None or _are_coefficients(public, degrees))
-        and values.ndim == 2
-        and zeros.shape == (len(values),) == (words_of(degrees),)
-        and within(0, zeros, 64)
-        and values.shape[1] == n
-        and out.flags.c_contiguous
-        and 0 <= step < 64
-        and within(1, widths, 64 if opened.dtype == np.int64 else 33),
-        "polynomial_share",
-        opened,
-        values,
-        *(() if public is None else (public,)),
-        out,
-    )
-    rows, whole = _NO_ROWS if public is None else repeated(public), n - n % LANES
-    opened, values = map(np.ascontiguousarray, (opened, values))
-    options = widths, degrees
-    if whole:
-        _polynomial_share(opened, *options, values, zeros, rows, 0, step, out)
-    if whole < n:
-        last = np.empty(LANES, dtype=np.int64)
-        ends = padded(opened, whole), *options, padded(values, whole), zeros
-        phase = whole % (rows.shape[2] - LANES)
-        _polynomial_share(*ends, rows, phase, step, last)
-        out[whole:] = last[: n - whole]
-
-
-def _are_coefficients(coeffs: np.ndarray, degrees: np.ndarray) -> bool:
-    """Whether every group has rows up to its degree, with as many columns."""
-    return (
-        coeffs.ndim == 3
-        and coeffs.dtype == np.int64
-        and len(coeffs) == len(degrees)
-        and within(1, degrees, coeffs.shape[1])
-        and coeffs.size > 0
-    )
-
-
 # ---------------------------------------------------------------- the dealer
 
 
 @compiled
 def _deal_polynomial(
     masks: np.ndarray,
-    bits: int,
-    shifts: np.ndarray,
-    degrees: np.ndarray,
-    coeffs: np.ndarray,
-    linear: np.ndarray,
-    linear_shift: int,
-    zeros: np.ndarray,
-    phase: int,
     rounding: np.ndarray,
     taken: np.ndarray,
+    phase: int,
+    tables: _Tables,
     out: np.ndarray,
 ) -> None:
+    bits, shifts, degrees, coeffs, linear, linear_shift, zeros = tables
     period, vectors = coeffs.shape[2] - LANES, rounding.shape[0] - LANES + 1
     constant = np.empty(BLOCK, np.int64)
     # The coefficients of one vector in both cases, power by power.
@@ -267,105 +188,186 @@ def _deal_polynomial(
             store(out, (0, i), value - load(taken, (0, i)))
 
 
-def deal_polynomial(
-    masks: np.ndarray,
-    rounding: np.ndarray,
-    taken: np.ndarray,
-    *,
-    bits: int,
-    shifts: np.ndarray,
-    degrees: np.ndarray,
-    coeffs: np.ndarray,
-    linear: np.ndarray,
-    linear_shift: int,
-    zeros: np.ndarray,
-    out: np.ndarray,
-) -> None:
-    """The dealer's words, less the shares already taken.
+# ---------------------------------------------------------------- a polynomial
 
-    Coefficients in D of a group's polynomial of D + t are found by repeated synthetic
-    division (Shaw and Traub, On the number of multiplications for the evaluation of a
-    polynomial, JACM 1974), for the logical shift; those for the arithmetic one from
-    them likewise, where multiplying by the difference is a shift.
+
+class Polynomial:
+    """A polynomial of opened values as both passes read it, checked once.
 
     Args:
-        masks: (groups, n) uniform masks r_k modulo 2**bits.
-        rounding: (n,) int64, added to the constant: the second opening's rounding
-            coins.
-        taken: (V, n) the other party's shares, uniform.
-        shifts, degrees: (groups,) int64; of a group of degree 1 the constant counts.
+        bits: m of the opened values' ring.
+        shifts, degrees: (groups,) int64; a group of degree 1 has its constant alone.
         coeffs: (groups, K + 1, C): coeffs[g, k] multiplies x**k; K is at least the
-            largest degree. Element i is of channel i % C.
+            largest degree, and the constants may all stand in the first group. Element
+            i is of channel i % C.
         linear, linear_shift: (C,) the linear term's coefficient, and bits dropped from
-            x; it goes with the first group's mask.
-        zeros: (V,) int64, low bits that each word is without.
-        out: (V, n) contiguous, what this party gets; the low 64 - zeros[j] bits of
-            word j count. May be `taken` itself.
+            x; it goes with the first group's mask, and is the server's alone.
+        zeros: (V,) int64, low bits that each of the dealer's words is without.
+
+    Raises: PlanError where these do not belong together.
     """
-    groups, n = len(degrees), len(rounding)
-    require(
-        masks.shape == (groups, n)
-        and rounding.ndim == 1
-        and same_ring(masks)
-        and same_ring(out, taken, linear, rounding, shifts, degrees, zeros)
-        and out.dtype == np.int64
-        and shifts.shape == degrees.shape == (groups,)
-        and groups > 0
-        and _are_coefficients(coeffs, degrees)
-        and linear.shape == (coeffs.shape[2],)
-        and taken.shape == out.shape == (words_of(degrees), n)
-        and zeros.shape == (len(out),)
-        and within(0, zeros, 64)
-        and out.flags.c_contiguous
-        and 1 <= bits < 64
-        and within(0, shifts, bits)
-        and 0 <= linear_shift < bits,
-        "deal_polynomial",
-        masks,
-        taken,
-        coeffs,
-        linear,
-        out,
-    )
-    masks, rounding, taken = map(np.ascontiguousarray, (masks, rounding, taken))
-    rows, first, whole = repeated(coeffs), repeated(linear[None]), n - n % LANES
-    options = bits, shifts, degrees, rows, first, linear_shift, zeros
-    if whole:
-        _deal_polynomial(masks, *options, 0, rounding, taken, out)
-    if whole < n:
-        last = padded(taken, whole)
-        coins, phase = padded(rounding, whole), whole % len(linear)
-        _deal_polynomial(padded(masks, whole), *options, phase, coins, last, last)
-        out[:, whole:] = last[:, : n - whole]
+
+    def __init__(
+        self,
+        *,
+        bits: int,
+        shifts: np.ndarray,
+        degrees: np.ndarray,
+        coeffs: np.ndarray,
+        linear: np.ndarray,
+        linear_shift: int,
+        zeros: np.ndarray,
+    ) -> None:
+        require(
+            same_ring(coeffs, linear, shifts, degrees, zeros)
+            and coeffs.dtype == np.int64
+            and shifts.shape == degrees.shape == (len(coeffs),)
+            and coeffs.ndim == 3
+            and coeffs.size > 0
+            and within(1, degrees, coeffs.shape[1])
+            and linear.shape == (coeffs.shape[2],)
+            and zeros.shape == (words_of(degrees),)
+            and within(0, zeros, 64)
+            and 2 <= bits < 64
+            and within(0, shifts, bits)
+            and 0 <= linear_shift <= bits - 2,
+            "Polynomial",
+            shifts,
+            degrees,
+            coeffs,
+            linear,
+            zeros,
+        )
+        self.shifts, self.words = shifts, len(zeros)
+        own = repeated(linear[None])
+        self._period = own.shape[1] - LANES
+        self._narrow = within(1, bits - shifts, 33)
+        columns = repeated(coeffs)
+        self._tables = bits, shifts, degrees, columns, own, linear_shift, zeros
+
+    def share(
+        self,
+        opened: np.ndarray,
+        values: np.ndarray,
+        *,
+        c: np.ndarray | None,
+        step: int,
+        out: np.ndarray,
+    ) -> None:
+        """One party's share of p(x), each operand read once.
+
+        With D_k = (c_k >> s_k) - 2**(m-2-s_k), the sum over groups and powers j of
+        coeffs[k, j] * D_k**j from power 1 on and, for each power below the degree, its
+        selected value; and the linear term. The client's share is the values alone.
+
+        Args:
+            opened: (groups, n), row k is c_k >> s_k modulo 2**(m-s_k). Of int32 where
+                none has more than 32 bits, or of int64.
+            values: (V, n) this party's shares of the dealer's words, in the module's
+                order, word j without its zeros[j] low bits; what stands above
+                64 - zeros[j] does not count.
+            c: (n,) the opening modulo 2**m in opened's type; None for the client.
+            step: low bits dropped from the share at the end.
+            out: (n,) contiguous, the share modulo 2**64 without `step` low bits.
+
+        Raises: PlanError where the shapes do not belong together.
+        """
+        n = len(out)
+        require(
+            opened.shape == (len(self.shifts), n)
+            and out.ndim == 1
+            and same_ring(opened)
+            and same_ring(out, values)
+            and out.dtype == np.int64
+            and values.shape == (self.words, n)
+            and (c is None or (c.shape == (n,) and c.dtype == opened.dtype))
+            and out.flags.c_contiguous
+            and 0 <= step < 64
+            and (self._narrow or opened.dtype == np.int64),
+            "Polynomial.share",
+            opened,
+            values,
+            *(() if c is None else (c,)),
+            out,
+        )
+        opened, values = map(np.ascontiguousarray, (opened, values))
+        own = np.empty(0, opened.dtype) if c is None else np.ascontiguousarray(c)
+        whole = n - n % LANES
+        if whole:
+            _polynomial_share(opened, values, own, 0, self._tables, step, out)
+        if whole < n:
+            last, phase = np.empty(LANES, dtype=np.int64), whole % self._period
+            own = own if c is None else padded(own, whole)
+            ends = padded(opened, whole), padded(values, whole), own, phase
+            _polynomial_share(*ends, self._tables, step, last)
+            out[whole:] = last[: n - whole]
+
+    def deal(
+        self,
+        masks: np.ndarray,
+        rounding: np.ndarray,
+        taken: np.ndarray,
+        *,
+        out: np.ndarray,
+    ) -> None:
+        """The dealer's words, less the shares already taken.
+
+        Coefficients in D of a group's polynomial of D + t are found by repeated
+        synthetic division (Shaw and Traub, On the number of multiplications for the
+        evaluation of a polynomial, JACM 1974), for the logical shift; those for the
+        arithmetic one from them likewise, where multiplying by the difference is a
+        shift.
+
+        Args:
+            masks: (groups, n) uniform masks r_k modulo 2**m.
+            rounding: (n,) int64, added to the constant: the second opening's rounding
+                coins.
+            taken: (V, n) the other party's shares, uniform.
+            out: (V, n) contiguous, what this party gets; the low 64 - zeros[j] bits of
+                word j count. May be `taken` itself.
+
+        Raises: PlanError where the shapes do not belong together.
+        """
+        n = len(rounding)
+        require(
+            masks.shape == (len(self.shifts), n)
+            and rounding.ndim == 1
+            and same_ring(masks)
+            and same_ring(out, taken, rounding)
+            and out.dtype == np.int64
+            and taken.shape == out.shape == (self.words, n)
+            and out.flags.c_contiguous,
+            "Polynomial.deal",
+            masks,
+            rounding,
+            taken,
+            out,
+        )
+        masks, rounding, taken = map(np.ascontiguousarray, (masks, rounding, taken))
+        whole = n - n % LANES
+        if whole:
+            _deal_polynomial(masks, rounding, taken, 0, self._tables, out)
+        if whole < n:
+            last, phase = padded(taken, whole), whole % self._period
+            ends = padded(masks, whole), padded(rounding, whole), last, phase
+            _deal_polynomial(*ends, self._tables, last)
+            out[:, whole:] = last[:, : n - whole]
 
 
 @heats
 def _all_types() -> None:
-    degrees, coeffs = np.array([2, 2]), np.zeros((2, 3, 2), np.int64)
-    values, zeros = np.zeros((7, LANES), np.int64), np.zeros(7, np.int64)
-    half = np.zeros(LANES, np.int64)
+    polynomial = Polynomial(
+        bits=20,
+        shifts=np.array([0, 2]),
+        degrees=np.array([2, 2]),
+        coeffs=np.zeros((2, 3, 2), np.int64),
+        linear=np.zeros(2, np.int64),
+        linear_shift=0,
+        zeros=np.zeros(7, np.int64),
+    )
+    values, half = np.zeros((7, LANES), np.int64), np.zeros(LANES, np.int64)
     for dtype in (np.int32, np.int64):
         openings = np.zeros((2, LANES), dtype)
-        polynomial_share(
-            openings,
-            values,
-            widths=np.array([20, 18]),
-            degrees=degrees,
-            zeros=zeros,
-            public=coeffs,
-            step=0,
-            out=half,
-        )
-        deal_polynomial(
-            openings,
-            half,
-            values,
-            bits=20,
-            shifts=np.array([0, 2]),
-            degrees=degrees,
-            coeffs=coeffs,
-            linear=coeffs[0, 1],
-            linear_shift=0,
-            zeros=zeros,
-            out=values,
-        )
+        for c in (openings[0], None):
+            polynomial.share(openings, values, c=c, step=0, out=half)
+        polynomial.deal(openings, half, values, out=values)

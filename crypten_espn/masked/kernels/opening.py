@@ -1,10 +1,7 @@
 """Passes at both openings of a polynomial.
 
-What the client receives of the first, the term that the server adds from it, and the
-next value from both halves of the second.
-
-Values are channels-last, and coefficients stand by channel: element i reads column
-i % C of C columns.
+What the client receives of the first, and the next value from both halves of the
+second, under the mask that joined one of them.
 """
 
 from __future__ import annotations
@@ -13,8 +10,6 @@ import numpy as np
 
 from ...compiled import compiled, heats
 from .ring import require, same_ring, within
-
-BLOCK = 512  # elements, about, that read repeated coefficients without a gap
 
 
 @compiled
@@ -32,29 +27,6 @@ def _shifted_openings(
             delta = deltas[k - 1]
             for i in range(c.shape[0]):
                 line[i] = ((np.int64(c[i]) + np.int64(delta[i])) & mask) >> shift
-
-
-@compiled
-def _add_linear(
-    c: np.ndarray,
-    bits: int,
-    shift: int,
-    coefficient: np.ndarray,
-    out: np.ndarray,
-) -> None:
-    mask = np.int64(-1) if bits == 64 else (np.int64(1) << bits) - 1
-    offset = np.int64(1) << (bits - 2 - shift)
-    total, period = out.shape[0], coefficient.shape[0]
-    start = 0
-    while start < total:
-        phase = start % period
-        size = min(period - phase, total - start)
-        result, opened = out[start : start + size], c[start : start + size]
-        factor = coefficient[phase : phase + size]
-        for i in range(size):
-            d = ((np.int64(opened[i]) & mask) >> shift) - offset
-            result[i] += factor[i] * d
-        start += size
 
 
 @compiled
@@ -113,29 +85,6 @@ def shifted_openings(
     _shifted_openings(c, deltas, bits, shifts, out)
 
 
-def add_linear(
-    c: np.ndarray,
-    *,
-    bits: int,
-    shift: int,
-    coefficient: np.ndarray,
-    out: np.ndarray,
-) -> None:
-    """Add coefficient * ((c >> shift) - 2**(bits-2-shift)): the linear term's D.
-
-    Args:
-        c: (n,) modulo 2**bits.
-        coefficient: (C,) int64; element i is of channel i % C.
-        out: (n,) int64.
-    """
-    fits = c.shape == out.shape and c.ndim == 1 and coefficient.ndim == 1
-    fits = fits and same_ring(c) and out.dtype == coefficient.dtype == np.int64
-    fits = fits and coefficient.size > 0
-    require(fits and 0 <= shift <= bits - 2 <= 62, "add_linear", c, coefficient, out)
-    columns = np.tile(coefficient, max(1, BLOCK // coefficient.size))
-    _add_linear(c, bits, shift, columns, out)
-
-
 def truncate(
     mine: np.ndarray,
     theirs: np.ndarray,
@@ -181,6 +130,5 @@ def _all_types() -> None:
         # A chunk of a batch reads a part of each row.
         for deltas in (np.zeros((1, 4), dtype), np.zeros((2, 8), dtype)[:1, 2:6]):
             shifted_openings(c, deltas, bits=bits, shifts=shifts, out=openings)
-        add_linear(c, bits=bits, shift=0, coefficient=half, out=half)
         truncate(half, half, bits=64, drop=64 - bits, step=0, out=c)
         hide(half, c, kept=16)
