@@ -132,7 +132,7 @@ def server_layers(
                 yield from _truncated(
                     plan.steps[number - 1], halves[place], sources[number][chunk]
                 )
-            here = {s: sources[s][chunk] for s in part.root.sources}
+            here = {s: sources[s][chunk] for s in plan.reads[number]}
             operands = Operands(plan.shapes, here, weights.filters)
             accumulate(part.root, operands, opened[chunk])
             if deltas is not None and words is not None:

@@ -222,9 +222,14 @@ class Plan(Strict, frozen=True, dict=True):
         return (*self.steps, self.output)
 
     @cached_property
+    def reads(self) -> tuple[tuple[int, ...], ...]:
+        """Sources that each linear part reads."""
+        return tuple(part.root.sources for part in self.parts)
+
+    @cached_property
     def last_reads(self) -> tuple[tuple[int, ...], ...]:
         """Sources that no later part reads, by linear part."""
-        last = {s: k for k, part in enumerate(self.parts) for s in part.root.sources}
+        last = {s: k for k, read in enumerate(self.reads) for s in read}
         return tuple(
             tuple(s for s, number in last.items() if number == k)
             for k in range(len(self.parts))

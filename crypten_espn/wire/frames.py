@@ -37,6 +37,9 @@ class Kind(enum.IntEnum):
     ABORT = 4  # why the sender stops, in words
 
 
+_KINDS = {kind.value: kind for kind in Kind}
+
+
 class Header(NamedTuple):
     """What a message announces: its kind, its tag and the bytes that follow."""
 
@@ -88,11 +91,11 @@ def parse(data: bytes | bytearray, *, peer: str) -> Header:
             f"{peer} speaks protocol version {version}, this side "
             f"{PROTOCOL_VERSION}. Install the same crypten-espn on both."
         )
-    if kind not in list(Kind):
+    if kind not in _KINDS:
         raise PeerError(f"{peer} sent a message of kind {kind}, which does not exist.")
     if kind == Kind.ABORT and size > ABORT_BYTES:
         raise PeerError(f"{peer} stopped, with a reason of {size} bytes.")
-    return Header(Kind(kind), tag, size)
+    return Header(_KINDS[kind], tag, size)
 
 
 def hello(role: str, digest: bytes) -> memoryview:

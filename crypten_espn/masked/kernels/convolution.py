@@ -255,7 +255,7 @@ def convolve(
         padded = pad(x, (top, left, *odd))
         winograd.convolve(padded, weight.packed, weight.phases, whole)
     else:
-        _convolve_direct(pad(x, pads), weight, whole, stride, dilation)
+        _convolve_direct(x, weight, whole, stride, dilation, pads)
     if whole is not out:
         out += whole
 
@@ -266,21 +266,24 @@ def _convolve_direct(
     out: np.ndarray,
     stride: tuple[int, int],
     dilation: tuple[int, int],
+    pads: tuple[int, int, int, int],
 ) -> None:
-    """Of a padded x, into contiguous memory."""
+    """Into contiguous memory."""
     groups, *kernel, depth, filters = weight.shape
     offsets = np.empty(math.prod(out.shape[:3]), dtype=np.int64)
     lanes = VECTOR // out.itemsize
+    halved = weight.phases != WHOLE  # and then all filters fill vectors
+    padded = split(x, pads) if halved else pad(x, pads)
+    channels = even(depth) if halved else depth
     if filters >= lanes:
-        given, channels = x, depth
-        if weight.phases != WHOLE:
-            given, channels = split(x), even(depth)
         _convolve(
-            given, weight.packed, out, weight.phases, groups, channels, tuple(kernel),
+            padded, weight.packed, out, weight.phases, groups, channels, tuple(kernel),
             stride, dilation, offsets,
         )  # fmt: skip
     if filters % lanes:
-        _convolve_rest(x, weight.packed, out, groups, tuple(kernel), stride, dilation)
+        _convolve_rest(
+            padded, weight.packed, out, groups, tuple(kernel), stride, dilation
+        )
 
 
 def pool_sum(

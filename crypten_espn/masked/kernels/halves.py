@@ -69,29 +69,35 @@ def rows(weight: np.ndarray, phases: Phases) -> np.ndarray:
     return out
 
 
-def split(x: np.ndarray) -> np.ndarray:
-    """A pixel's channels in halves, an odd last channel beside a zero.
+def split(x: np.ndarray, pads: tuple[int, int, int, int]) -> np.ndarray:
+    """A padded pixel's channels in halves, an odd last channel beside a zero.
 
     Args:
-        x: (..., channels) int32.
+        x: (batch, height, width, channels) int32.
+        pads: zeros at top, left, bottom, right.
 
-    Returns: (..., 2 * channels) int16, of an odd number 2 more.
+    Returns: (batch, *padded, 2 * channels) int16, of an odd number 2 more.
     """
-    channels = x.shape[-1]
-    out = np.zeros((*x.shape[:-1], 2 * even(channels)), dtype=np.int16)
-    _split(x.reshape(-1, channels), out.reshape(-1, out.shape[-1]))
+    top, left, bottom, right = pads
+    n, h, w, c = x.shape
+    shape = n, h + top + bottom, w + left + right, 2 * even(c)
+    out = np.zeros(shape, dtype=np.int16)
+    _split(np.ascontiguousarray(x), top, left, out)
     return out
 
 
 @compiled
-def _split(x: np.ndarray, out: np.ndarray) -> None:
-    pixels, channels = x.shape
-    high = out.shape[1] // 2
-    for p in range(pixels):
-        for c in range(channels):
-            out[p, c] = np.int16(x[p, c])
-        for c in range(channels):
-            out[p, high + c] = np.int16((np.int64(x[p, c]) + (1 << 15)) >> 16)
+def _split(x: np.ndarray, top: int, left: int, out: np.ndarray) -> None:
+    batch, height, width, channels = x.shape
+    high = out.shape[3] // 2
+    for n in range(batch):
+        for h in range(height):
+            for w in range(width):
+                pixel, halves = x[n, h, w], out[n, top + h, left + w]
+                for c in range(channels):
+                    value = np.int64(pixel[c])
+                    halves[c] = np.int16(value)
+                    halves[high + c] = np.int16((value + (1 << 15)) >> 16)
 
 
 def even(channels: int) -> int:

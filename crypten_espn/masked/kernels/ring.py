@@ -8,6 +8,8 @@ import numpy as np
 
 from ...errors import PlanError
 
+_WORDS = {np.dtype(np.int32), np.dtype(np.int64)}
+
 
 def ring_dtype(bits: int) -> type[np.signedinteger]:
     """int32 for rings of at most 32 bits, int64 for wider ones."""
@@ -38,8 +40,8 @@ def centred(values: np.ndarray, bits: int) -> np.ndarray:
 
 def same_ring(*arrays: np.ndarray) -> bool:
     """Whether all have one type that kernels were written for, int32 or int64."""
-    dtype = arrays[0].dtype
-    return dtype in (np.int32, np.int64) and all(a.dtype == dtype for a in arrays)
+    dtypes = {array.dtype for array in arrays}
+    return len(dtypes) == 1 and dtypes <= _WORDS
 
 
 class Shaped(Protocol):
