@@ -204,6 +204,10 @@ class Polynomial:
             x; it goes with the first group's mask, and is the server's alone.
         zeros: (V,) int64, low bits that each of the dealer's words is without.
 
+    Attributes:
+        shifts: as given.
+        words: V, of the dealer for one element.
+
     Raises: PlanError where these do not belong together.
     """
 
