@@ -48,6 +48,21 @@ def inner(m: int) -> Iterable[int]:
     return range(-(1 << (m - 2)) + 1, 1 << (m - 2))
 
 
+def quadratic(m, shift, squares, slopes, zeros):
+    """a x**2 + b z by channel, x being z without `shift` bits."""
+    coeffs = np.zeros((1, 3, len(squares)), dtype=np.int64)
+    coeffs[0, 2] = squares
+    return kernels.Polynomial(
+        bits=m,
+        shifts=np.array([shift]),
+        degrees=np.array([2]),
+        coeffs=coeffs,
+        linear=np.array(slopes),
+        linear_shift=0,
+        zeros=zeros,
+    )
+
+
 def mask_value(r: np.ndarray, shift: int, m: int, top: np.ndarray) -> np.ndarray:
     """t: what the dealer knows of a truncation in both cases, selected by a bit."""
     signed = r - ((r >> (m - 1)) << m)
@@ -212,17 +227,7 @@ def test_a_whole_activation_is_exact_and_hides_all_its_coins(
     last = slice(channels - 1, None, channels)
     taken = np.stack(pads)
     given = np.empty_like(taken)
-    coeffs = np.zeros((1, 3, channels), dtype=np.int64)
-    coeffs[0, 2] = squares
-    of = kernels.Polynomial(
-        bits=m,
-        shifts=np.array([shift]),
-        degrees=np.array([2]),
-        coeffs=coeffs,
-        linear=np.array(slopes),
-        linear_shift=0,
-        zeros=zeros,
-    )
+    of = quadratic(m, shift, squares, slopes, zeros)
     of.deal(r[None], rho, taken, out=given)
     server_words, client_words = (
         (given, taken) if corrected == "server" else (taken, given)
@@ -264,17 +269,7 @@ def test_a_corrected_clients_message_is_uniform_to_a_server_that_knows_its_own_w
     v, width = m + s, m - shift
     zeros = np.array([unsent, 0, width, width])
     r, rho, hidden = listed(1 << m, 1 << s, 1 << m)
-    coeffs = np.zeros((1, 3, 1), dtype=np.int64)
-    coeffs[0, 2] = 3
-    of = kernels.Polynomial(
-        bits=m,
-        shifts=np.array([shift]),
-        degrees=np.array([2]),
-        coeffs=coeffs,
-        linear=np.array([1]),
-        linear_shift=0,
-        zeros=zeros,
-    )
+    of = quadratic(m, shift, [3], [1], zeros)
     draws = np.random.default_rng(0)
     for _ in range(32):
         drawn = draws.integers(0, 1 << v, 4)

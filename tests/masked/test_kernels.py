@@ -411,6 +411,7 @@ def right_calls():
         "zeros": words(11),
     }  # fmt: skip
     of = kernels.Polynomial(**given)
+    wide = kernels.Polynomial(**{**given, "bits": 40})
     return {
         "shifted_openings": Call(
             kernels.shifted_openings,
@@ -421,6 +422,11 @@ def right_calls():
         "Polynomial.share": Call(
             of.share,
             {"opened": narrow(2, 5), "values": words(11, 5), "c": narrow(5), "step": 16,
+             "out": words(5)},
+        ),
+        "Polynomial.share wide": Call(
+            wide.share,
+            {"opened": words(2, 5), "values": words(11, 5), "c": words(5), "step": 16,
              "out": words(5)},
         ),
         "Polynomial.deal": Call(
@@ -491,6 +497,8 @@ WRONG = [
     ("Polynomial.share", {"out": words(10)[::2]}),
     ("Polynomial.share", {"out": words(4)}),
     ("Polynomial.share", {"out": narrow(5)}),
+    ("Polynomial.share wide", {"opened": narrow(2, 5), "c": narrow(5)}),
+    ("Polynomial.share wide", {"opened": narrow(2, 5), "c": None}),
     ("hide", {"words": words(4)}),
     ("hide", {"words": narrow(5)}),
     ("hide", {"words": words(5, 1), "mask": narrow(5, 1)}),
@@ -516,6 +524,7 @@ WRONG = [
     ("Polynomial", {"degrees": np.array([2.0, 4.0])}),
     ("Polynomial", {"shifts": np.array([-1, 9])}),
     ("Polynomial", {"shifts": np.array([3])}),
+    ("Polynomial", {"shifts": np.array([3, 32])}),
     ("Polynomial", {"shifts": np.array([3, 40])}),
     ("Polynomial", {"coeffs": words(2, 4, 3)}),
     ("Polynomial", {"coeffs": words(1, 5, 3)}),
