@@ -102,11 +102,12 @@ class Evaluation(ABC):
 
     def payload(self, rows: int) -> tuple[tuple[int, int], ...]:
         """Elements and bits of each part of the server's message for so many inputs."""
-        sizes = zip(self.sizes, self._opened_bits, strict=True)
+        sizes = zip(self.sizes, self.opened_bits, strict=True)
         return tuple((rows * size, bits) for size, bits in sizes)
 
     @cached_property
-    def _opened_bits(self) -> tuple[int, ...]:
+    def opened_bits(self) -> tuple[int, ...]:
+        """Bits an element of each part of the server's message."""
         return self.step.opened_bits
 
     def room(self, rows: int, space: Space) -> Openings:
@@ -198,7 +199,7 @@ class OfPolynomial(Evaluation):
         return self.opened
 
     def words_shape(self, rows: int) -> Shape:
-        return (len(self._zeros), rows * self.opened)
+        return (self._polynomial.words, rows * self.opened)
 
     def dealt(self, rows: int) -> tuple[tuple[int, int], ...]:
         constant, *others = self._zeros
@@ -218,7 +219,7 @@ class OfPolynomial(Evaluation):
         return out
 
     def room(self, rows: int, space: Space) -> Openings:
-        dtypes = {kernels.ring_dtype(bits) for bits in self._opened_bits}
+        dtypes = {kernels.ring_dtype(bits) for bits in self.opened_bits}
         if len(dtypes) > 1:
             return super().room(rows, space)
         shape = len(self.sizes), rows * self.opened

@@ -150,9 +150,9 @@ def _open(
     plan: Plan, number: int, c: np.ndarray, deltas: np.ndarray, words: np.ndarray
 ) -> Protocol[np.ndarray]:
     """Send a chunk's openings; return the server's share of the value."""
-    step, between = plan.steps[number], plan.evaluations[number]
+    between = plan.evaluations[number]
     openings = between.open(c, deltas)
-    yield Send(CLIENT, tuple(zip(openings, step.opened_bits, strict=True)))
+    yield Send(CLIENT, tuple(zip(openings, between.opened_bits, strict=True)))
     return between.share(openings, words, c=c)
 
 

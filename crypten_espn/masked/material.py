@@ -45,7 +45,7 @@ def draw(
     if out is None:
         out = np.empty(shape, dtype=kernels.ring_dtype(bits))
     stream.fill(out, lane=lane)
-    if out.size and bits not in (32, 64):
+    if bits not in (32, 64):
         out &= kernels.ring_mask(bits)
     return out
 
